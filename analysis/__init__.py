@@ -1,0 +1,33 @@
+"""Probes, sparse autoencoders and other analyses of captured activations, run next to the data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from millpond.analysis.pca import PcaReducer
+    from millpond.analysis.probes.logistic import LogisticProbe
+    from millpond.analysis.sae.batchtopk import BatchTopKSae
+    from millpond.analysis.sweep import Sweep
+
+__all__ = ["BatchTopKSae", "LogisticProbe", "PcaReducer", "Sweep"]
+
+_HOMES = {
+    "BatchTopKSae": "millpond.analysis.sae.batchtopk",
+    "LogisticProbe": "millpond.analysis.probes.logistic",
+    "PcaReducer": "millpond.analysis.pca",
+    "Sweep": "millpond.analysis.sweep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an estimator when it is first asked for: they need scikit-learn or PyTorch."""
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,52 @@
+"""Every exception that Millpond raises on purpose.
+
+MillpondError
+├── InvalidInput          what the caller gave cannot be used; nothing was changed
+│   ├── HookNotCaptured   the run does not hold that hook point
+│   ├── RunNotFound       the lake holds no run of that name
+│   ├── RunExists         the lake already holds a run of that name
+│   └── PromptTooLong     a prompt does not fit the model's context
+├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
+├── LakeCorrupt           stored bytes or counts contradict the manifest
+└── RunOpen               the operation needs a sealed run
+"""
+
+
+class MillpondError(Exception):
+    """Base of every exception raised on purpose; its text says what, the value, the limit and the remedy."""
+
+
+class InvalidInput(MillpondError, ValueError):
+    """What the caller gave cannot be used; nothing was changed."""
+
+
+class HookNotCaptured(InvalidInput, KeyError):
+    """The run does not hold that hook point."""
+
+    __str__ = Exception.__str__  # KeyError would quote the message
+
+
+class RunNotFound(InvalidInput, KeyError):
+    """The lake holds no run of that name."""
+
+    __str__ = Exception.__str__
+
+
+class RunExists(InvalidInput):
+    """The lake already holds a run of that name."""
+
+
+class PromptTooLong(InvalidInput):
+    """A prompt does not fit the model's context."""
+
+
+class CaptureFailed(MillpondError):
+    """A capture ended without all its rows; none of the failed rows are visible."""
+
+
+class LakeCorrupt(MillpondError):
+    """Stored bytes or counts contradict the manifest."""
+
+
+class RunOpen(MillpondError):
+    """The operation needs a sealed run."""

@@ -1,0 +1,109 @@
+"""What a run records about itself: its specification, its commits, and the manifest that seals it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from millpond.store.dtypes import STORED_AS
+from millpond.store.errors import InvalidInput
+from millpond.store.shards import ArrayRecord, ArraySpec
+
+FORMAT_VERSION: Literal[1] = 1
+INDEX_ARRAYS = {"prompt": "int32", "position": "int32", "token_id": "int32"}
+"""The row coordinates stored beside the activations, and their data types."""
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_run_name(name: str) -> str:
+    """`name`, if a run may be called so.
+
+    Raises:
+        InvalidInput: otherwise.
+    """
+    if not _RUN_NAME.fullmatch(name):
+        raise InvalidInput(
+            f"run name {name!r} is not allowed; use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        )
+    return name
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSpec(_Record):
+    """What is fixed when a run is created (`run.json`)."""
+
+    format: Literal["millpond-run"] = "millpond-run"
+    version: Literal[1] = FORMAT_VERSION
+    id: str
+    """Random; distinguishes runs of the same name in time."""
+    name: str
+    created: str
+    """UTC, ISO 8601."""
+    hooks: tuple[str, ...]
+    d_model: int = Field(gt=0)
+    dtype: Literal["bfloat16", "float16", "float32"]
+    """Of the activations; bfloat16 is stored as its bits in uint16."""
+    chunk_rows: int = Field(default=512, gt=0)
+    shard_rows: int = Field(default=32_768, gt=0)
+    provenance: dict[str, Any] = {}
+    """Model, revision, weight bytes, tokenizer, versions and the capture's configuration."""
+
+    @property
+    def activation_array(self) -> ArraySpec:
+        """The shape of every hook's array."""
+        return ArraySpec(STORED_AS[self.dtype], self.d_model, self.chunk_rows, self.shard_rows)
+
+    def row_array(self, dtype: str) -> ArraySpec:
+        """The shape of a one-dimensional array with one value a row."""
+        return ArraySpec(dtype, None, self.chunk_rows, self.shard_rows)
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array of a segment or of the sealed data, by name."""
+        index = {name: self.row_array(dtype) for name, dtype in INDEX_ARRAYS.items()}
+        return dict.fromkeys(self.hooks, self.activation_array) | index
+
+
+class ArrayChecksums(_Record):
+    """An array as it was when it was committed."""
+
+    rows: int
+    shards: tuple[tuple[int, int], ...]
+    """Bytes and crc32c of each shard file, in order."""
+
+    @classmethod
+    def of(cls, record: ArrayRecord) -> ArrayChecksums:
+        """The checksums that a writer reported."""
+        return cls(rows=record.rows, shards=record.shards)
+
+
+class Part(_Record):
+    """Rows that became visible together: a committed segment, or the data of a sealed run."""
+
+    path: str
+    """Folder below the run's."""
+    rows: int
+    prompts: int
+    arrays: dict[str, ArrayChecksums]
+    prompt_table: tuple[int, int]
+    """Bytes and crc32c of `prompts.parquet`."""
+
+
+class Manifest(_Record):
+    """What seals a run (`manifest.json`): nothing of the run changes after it was written, but labels may be added."""
+
+    format: Literal["millpond-manifest"] = "millpond-manifest"
+    version: Literal[1] = FORMAT_VERSION
+    run: RunSpec
+    sealed: str
+    """UTC, ISO 8601."""
+    data: Part
+    prompt_labels: tuple[str, ...] = ()
+    """Columns of the prompt table that are labels; the others are metadata."""
+    counts: dict[str, int] = {}
+    """What the capture asked for and what was stored."""

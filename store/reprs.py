@@ -1,0 +1,65 @@
+"""How lakes and runs show themselves: text and HTML, without reading an activation."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from millpond.store.hooks import summarize_hooks
+
+if TYPE_CHECKING:
+    from millpond.store.lake import Lake
+    from millpond.store.run import Run
+
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def human_bytes(count: float) -> str:
+    """`count` bytes in decimal units, such as 1.5 GB."""
+    unit = 0
+    while count >= 1000 and unit < len(UNITS) - 1:
+        count /= 1000
+        unit += 1
+    return f"{count:.0f} B" if unit == 0 else f"{count:.1f} {UNITS[unit]}"
+
+
+def run_facts(run: Run) -> list[tuple[str, str]]:
+    """What a reader wants to know of a run, in order."""
+    facts = [
+        ("state", run.state),
+        ("model", str(run.provenance.get("model", "unknown"))),
+        ("hooks", f"{summarize_hooks(run.hooks)} ({len(run.hooks)})"),
+        ("rows", f"{run.n_rows:,} of {run.d_model} x {run.dtype}, {human_bytes(run.nbytes)}"),
+        ("prompts", f"{len(run.prompts):,}"),
+    ]
+    labels = list(run.labels)
+    if labels:
+        facts.append(("labels", ", ".join(labels)))
+    return facts
+
+
+def run_text(run: Run) -> str:
+    """The text repr of a run."""
+    lines = [f"<Run {run.name!r}>", *(f"  {name + ':':9}{value}" for name, value in run_facts(run))]
+    return "\n".join(lines)
+
+
+def run_html(run: Run) -> str:
+    """The HTML repr of a run."""
+    return _table(f"Run {run.name}", run_facts(run))
+
+
+def lake_html(lake: Lake) -> str:
+    """The HTML repr of a lake: a line a run."""
+    rows = [(name, "; ".join(value for _, value in run_facts(lake[name]))) for name in lake.runs()]
+    return _table(f"Lake {lake.folder}", rows or [("", "no runs")])
+
+
+def _table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+        for name, value in rows
+    )
+    return f"<table><caption style='text-align:left'><b>{html.escape(caption)}</b></caption>{cells}</table>"

@@ -1,0 +1,57 @@
+import itertools
+
+import dask.array as da
+import numpy as np
+import pytest
+
+from millpond.analysis.sae.batches import ShuffledBatches
+from millpond.store.errors import InvalidInput
+
+N, D = 1000, 4
+
+
+def numbered(chunk=70):
+    """Rows whose values are their number."""
+    x = np.repeat(np.arange(N, dtype=np.float32)[:, None], D, axis=1)
+    return da.from_array(x, chunks=(chunk, -1))
+
+
+def rows_of(batches, count):
+    taken = list(itertools.islice(batches, count))
+    return np.concatenate(taken)[:, 0]
+
+
+@pytest.mark.parametrize("buffer_bytes", [1 << 20, 300 * 4 * D, 1], ids=["all in memory", "a few chunks", "one chunk"])
+@pytest.mark.parametrize("batch_size", [64, 100, 333])
+def test_every_row_comes_once_an_epoch(buffer_bytes, batch_size):
+    batches = ShuffledBatches(numbered(), batch_size, seed=0, buffer_bytes=buffer_bytes)
+    rows = rows_of(batches, 3 * N // batch_size)
+    assert all(len(batch) == batch_size for batch in itertools.islice(batches, 5))
+    for epoch in range(len(rows) // N):
+        np.testing.assert_array_equal(np.sort(rows[epoch * N : (epoch + 1) * N]), np.arange(N))
+    assert not np.array_equal(rows[:900], np.arange(900))
+
+
+def test_the_seed_decides_the_order():
+    def order(seed):
+        return rows_of(ShuffledBatches(numbered(), 50, seed=seed, buffer_bytes=200 * 4 * D), 40)
+
+    np.testing.assert_array_equal(order(0), order(0))
+    assert not np.array_equal(order(0), order(1))
+
+
+def test_a_small_buffer_mixes_several_chunks():
+    batches = ShuffledBatches(numbered(chunk=50), 50, seed=0, buffer_bytes=2 * 250 * 4 * D)
+    first = rows_of(batches, 1)
+    assert len(np.unique(first // 50)) > 2
+
+
+def test_a_batch_may_be_larger_than_a_group():
+    batches = ShuffledBatches(numbered(chunk=10), 700, seed=0, buffer_bytes=1)
+    rows = rows_of(batches, 10)
+    np.testing.assert_array_equal(np.bincount(rows.astype(int), minlength=N), np.full(N, 7))
+
+
+def test_too_few_rows_for_a_batch_are_refused():
+    with pytest.raises(InvalidInput, match="1,000 rows, less than one batch of 1,001"):
+        ShuffledBatches(numbered(), 1001, seed=0, buffer_bytes=1 << 20)

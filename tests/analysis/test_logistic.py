@@ -1,0 +1,269 @@
+import warnings
+
+import dask.array as da
+import numpy as np
+import pytest
+import xarray as xr
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+from millpond.analysis import LogisticProbe
+from millpond.analysis.passes import AlignedRows
+from millpond.analysis.probes import descent, solver
+from millpond.store.errors import InvalidInput
+
+
+def problem(n=2000, d=24, strength=2.0, massive=False, seed=0):
+    """Correlated features with a power-law spectrum, and labels of a logistic model."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((d, d)) * np.arange(1, d + 1) ** -0.5
+    x = rng.standard_normal((n, d)) @ mix.T
+    if massive:
+        x[:, 1] = 1000 * x[:, 1] + 3000
+        x[:, 5] = 800 * x[:, 5] - 500
+    weights = strength * rng.standard_normal(d) / np.sqrt(d) / x.std(axis=0)
+    y = rng.random(n) < 1 / (1 + np.exp(-(x - x.mean(axis=0)) @ weights))
+    return x.astype(np.float32), y
+
+
+def lazy(x, y, chunk):
+    """The same rows as a run gives them."""
+    coordinate = da.from_array(np.arange(len(x), dtype=np.int32) // 20, chunks=chunk)
+    rows = xr.DataArray(
+        da.from_array(x, chunks=(chunk, -1)),
+        dims=("row", "d_model"),
+        coords={"prompt": ("row", coordinate)},
+        attrs={"run": "r", "hook": "blocks.1.hook_resid_post", "model": "m"},
+    )
+    return rows, xr.DataArray(da.from_array(y, chunks=chunk), dims=("row",), name="positive")
+
+
+def optimum(x, y, C, fit_intercept=True):
+    """Newton's method in float64 on scikit-learn's objective, written out."""
+    x = x.astype(np.float64)
+    mean = x.mean(axis=0) if fit_intercept else np.zeros(x.shape[1])
+    design = np.column_stack([x - mean, np.full(len(x), float(fit_intercept))])
+    penalty = np.append(np.full(x.shape[1], 1 / C), 0 if fit_intercept else 1)
+    w = np.zeros(design.shape[1])
+
+    def value(w):
+        z = design @ w
+        return np.logaddexp(0, z).sum() - z @ y + 0.5 * penalty @ w**2
+
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-design @ w))
+        gradient = design.T @ (p - y) + penalty * w
+        step = np.linalg.solve((design.T * (p * (1 - p))) @ design + np.diag(penalty), gradient)
+        size = 1.0
+        while size > 1e-6 and value(w - size * step) > value(w) + 1e-9:
+            size /= 2
+        w = w - size * step
+        if np.abs(step).max() < 1e-11:
+            break
+    return w[:-1], w[-1] - w[:-1] @ mean
+
+
+def relative(found, expected):
+    return np.linalg.norm(np.ravel(found) - np.ravel(expected)) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("C", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equals_scikit_learn(C, seed):
+    x, y = problem(seed=seed)
+    expected = LogisticRegression(C=C, tol=1e-10, solver="newton-cholesky").fit(x.astype(np.float64), y)
+    found = LogisticProbe(C=C).fit(x, y)
+    assert found.converged_
+    assert relative(found.coef_, expected.coef_) < 1e-4
+    assert found.intercept_ == pytest.approx(expected.intercept_, abs=1e-3)
+    np.testing.assert_allclose(found.predict_proba(x), expected.predict_proba(x), atol=1e-3)
+    assert (found.predict(x) == expected.predict(x)).mean() > 0.999
+    assert found.score(x, y) == pytest.approx(expected.score(x, y), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("case", "C"),
+    [
+        ({"massive": True}, 1.0),
+        ({"massive": True, "strength": 60.0}, 1.0),
+        ({"n": 400, "d": 60, "strength": 60.0}, 100.0),
+    ],
+    ids=["massive dimensions", "almost separable", "separable"],
+)
+def test_hard_problems_reach_the_optimum(case, C):
+    x, y = problem(**case)
+    coef, intercept = optimum(x, y, C)
+    found = LogisticProbe(C=C).fit(x, y)
+    assert found.converged_
+    assert relative(found.coef_, coef) < 1e-4
+    assert found.intercept_[0] == pytest.approx(intercept, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("massive", [False, True])
+def test_float32_products_are_enough_for_many_rows(massive, monkeypatch):
+    monkeypatch.setattr(solver, "EXACT_SIZE", 0)
+    x, y = problem(n=20_000, massive=massive)
+    coef, _ = optimum(x, y, 1.0)
+    found = LogisticProbe().fit(x, y)
+    assert found.converged_
+    assert relative(found.coef_, coef) < 1e-4
+
+
+def test_a_tolerance_below_rounding_ends(monkeypatch):
+    monkeypatch.setattr(solver, "EXACT_SIZE", 0)
+    x, y = problem()
+    found = LogisticProbe(C=100.0, tol=1e-9).fit(x, y)
+    assert found.converged_
+    assert found.n_iter_[0] < 60
+
+
+def test_without_intercept():
+    x, y = problem()
+    coef, _ = optimum(x, y, 1.0, fit_intercept=False)
+    found = LogisticProbe(fit_intercept=False).fit(x + 0.5 - 0.5, y)
+    assert relative(found.coef_, coef) < 1e-4
+    assert found.intercept_[0] == 0
+
+
+def test_wide_rows_use_a_low_rank_metric(monkeypatch):
+    monkeypatch.setattr(descent, "FULL_RANK", 16)
+    x, y = problem(d=48)
+    coef, _ = optimum(x, y, 1.0)
+    assert relative(LogisticProbe(tol=1e-5).fit(x, y).coef_, coef) < 1e-4
+
+
+def test_metric_from_a_sample_of_the_rows(monkeypatch):
+    monkeypatch.setattr(solver, "GRAM_ROWS", 300)
+    x, y = problem()
+    coef, _ = optimum(x, y, 1.0)
+    assert relative(LogisticProbe(tol=1e-5).fit(x, y).coef_, coef) < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 501, 700])
+def test_lazy_input_gives_the_same_probe_whatever_its_chunks(chunk):
+    x, y = problem(n=700)
+    expected = LogisticProbe().fit(x, y)
+    rows, labels = lazy(x, y, chunk)
+    found = LogisticProbe().fit(rows, labels)
+    assert relative(found.coef_, expected.coef_) < 1e-5
+    np.testing.assert_allclose(found.decision_function(rows), expected.decision_function(x), atol=1e-4)
+    assert found.trained_on_ == {"run": "r", "hook": "blocks.1.hook_resid_post", "model": "m"}
+    assert found.score(rows, labels) == pytest.approx(expected.score(x, y), abs=2e-3)
+
+
+def test_many_problems_in_shared_passes_equal_single_fits():
+    x, y = problem()
+    other = x[:, 3] > np.median(x[:, 3])
+    labels = np.stack([y, other], axis=1).astype(np.uint8)
+    problems = [descent.Problem(label, C) for label in (0, 1) for C in (0.1, 1.0, 10.0)]
+    second = x[:, ::-1] * 2
+    designs = [solver.Design(str(i), AlignedRows(rows, labels), problems) for i, rows in enumerate((x, second))]
+    solutions = solver.solve(designs, fit_intercept=True, tol=1e-5, max_iter=100)
+    for rows, fitted in zip((x, second), solutions, strict=True):
+        for one, solution in zip(problems, fitted, strict=True):
+            coef, intercept = optimum(rows, labels[:, one.label], one.C)
+            assert solution.converged
+            assert relative(solution.coef, coef) < 1e-4
+            assert solution.intercept == pytest.approx(intercept, abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default::ResourceWarning", "default::DeprecationWarning")
+def test_a_cluster_gives_what_threads_give():
+    from distributed import Client, LocalCluster
+
+    x, y = problem(massive=True)
+    rows, labels = lazy(x, y, 130)
+    expected = LogisticProbe().fit(rows, labels)
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster):
+        found = LogisticProbe().fit(rows, labels)
+        in_memory = LogisticProbe().fit(x, y)
+        scores = found.decision_function(rows)
+    np.testing.assert_array_equal(found.coef_, expected.coef_)
+    assert relative(in_memory.coef_, expected.coef_) < 1e-5
+    np.testing.assert_allclose(scores, expected.decision_function(rows), rtol=1e-5)
+
+
+def test_evaluate_resamples_prompts_and_says_where_numbers_come_from():
+    x, y = problem(n=1200)
+    rows, labels = lazy(x, y, 100)
+    probe = LogisticProbe().fit(rows[:800], labels[:800])
+    result = probe.evaluate(rows[800:], labels[800:], n_bootstrap=200)
+    assert result.kind == "probe-evaluation"
+    assert result.evidence == {"rows": 400, "prompts": 20, "positives": y[800:].sum(), "negatives": (~y[800:]).sum()}
+    assert result["accuracy"] == pytest.approx(probe.score(x[800:], y[800:]))
+    low, high = result.intervals["auroc"]
+    assert low < result["auroc"] < high
+    assert result.provenance["evaluated_on"]["hook"] == "blocks.1.hook_resid_post"
+    assert "prompts" not in probe.evaluate(x[800:], y[800:], n_bootstrap=0).evidence
+
+
+def test_labels_may_be_any_two_values():
+    x, y = problem(n=300)
+    names = np.where(y, "yes", "no")
+    probe = LogisticProbe().fit(x, names)
+    assert list(probe.classes_) == ["no", "yes"]
+    assert set(probe.predict(x)) == {"no", "yes"}
+    assert probe.evaluate(x, names, n_bootstrap=0)["accuracy"] == probe.score(x, names)
+    with pytest.raises(InvalidInput, match="maybe; the probe was fitted to no and yes"):
+        probe.evaluate(x, np.full(300, "maybe"))
+
+
+def with_nan(x):
+    x = x.copy()
+    x[3, 2] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x, y: (x, y[:-1]), "rows"),
+        (lambda x, y: (x, np.zeros(len(x), bool)), "one class"),
+        (lambda x, y: (x, np.arange(len(x)) % 3), "3 classes"),
+        (lambda x, y: (x, np.where(y, 1.0, np.nan)), "NaN"),
+        (lambda x, y: (da.from_array(with_nan(x), chunks=(50, -1)), y), "1 of 200 rows hold NaN"),
+        (lambda x, y: (lazy(x, y, 50)[0], lazy(x, y, 40)[1].data.astype(int)[:-1]), "rows"),
+        (lambda x, y: (lazy(x, y, 50)[0][:, 0], y), "1 dimensions"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(make, words):
+    x, y = problem(n=200)
+    with pytest.raises(InvalidInput, match=words):
+        LogisticProbe().fit(*make(x, y))
+
+
+@pytest.mark.parametrize("parameters", [{"C": 0}, {"tol": -1}, {"max_iter": 0}, {"C": float("nan")}])
+def test_parameters_out_of_range_are_refused(parameters):
+    x, y = problem(n=100)
+    with pytest.raises(InvalidInput, match=f"{next(iter(parameters))} is"):
+        LogisticProbe(**parameters).fit(x, y)
+
+
+def test_lazy_rows_of_another_width_are_refused():
+    x, y = problem(n=100)
+    with pytest.raises(InvalidInput, match="expecting 24 features"):
+        LogisticProbe().fit(x, y).predict(da.zeros((5, 3)))
+
+
+def test_stopping_early_warns_and_is_recorded():
+    x, y = problem()
+    with pytest.warns(ConvergenceWarning, match=r"max_iter=2\)"):
+        probe = LogisticProbe(max_iter=2).fit(x, y)
+    assert not probe.converged_
+    assert probe.n_iter_ == [2]
+
+
+CHECKS = [
+    pytest.param(estimator, check, id=check.func.__name__)
+    for estimator, check in estimator_checks_generator(LogisticProbe(progress=False))
+    if not check.func.__name__.startswith("check_array_api")  # array API input is not supported
+]
+
+
+@pytest.mark.parametrize(("estimator", "check"), CHECKS)
+def test_is_a_scikit_learn_estimator(estimator, check):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the checks feed it what it warns about
+        check(estimator)
