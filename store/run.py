@@ -179,7 +179,9 @@ class Run:
         if not 0 < test < 1:
             raise InvalidInput(f"test is {test}; give a fraction between 0 and 1")
         if by is not None and by not in self.prompts:
-            raise InvalidInput(f"by={by!r} is no column of the prompts; they have {', '.join(map(str, self.prompts.columns))}")
+            raise InvalidInput(
+                f"by={by!r} is no column of the prompts; they have {', '.join(map(str, self.prompts.columns))}"
+            )
         groups = self.prompts.index.to_series() if by is None else self.prompts[by]
         names = groups.drop_duplicates().to_numpy()
         n_test = round(len(names) * test)

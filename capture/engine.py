@@ -1,0 +1,116 @@
+"""Running prompts through vLLM while its worker captures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from millpond.capture.versions import check_vllm_version
+from millpond.store.capture_spec import CaptureJob
+from millpond.store.errors import CaptureFailed
+
+_CONFIRM_EVERY = 16  # requests a call to the worker
+
+
+class CaptureEngine:
+    """A vLLM engine in a process of its own, set up to capture into one run."""
+
+    def __init__(self, job: CaptureJob, run_folder: Path, max_model_len: int) -> None:
+        check_vllm_version()
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
+
+        settings: dict[str, Any] = {"max_num_seqs": 64, "disable_log_stats": True, "enable_prefix_caching": False}
+        if current_platform.is_cpu():
+            # Compilation takes longer than most captures on a CPU; KV memory must be named there.
+            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
+        else:
+            settings |= {"enforce_eager": True}  # the tap inside CUDA graphs is not proven yet
+        settings |= job.engine
+        settings |= {
+            "model": job.model.path,
+            "dtype": job.model.dtype,
+            "max_model_len": max_model_len,
+            "worker_cls": "millpond.capture.worker.TapWorker",
+            "additional_config": {"millpond": {"run_folder": str(run_folder.resolve())}},
+        }
+        self.max_num_seqs = int(settings["max_num_seqs"])
+        self._wish = {
+            "positions": job.capture.positions,
+            "first_position": job.capture.first_position,
+        }
+        self._max_new_tokens = job.capture.max_new_tokens
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+
+    def run(self, prompts: Iterator[tuple[str, list[int]]]) -> Iterator[tuple[str, int]]:
+        """Capture `prompts` (id and token ids), and yield each id with its number of tokens once it is on its way.
+
+        At most four times `max_num_seqs` requests wait in the engine, however many prompts there are.
+
+        Raises:
+            CaptureFailed: the engine, the worker or the lake failed.
+        """
+        waiting: set[str] = set()
+        finished: list[tuple[str, int]] = []
+        try:
+            while True:
+                for prompt_id, token_ids in islice(prompts, 4 * self.max_num_seqs - len(waiting)):
+                    self._add(prompt_id, token_ids)
+                    waiting.add(prompt_id)
+                if not waiting:
+                    break
+                for output in self._engine.step():
+                    if output.finished:
+                        generated = len(output.outputs[0].token_ids) if self._max_new_tokens else 0
+                        finished.append((output.request_id, len(output.prompt_token_ids) + generated))
+                        waiting.discard(output.request_id)
+                if len(finished) >= _CONFIRM_EVERY or not waiting:
+                    self._confirm(finished)
+                    yield from finished
+                    finished = []
+        except CaptureFailed:
+            raise
+        except Exception as error:
+            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+
+    def _add(self, prompt_id: str, token_ids: list[int]) -> None:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=max(self._max_new_tokens, 1),
+            detokenize=False,
+            extra_args={"millpond": {"capture": {"id": prompt_id, **self._wish}}},
+        )
+        self._engine.add_request(prompt_id, {"prompt_token_ids": token_ids}, parameters)
+
+    def _confirm(self, finished: list[tuple[str, int]]) -> None:
+        if finished:
+            (problem,) = self._engine.collective_rpc("millpond_confirm", args=(finished,))
+            if problem:
+                raise CaptureFailed(problem)
+
+    def commit(self) -> tuple[int, int]:
+        """Make everything captured durable and visible: rows and prompts in all.
+
+        Raises:
+            CaptureFailed: the lake could not be written.
+        """
+        ((rows, prompts, problem),) = self._engine.collective_rpc("millpond_commit")
+        if problem:
+            raise CaptureFailed(problem)
+        return rows, prompts
+
+    def close(self) -> None:
+        """End the engine's process."""
+        self._engine.engine_core.shutdown()
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

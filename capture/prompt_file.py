@@ -1,0 +1,181 @@
+"""Reading prompts with their metadata and labels from JSONL, Parquet or text files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from millpond.store.capture_spec import PromptsSection
+from millpond.store.errors import InvalidInput, PromptTooLong
+from millpond.store.labels import check_label_name, label_dtype
+from millpond.store.prompts import COLUMNS
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a capture job reads from its prompt file, checked."""
+
+    ids: list[str]
+    token_ids: list[list[int]]
+    table: pd.DataFrame
+    """`id`, metadata and prompt labels, one row a prompt."""
+    token_labels: dict[str, dict[str, NDArray[Any]]]
+    """Label name to prompt id to one value a token."""
+    token_label_dtypes: dict[str, str]
+
+    @property
+    def n_tokens(self) -> int:
+        """Prompt tokens in all."""
+        return sum(len(ids) for ids in self.token_ids)
+
+
+def read_prompts(section: PromptsSection, model_folder: Path, max_tokens: int, vocab_size: int) -> Prompts:
+    """Read and check the prompts that `section` names.
+
+    Args:
+        section: the job file's.
+        model_folder: whose tokenizer is used where the file has texts only.
+        max_tokens: longest prompt that fits the model's context.
+        vocab_size: token ids are below this.
+
+    Raises:
+        PromptTooLong: a prompt has more than `max_tokens` tokens.
+        InvalidInput: the file or a value in it cannot be used.
+    """
+    path = Path(section.path)
+    table = _read_table(path, section)
+    if table.empty:
+        raise InvalidInput(f"prompt file {section.path!r} has no prompts; give at least one")
+    if section.id not in table:
+        table[section.id] = [f"{number:08d}" for number in range(len(table))]
+    ids = [str(value) for value in table[section.id]]
+    repeated = pd.Series(ids).duplicated()
+    if repeated.any():
+        raise InvalidInput(f"{section.path}: id {ids[int(np.argmax(repeated))]!r} occurs twice; ids must be unique")
+    for column in (*section.metadata, *section.prompt_labels, *section.token_labels):
+        if column not in table:
+            raise InvalidInput(f"{section.path}: there is no column {column!r}; it has {', '.join(map(str, table.columns))}")
+    for column in (*section.metadata, *section.prompt_labels):
+        if column in COLUMNS:
+            raise InvalidInput(f"{section.path}: column {column!r} is one of Millpond's own ({', '.join(COLUMNS)}); rename it")
+    both = set(section.prompt_labels) & set(section.token_labels)
+    if both:
+        raise InvalidInput(f"{section.path}: column {min(both)!r} cannot be a prompt label and a token label")
+    token_ids = _token_ids(table, section, model_folder)
+    for prompt_id, tokens in zip(ids, token_ids, strict=True):
+        _check_tokens(prompt_id, tokens, max_tokens, vocab_size)
+    lengths = [len(tokens) for tokens in token_ids]
+    labels = {name: _token_label(table[name], name, ids, lengths) for name in section.token_labels}
+    for name in section.prompt_labels:
+        check_label_name(name)
+    kept = table[[*section.metadata, *section.prompt_labels]].copy()
+    kept.insert(0, "id", ids)
+    return Prompts(
+        ids,
+        token_ids,
+        kept,
+        {name: values for name, (values, _) in labels.items()},
+        {name: dtype for name, (_, dtype) in labels.items()},
+    )
+
+
+def _read_table(path: Path, section: PromptsSection) -> pd.DataFrame:
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        if path.suffix == ".jsonl":
+            return _read_jsonl(path)
+        if path.suffix == ".txt":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return pd.DataFrame({section.text: [line for line in lines if line.strip()]})
+    except FileNotFoundError:
+        raise InvalidInput(f"prompt file {str(path)!r} does not exist; check prompts.path") from None
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except InvalidInput:
+        raise
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"prompt file {str(path)!r} cannot be read: {error}") from error
+    raise InvalidInput(f"prompt file {str(path)!r} ends in {path.suffix!r}; give .jsonl, .parquet or .txt")
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    rows = []
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise InvalidInput(f"{path}:{number}: not JSON ({error}); give one object a line") from None
+            if not isinstance(row, dict):
+                raise InvalidInput(f"{path}:{number}: {type(row).__name__}, not an object; give one object a line")
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _token_ids(table: pd.DataFrame, section: PromptsSection, model_folder: Path) -> list[list[int]]:
+    if section.token_ids in table:
+        try:
+            return [[int(token) for token in tokens] for tokens in table[section.token_ids]]
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"{section.path}: column {section.token_ids!r} must hold lists of integers: {error}") from error
+    if section.text not in table:
+        raise InvalidInput(
+            f"{section.path}: there is neither a column {section.text!r} nor {section.token_ids!r}; "
+            f"it has {', '.join(map(str, table.columns))}; name one in prompts.text or prompts.token_ids"
+        )
+    texts = table[section.text].tolist()
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise InvalidInput(f"{section.path}: prompt {number} has no text in column {section.text!r} (got {text!r})")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"model folder {str(model_folder)!r} has no usable tokenizer; add its tokenizer.json or give token ids in "
+            f"column {section.token_ids!r}"
+        ) from error
+    encoded: list[list[int]] = tokenizer(texts)["input_ids"]
+    return encoded
+
+
+def _check_tokens(prompt_id: str, tokens: Sequence[int], max_tokens: int, vocab_size: int) -> None:
+    if not tokens:
+        raise InvalidInput(f"prompt {prompt_id!r} has no tokens; give at least one")
+    if len(tokens) > max_tokens:
+        raise PromptTooLong(
+            f"prompt {prompt_id!r} has {len(tokens)} tokens; the model's context leaves room for {max_tokens}; cut the prompt"
+        )
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise InvalidInput(f"prompt {prompt_id!r} has token id {wrong}; the model's vocabulary has ids 0 to {vocab_size - 1}")
+
+
+def _token_label(
+    column: pd.Series[Any], name: str, ids: list[str], lengths: list[int]
+) -> tuple[dict[str, NDArray[Any]], str]:
+    check_label_name(name)
+    values = {}
+    for prompt_id, given, length in zip(ids, column, lengths, strict=True):
+        try:
+            array = np.asarray(given if isinstance(given, np.ndarray) else list(given))
+        except TypeError:
+            raise InvalidInput(f"token label {name!r} of prompt {prompt_id!r} is {given!r}; give a list, one value a token") from None
+        if len(array) != length:
+            raise InvalidInput(
+                f"token label {name!r} of prompt {prompt_id!r} has {len(array)} values, but the prompt has {length} tokens"
+            )
+        values[prompt_id] = array
+    widest = np.result_type(*{array.dtype for array in values.values()})
+    return values, label_dtype(name, widest)

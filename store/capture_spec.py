@@ -1,0 +1,109 @@
+"""What a capture is asked to do: the job file's schema and the wish a single request carries."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from millpond.store.errors import InvalidInput
+from millpond.store.positions import PositionFilter
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(_Section):
+    """Which model runs."""
+
+    path: str
+    """Folder with `config.json`, safetensors weights and the tokenizer."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Data type of weights and activations; `auto` is what the model's configuration says."""
+
+
+class CaptureSection(PositionFilter):
+    """Which activations are kept."""
+
+    hooks: tuple[str, ...] = Field(min_length=1)
+    """Hook point names or globs, such as `blocks.*.hook_resid_post`."""
+    max_new_tokens: int = Field(default=0, ge=0)
+    """Tokens generated greedily after each prompt; the last one's activations are never computed."""
+
+
+class PromptsSection(_Section):
+    """Where the prompts come from and which of their columns are kept."""
+
+    path: str
+    """A `.jsonl`, `.parquet` or `.txt` file (text: one prompt a line)."""
+    id: str = "id"
+    """Column with a unique id; missing, prompts are numbered."""
+    text: str = "text"
+    """Column with the text, tokenized with the model's tokenizer and its special tokens."""
+    token_ids: str = "token_ids"
+    """Column with token ids; where the file has it, the text is not tokenized."""
+    metadata: tuple[str, ...] = ()
+    """Columns kept in the prompt table."""
+    prompt_labels: tuple[str, ...] = ()
+    """Columns with one label a prompt."""
+    token_labels: tuple[str, ...] = ()
+    """Columns with a list of one label a prompt token."""
+
+
+class DestinationSection(_Section):
+    """Where the run goes."""
+
+    lake: str
+    """Folder of the lake; made if it is missing."""
+    run: str
+    """Name of the new run."""
+    chunk_rows: int = Field(default=512, gt=0)
+    shard_rows: int = Field(default=32_768, gt=0)
+
+
+class CaptureJob(_Section):
+    """A whole capture job, as its TOML file says it. Relative paths are relative to the working directory."""
+
+    model: ModelSection
+    capture: CaptureSection
+    prompts: PromptsSection
+    destination: DestinationSection
+    engine: dict[str, Any] = {}
+    """Further vLLM engine arguments, such as `max_num_seqs` or `enforce_eager`."""
+
+
+class CaptureWish(PositionFilter):
+    """What `SamplingParams.extra_args["millpond"]["capture"]` of one request says."""
+
+    id: str = Field(min_length=1)
+    """The prompt's id, unique within the run."""
+
+
+def read_job(path: Path) -> CaptureJob:
+    """The capture job in the TOML file `path`.
+
+    Raises:
+        InvalidInput: the file is missing, is not TOML, or a field cannot be used.
+    """
+    try:
+        with path.open("rb") as handle:
+            values = tomllib.load(handle)
+    except OSError as error:
+        raise InvalidInput(f"job file {str(path)!r} cannot be read: {error.strerror}; check the path") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"job file {str(path)!r} is not TOML: {error}") from error
+    try:
+        return CaptureJob.model_validate(values)
+    except ValidationError as error:
+        raise InvalidInput(f"job file {str(path)!r}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a failed validation, as `field: message (got value)`."""
+    problem = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "value"
+    given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+    return f"{field}: {problem['msg']}{given}"
