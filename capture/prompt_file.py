@@ -61,10 +61,14 @@ def read_prompts(section: PromptsSection, model_folder: Path, max_tokens: int, v
         raise InvalidInput(f"{section.path}: id {ids[int(np.argmax(repeated))]!r} occurs twice; ids must be unique")
     for column in (*section.metadata, *section.prompt_labels, *section.token_labels):
         if column not in table:
-            raise InvalidInput(f"{section.path}: there is no column {column!r}; it has {', '.join(map(str, table.columns))}")
+            raise InvalidInput(
+                f"{section.path}: there is no column {column!r}; it has {', '.join(map(str, table.columns))}"
+            )
     for column in (*section.metadata, *section.prompt_labels):
         if column in COLUMNS:
-            raise InvalidInput(f"{section.path}: column {column!r} is one of Millpond's own ({', '.join(COLUMNS)}); rename it")
+            raise InvalidInput(
+                f"{section.path}: column {column!r} is one of Millpond's own ({', '.join(COLUMNS)}); rename it"
+            )
     both = set(section.prompt_labels) & set(section.token_labels)
     if both:
         raise InvalidInput(f"{section.path}: column {min(both)!r} cannot be a prompt label and a token label")
@@ -127,7 +131,9 @@ def _token_ids(table: pd.DataFrame, section: PromptsSection, model_folder: Path)
         try:
             return [[int(token) for token in tokens] for tokens in table[section.token_ids]]
         except (TypeError, ValueError) as error:
-            raise InvalidInput(f"{section.path}: column {section.token_ids!r} must hold lists of integers: {error}") from error
+            raise InvalidInput(
+                f"{section.path}: column {section.token_ids!r} must hold lists of integers: {error}"
+            ) from error
     if section.text not in table:
         raise InvalidInput(
             f"{section.path}: there is neither a column {section.text!r} nor {section.token_ids!r}; "
@@ -159,7 +165,9 @@ def _check_tokens(prompt_id: str, tokens: Sequence[int], max_tokens: int, vocab_
         )
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
-        raise InvalidInput(f"prompt {prompt_id!r} has token id {wrong}; the model's vocabulary has ids 0 to {vocab_size - 1}")
+        raise InvalidInput(
+            f"prompt {prompt_id!r} has token id {wrong}; the model's vocabulary has ids 0 to {vocab_size - 1}"
+        )
 
 
 def _token_label(
@@ -171,7 +179,9 @@ def _token_label(
         try:
             array = np.asarray(given if isinstance(given, np.ndarray) else list(given))
         except TypeError:
-            raise InvalidInput(f"token label {name!r} of prompt {prompt_id!r} is {given!r}; give a list, one value a token") from None
+            raise InvalidInput(
+                f"token label {name!r} of prompt {prompt_id!r} is {given!r}; give a list, one value a token"
+            ) from None
         if len(array) != length:
             raise InvalidInput(
                 f"token label {name!r} of prompt {prompt_id!r} has {len(array)} values, but the prompt has {length} tokens"
