@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-import millpond
 from millpond.capture.prompt_file import Prompts, read_prompts
 from millpond.store.capture_spec import CaptureJob, read_job
 from millpond.store.dtypes import STORED_AS, check_dtype
 from millpond.store.errors import CaptureFailed, InvalidInput, RunExists
 from millpond.store.hooks import Hook, match_hooks
 from millpond.store.lake import Lake, open_lake
+from millpond.store.manifest import check_run_name
 from millpond.store.reprs import human_bytes
 from millpond.store.run import Run
 from millpond.store.seal import seal_run
@@ -196,9 +198,12 @@ def _check_destination(plan: CapturePlan, resume: bool) -> None:
         lake = open_lake(folder)
         if not resume or destination.run not in lake:
             lake.check_new(destination.run)
-    existing = folder
+    check_run_name(destination.run)
+    existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise InvalidInput(f"destination {destination.lake!r} cannot be written; name a folder that you may write")
     free = shutil.disk_usage(existing).free
     needed = 2 * plan.bytes
     if free < needed:
@@ -337,14 +342,14 @@ def _provenance(plan: CapturePlan) -> dict[str, Any]:
 
     tokenizer = plan.model.folder / "tokenizer.json"
     return {
-        "model": plan.model.folder.resolve().name,
+        "model": "/".join(plan.model.folder.resolve().parts[-2:]),
         "architecture": plan.model.architecture,
         "n_layers": plan.model.n_layers,
         "weight_bytes": plan.model.weight_bytes,
         "weights_sha256": {path.name: _sha256(path) for path in sorted(plan.model.folder.glob("*.safetensors"))},
         "tokenizer_sha256": _sha256(tokenizer) if tokenizer.is_file() else None,
         "vllm": check_vllm_version(),
-        "millpond": millpond.__version__,
+        "millpond": version("millpond"),
         "capture": plan.job.model_dump(mode="json"),
         "fingerprint": _fingerprint(plan),
     }

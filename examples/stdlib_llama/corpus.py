@@ -12,7 +12,16 @@ from pathlib import Path
 HELD_OUT_PERCENT = 12
 """A file is held out when the SHA-256 of its path, modulo 100, is below this."""
 
-_SKIPPED_PARTS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
+_SKIPPED_PARTS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ def logical_line_starts(text: str) -> list[int]:
     These are the beginnings of the physical lines that follow a NEWLINE token, plus offset 0.
     """
     line_offsets = [0]
-    for line in text.splitlines(keepends=True):
-        line_offsets.append(line_offsets[-1] + len(line))
+    for line in text.split("\n"):
+        line_offsets.append(line_offsets[-1] + len(line) + 1)
     starts = [0]
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.NEWLINE and token.end[0] < len(line_offsets):

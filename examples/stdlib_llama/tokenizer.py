@@ -12,9 +12,7 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 
 # Each alternative is one pre-token. Quotes, brackets and '#' stand alone, so that a token lies
 # wholly inside or outside a string, a bracket or a comment.
-_PRE_TOKENS = (
-    r"""\n| ?"{3}| ?'{3}| ?["'#()\[\]{}]| ?[\p{L}_]+| ?\p{N}+| ?[^\s\p{L}\p{N}_"'#()\[\]{}]+|[^\S\n]+(?=[^\S\n]\S)|[^\S\n]+"""
-)
+_PRE_TOKENS = r"""\n| ?"{3}| ?'{3}| ?["'#()\[\]{}]| ?[\p{L}_]+| ?\p{N}+| ?[^\s\p{L}\p{N}_"'#()\[\]{}]+|[^\S\n]+(?=[^\S\n]\S)|[^\S\n]+"""
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:

@@ -226,7 +226,12 @@ def train(config: Config, out: Path) -> None:
     losses = {"model": held_out_loss(model, held_out), **baseline_losses(stream.ids, held_out)}
     record = {
         "config": asdict(config),
-        "corpus": {"sha256": digest(files), "files": len(files), "training_tokens": len(stream.ids), "held_out_tokens": held_out.numel()},
+        "corpus": {
+            "sha256": digest(files),
+            "files": len(files),
+            "training_tokens": len(stream.ids),
+            "held_out_tokens": held_out.numel(),
+        },
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_nats_per_token": losses,
         "python": platform.python_version(),
@@ -241,7 +246,9 @@ def train(config: Config, out: Path) -> None:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "model", help="folder of the trained model (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "model", help="folder of the trained model (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=Config.steps, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     arguments = parser.parse_args()

@@ -1,0 +1,202 @@
+"""The `millpond` command. Each subcommand is a frozen dataclass: its fields are the flags, their docstrings the help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import tyro
+
+from millpond.store.errors import InvalidInput, MillpondError
+
+
+class _Command(Protocol):
+    def run(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Capture the activations of a file of prompts into a new run, as a TOML file says."""
+
+    job: Annotated[Path, tyro.conf.Positional]
+    """The job file; docs/capture.md describes it."""
+    dry_run: bool = False
+    """Check everything and print tokens, bytes and an estimate of the time; write nothing."""
+    resume: bool = False
+    """Go on with the open run that an interrupted capture of the same job left."""
+
+    def run(self) -> int:
+        """Run the job."""
+        from millpond.capture.job import plan_capture, run_capture
+        from millpond.store.capture_spec import read_job
+        from millpond.store.reprs import human_bytes
+
+        plan = plan_capture(read_job(self.job), resume=self.resume)
+        print(plan.summary(), flush=True)
+        if self.dry_run:
+            return 0
+        done = run_capture(plan, resume=self.resume)
+        print(
+            f"run {done.run_name!r} is sealed: {done.rows:,} rows asked = {done.rows:,} stored, of {done.prompts:,} prompts; "
+            f"{human_bytes(done.bytes)} in {done.seconds:.1f} s, {done.tokens_per_second:,.0f} tokens/s "
+            f"(engine start {done.startup_seconds:.0f} s)"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Ls:
+    """List the runs of a lake."""
+
+    lake: Annotated[Path, tyro.conf.Positional]
+    """Folder of the lake."""
+
+    def run(self) -> int:
+        """Print one line a run."""
+        import millpond
+        from millpond.store.reprs import human_bytes
+
+        lake = millpond.open(self.lake)
+        for name in lake.runs():
+            run = lake[name]
+            print(
+                f"{name:32} {run.state:7} {len(run.prompts):>9,} prompts {run.n_rows:>13,} rows "
+                f"{len(run.hooks):>3} hooks {human_bytes(run.nbytes):>10}"
+            )
+        return 0
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show what a run holds and where it came from."""
+
+    lake: Annotated[Path, tyro.conf.Positional]
+    """Folder of the lake."""
+    name: Annotated[str, tyro.conf.Positional]
+    """The run."""
+
+    def run(self) -> int:
+        """Print the run's facts and provenance."""
+        import json
+
+        import millpond
+
+        run = millpond.open(self.lake)[self.name]
+        print(run)
+        print("  provenance:")
+        for line in json.dumps(run.provenance, indent=2).splitlines()[1:-1]:
+            print("  " + line)
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check every byte, count and value of a lake's runs against their manifests."""
+
+    lake: Annotated[Path, tyro.conf.Positional]
+    """Folder of the lake."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The runs; all of them by default."""
+
+    def run(self) -> int:
+        """Print one line a run and one a problem; 1 if there is any."""
+        import millpond
+        from millpond.store.reprs import human_bytes
+        from millpond.store.verify import verify_run
+
+        lake = millpond.open(self.lake)
+        whole = True
+        for name in self.names or lake.runs():
+            found = verify_run(lake[name], progress=sys.stderr.isatty())
+            verdict = "whole" if found.ok else f"{len(found.problems)} problems"
+            print(
+                f"{name}: {verdict}; {found.rows:,} rows, {found.prompts:,} prompts, "
+                f"{found.files} files, {human_bytes(found.bytes)} checked"
+            )
+            for problem in found.problems:
+                print(f"  {problem}")
+            whole = whole and found.ok
+        return 0 if whole else 1
+
+
+@dataclass(frozen=True)
+class Rm:
+    """Remove a run and everything in it."""
+
+    lake: Annotated[Path, tyro.conf.Positional]
+    """Folder of the lake."""
+    name: Annotated[str, tyro.conf.Positional]
+    """The run."""
+
+    def run(self) -> int:
+        """Remove the run."""
+        import millpond
+
+        millpond.open(self.lake).delete(self.name)
+        print(f"removed run {self.name!r}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The main job on real input: capture the example model, sweep probes, train an SAE, write a report."""
+
+    out: Path = Path("demo")
+    """Folder of the demo's lake, results and report."""
+    tokens: int = 200_000
+    """Tokens to capture."""
+
+    def run(self) -> int:
+        """Run the demo and print the report's path."""
+        from millpond.hub.demo import DemoConfig, run_demo
+
+        run_demo(DemoConfig(out=self.out, tokens=self.tokens))
+        return 0
+
+
+_COMMANDS: dict[str, Callable[..., _Command]] = {
+    "capture": Capture,
+    "ls": Ls,
+    "show": Show,
+    "verify": Verify,
+    "rm": Rm,
+    "demo": Demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 for a failed run, 2 for input that cannot be used, 130 when interrupted."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if list(arguments) == ["--version"]:
+        import millpond
+
+        print(f"millpond {millpond.__version__}")
+        return 0
+    command = tyro.extras.subcommand_cli_from_dict(
+        _COMMANDS, prog="millpond", args=arguments, description="Activations of language models, next to the GPUs."
+    )
+    try:
+        return command.run()
+    except InvalidInput as error:
+        print(f"millpond: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except MillpondError as error:
+        print(f"millpond: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "millpond: interrupted; an open run keeps what was committed (millpond capture --resume)", file=sys.stderr
+        )
+        return 130
+
+
+def _one_line(error: MillpondError) -> str:
+    return f"{type(error).__name__}: " + " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+# Two commands set everything up: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check lint types layers format clean help
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
+
+demo: ## install, run the main job on real input, write demo/report.html
+	$(PYTHON) tools/install.py --for demo
+	$(BIN)/millpond demo
+
+test: ## install, then run every test
+	$(PYTHON) tools/install.py --for test
+	$(BIN)/python -m pytest
+
+check: lint types layers ## everything that needs no test run
+
+lint: ## ruff
+	$(PYTHON) tools/install.py --for test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: ## mypy --strict
+	$(BIN)/mypy
+
+layers: ## import-linter: which room may import which
+	$(BIN)/lint-imports
+
+format: ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the commands above made
+	rm -rf .venv demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

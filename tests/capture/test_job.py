@@ -1,0 +1,258 @@
+"""What a capture job refuses, how it says so, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import millpond as mp
+from millpond.capture.job import plan_capture
+from millpond.cli import main
+from millpond.store.capture_spec import read_job
+from millpond.store.verify import verify_run
+
+GOOD = [
+    {"id": "a", "token_ids": [0, 5, 6], "mark": [True, False, True]},
+    {"id": "b", "token_ids": [0, 7], "mark": [False, True]},
+]
+
+
+def refused(job: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    """The command ends with 2 and one line that holds `words`."""
+    assert main(["capture", str(job)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    for word in words:
+        assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"path": "nowhere/model"}}, ["'nowhere/model'", "config.json", "Hugging Face model folder"]),
+        ({"model": {"dtype": "int4"}}, ["model.dtype", "'int4'", "bfloat16"]),
+        (
+            {"capture": {"hooks": ["blocks.9.hook_resid_post"]}},
+            ["blocks.9.hook_resid_post", "blocks.{0..5}.hook_resid_post"],
+        ),
+        ({"capture": {"hooks": ["resid"]}}, ["'resid'", "blocks.{0..5}.hook_resid_post"]),
+        ({"capture": {"hooks": ["blocks.1.hook_mlp_out"]}}, ["blocks.1.hook_mlp_out"]),
+        ({"capture": {"hooks": []}}, ["capture.hooks"]),
+        ({"capture": {"positions": [2]}}, ["capture.positions", "'b'", "2 tokens"]),
+        ({"capture": {"positions": "some"}}, ["capture.positions", "'some'"]),
+        ({"capture": {"positions": "generated"}}, ["capture.positions", "selects no token"]),
+        ({"capture": {"hook": "x"}}, ["capture.hook", "Extra inputs"]),
+        ({"prompts": {"path": "nowhere.jsonl"}}, ["'nowhere.jsonl'", "does not exist"]),
+        ({"prompts": {"path": "prompts.csv"}}, ["'prompts.csv'", ".jsonl, .parquet or .txt"]),
+        ({"prompts": {"metadata": ["author"]}}, ["'author'", "id, token_ids, mark"]),
+        ({"destination": {"run": "../up"}}, ["'../up'"]),
+        ({"destination": {"lake": "/proc/lake"}}, ["/proc/lake"]),
+        ({"destination": {"shard_rows": 100}}, ["shard_rows 100", "chunk_rows 16"]),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(
+    sections: dict[str, Any],
+    words: list[str],
+    tmp_path: Path,
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused(write_job(write_prompts(GOOD), **sections), capsys, *words)
+    assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ([], ["has no prompts"]),
+        ([{"id": "a", "token_ids": []}], ["'a'", "no tokens"]),
+        ([{"id": "a", "token_ids": [0] * 600}], ["PromptTooLong", "'a'", "600", "511"]),
+        ([{"id": "a", "token_ids": [0, 4096]}], ["'a'", "4096", "0 to 4095"]),
+        ([{"id": "a", "token_ids": [0]}, {"id": "a", "token_ids": [1]}], ["'a'", "twice"]),
+        ([{"id": "a", "token_ids": ["x"]}], ["token_ids", "lists of integers"]),
+        ([{"id": "a", "body": "x"}], ["'text'", "'token_ids'", "body"]),
+        ([{"id": "a", "text": 3}], ["prompt 1", "3"]),
+    ],
+)
+def test_bad_prompts_are_refused(
+    prompts: list[dict[str, Any]],
+    words: list[str],
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused(write_job(write_prompts(prompts)), capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([[True], [True, False]], ["'mark'", "'a'", "1 values", "3 tokens"]),
+        ([[True, True, True], 4], ["'mark'", "'b'", "4"]),
+        ([["x", "y", "z"], ["x", "y"]], ["'mark'", "booleans, integers or floats"]),
+    ],
+)
+def test_token_labels_of_the_wrong_form_are_refused(
+    labels: list[Any],
+    words: list[str],
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = [prompt | {"mark": mark} for prompt, mark in zip(GOOD, labels, strict=True)]
+    refused(write_job(write_prompts(prompts), prompts={"token_labels": ["mark"]}), capsys, *words)
+
+
+def test_malformed_jsonl_names_the_line(
+    tmp_path: Path, write_job: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"id": "a", "token_ids": [1]}\n\n{"id": "b", \n')
+    refused(write_job(path), capsys, "broken.jsonl:3")
+
+
+def test_malformed_toml_and_a_missing_job_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.toml"
+    refused(path, capsys, "job.toml", "No such file")
+    path.write_text("[model\n")
+    refused(path, capsys, "job.toml", "not TOML", "line 1")
+    path.write_text("[model]\n")
+    refused(path, capsys, "job.toml", "model.path", "required")
+
+
+def test_an_existing_run_and_a_full_disk_are_refused(
+    tmp_path: Path,
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = write_job(write_prompts(GOOD))
+    lake = mp.open(tmp_path / "lake", create=True)
+    lake.create_run("run", hooks=("blocks.0.hook_resid_post",), d_model=4, dtype="float32")
+    refused(job, capsys, "RunExists", "'run'", "millpond rm")
+    lake.delete("run")
+    many = [{"id": str(number), "token_ids": [0] * 500} for number in range(10)]
+    plan = plan_capture(read_job(write_job(write_prompts(many))))
+    assert plan.rows == 5000
+    assert plan.bytes == 5000 * 6 * 256 * 4
+
+
+def test_a_dry_run_counts_and_writes_nothing(
+    tmp_path: Path,
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["capture", str(write_job(write_prompts(GOOD), capture={"positions": "last"})), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "2, 5 tokens" in printed
+    assert "2 a hook, 12.3 kB in all" in printed  # 2 rows x 6 hooks x 256 x 4 bytes
+    assert not (tmp_path / "lake").exists()
+
+
+def run_cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "millpond.cli", *arguments], capture_output=True, text=True, **options)
+
+
+@pytest.mark.slow
+def test_texts_labels_and_metadata_reach_the_run(tmp_path: Path, write_job: Callable[..., Path]) -> None:
+    texts = ["def f(x):\n    return x\n", "import os\n", "class A:\n    pass\n"]
+    path = tmp_path / "prompts.parquet"
+    pd.DataFrame(
+        {"name": ["x", "y", "z"], "text": texts, "kind": ["def", "import", "class"], "n": [1, 2, 3]}
+    ).to_parquet(path)
+    job = write_job(path, prompts={"id": "name", "prompt_labels": ["kind"], "metadata": ["n"]})
+    done = run_cli("capture", str(job))
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = mp.open(tmp_path / "lake")["run"]
+    table = run.prompts.set_index("id")
+    assert table["n"].to_dict() == {"x": 1, "y": 2, "z": 3}
+    tokens = run.tokens.compute()
+    kinds = run.labels["kind"].values
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.provenance["capture"]["model"]["path"])
+    for number, row in run.prompts.iterrows():
+        mine = tokens["prompt"].values == number
+        assert tokenizer.decode(tokens["token_id"].values[mine][1:]) == texts["xyz".index(row["id"])]
+        assert set(kinds[mine]) == {row["kind"]}
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_in_the_middle_leaves_no_run(
+    tmp_path: Path, write_prompts: Callable[..., Path], write_job: Callable[..., Path]
+) -> None:
+    job = write_job(write_prompts([{"id": str(number), "token_ids": [0] * 500} for number in range(8)]))
+    script = f"""
+        mount -t tmpfs -o size=64m none {tmp_path}/disk
+        (until [ -e {tmp_path}/disk/lake/runs/run/run.json ]; do sleep 0.05; done
+         head -c 60M /dev/zero > {tmp_path}/disk/filler) &
+        {sys.executable} -m millpond.cli capture {job}
+        code=$?
+        wait
+        echo runs left: $(ls -A {tmp_path}/disk/lake/runs)
+        exit $code
+    """
+    (tmp_path / "disk").mkdir()
+    job.write_text(job.read_text().replace(str(tmp_path / "lake"), str(tmp_path / "disk" / "lake")))
+    namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    done = subprocess.run([*namespace, "sh", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert done.stderr.splitlines()[-1].startswith(
+        "millpond: CaptureFailed: writing to the lake failed: No space left on device"
+    )
+    assert done.stdout.splitlines()[-1] == "runs left:"
+
+
+@pytest.mark.slow
+def test_a_killed_capture_is_resumed_without_losing_or_repeating_a_prompt(
+    tmp_path: Path, write_prompts: Callable[..., Path], write_job: Callable[..., Path]
+) -> None:
+    rng = np.random.default_rng(0)
+    sent = [{"id": str(n), "token_ids": [0, *rng.integers(2, 4096, 200).tolist()]} for n in range(600)]
+    job = write_job(write_prompts(sent), destination={"chunk_rows": 64, "shard_rows": 1024})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "millpond.cli", "capture", str(job)],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not list((tmp_path / "lake" / "runs").glob("run/commits/[!.]*.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run = mp.open(tmp_path / "lake")["run"]
+    assert run.state == "open"
+    assert 0 < len(run.prompts) < len(sent)
+    assert verify_run(run).problems == []
+    other = write_job(write_prompts(sent[1:], "other.jsonl"), destination={"chunk_rows": 64, "shard_rows": 1024})
+    refused_job = run_cli("capture", str(other), "--resume")
+    assert refused_job.returncode == 2
+    assert "another job" in refused_job.stderr
+    job = write_job(write_prompts(sent), destination={"chunk_rows": 64, "shard_rows": 1024})
+    done = run_cli("capture", str(job), "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = mp.open(tmp_path / "lake")["run"]
+    assert sorted(run.prompts["id"], key=int) == [prompt["id"] for prompt in sent]
+    assert verify_run(run).problems == []
+    tokens = run.tokens.compute()
+    for number, prompt_id in run.prompts["id"].items():
+        assert (
+            tokens["token_id"].values[tokens["prompt"].values == number].tolist() == sent[int(prompt_id)]["token_ids"]
+        )
