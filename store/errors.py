@@ -3,6 +3,7 @@
 MillpondError
 ├── InvalidInput          what the caller gave cannot be used; nothing was changed
 │   ├── HookNotCaptured   the run does not hold that hook point
+│   ├── LabelNotFound     the run has no label of that name
 │   ├── RunNotFound       the lake holds no run of that name
 │   ├── RunExists         the lake already holds a run of that name
 │   └── PromptTooLong     a prompt does not fit the model's context
@@ -24,6 +25,12 @@ class HookNotCaptured(InvalidInput, KeyError):
     """The run does not hold that hook point."""
 
     __str__ = Exception.__str__  # KeyError would quote the message
+
+
+class LabelNotFound(InvalidInput, KeyError):
+    """The run has no label of that name."""
+
+    __str__ = Exception.__str__
 
 
 class RunNotFound(InvalidInput, KeyError):

@@ -70,7 +70,9 @@ def match_hooks(patterns: str | Iterable[str], available: Sequence[str], where: 
         canonical = re.sub(r"hook_out$", "hook_resid_post", pattern)
         found = [name for name in available if fnmatchcase(name, canonical)]
         if not found:
-            raise HookNotCaptured(f"{pattern!r} selects no hook point: {where} {summarize_hooks(available)}")
+            raise HookNotCaptured(
+                f"{pattern!r} selects no hook point: {where} {summarize_hooks(available)}; name one of these"
+            )
         chosen.update(found)
     return tuple(name for name in available if name in chosen)
 

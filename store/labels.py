@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.store.errors import InvalidInput
-from millpond.store.files import read_json, sync_folder
+from millpond.store.errors import InvalidInput, LabelNotFound, LakeCorrupt
+from millpond.store.files import sync_folder, write_json
 from millpond.store.lazy import block_array, coordinates
-from millpond.store.manifest import ArrayChecksums
+from millpond.store.manifest import ArrayChecksums, LabelRecord, read_record
 from millpond.store.rows import Block, RowPlan
 from millpond.store.shards import ArraySpec, ArrayWriter, read_rows
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-_NAME = re.compile(r"[A-Za-z_]\w{0,127}")
+_NAME = re.compile(r"[A-Za-z_]\w{0,127}", re.ASCII)
 _STORED_DTYPES = {"b": "bool", "i": "int64", "u": "int64", "f": "float32"}
 
 
@@ -34,7 +34,9 @@ def check_label_name(name: str) -> str:
         InvalidInput: otherwise.
     """
     if not _NAME.fullmatch(name):
-        raise InvalidInput(f"label name {name!r} is not allowed; use letters, digits and '_', starting with a letter")
+        raise InvalidInput(
+            f"label name {name!r} is not allowed; use 1 to 128 letters, digits and '_', starting with a letter"
+        )
     return name
 
 
@@ -53,7 +55,7 @@ def write_token_label(plan: RowPlan, name: str, values: Mapping[int, NDArray[Any
     """Store a token label of a whole run: `values[prompt number]` holds one value a token, from position 0.
 
     Raises:
-        InvalidInput: the run has the label, or a prompt has too few values for its rows.
+        InvalidInput: the run has the label, or a prompt has too few values for its rows, or of another type.
     """
     folder = plan.folder / "labels" / check_label_name(name) / "1"
     if folder.exists():
@@ -69,6 +71,11 @@ def write_token_label(plan: RowPlan, name: str, values: Mapping[int, NDArray[Any
             edges = np.flatnonzero(np.diff(prompts)) + 1
             for rows in np.split(np.arange(len(prompts)), edges):
                 of_prompt = values[int(prompts[rows[0]])]
+                if not np.can_cast(of_prompt.dtype, dtype, "same_kind"):
+                    raise InvalidInput(
+                        f"label {name!r} of prompt number {int(prompts[rows[0]])} has data type {of_prompt.dtype}, "
+                        f"which {dtype} cannot hold; give {dtype} values"
+                    )
                 last = int(positions[rows].max())
                 if last >= len(of_prompt):
                     raise InvalidInput(
@@ -78,12 +85,18 @@ def write_token_label(plan: RowPlan, name: str, values: Mapping[int, NDArray[Any
                 out[rows] = of_prompt[positions[rows]]
             writer.append(out)
         checksums = ArrayChecksums.of(writer.finish())
-        (temporary / "label.json").write_text(
-            checksums.model_copy().model_dump_json()[:-1] + f', "dtype": "{dtype}"}}\n'
-        )
+        write_json(temporary / "label.json", {**checksums.model_dump(mode="json"), "dtype": dtype})
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if folder.exists():
+                raise InvalidInput(
+                    f"label {name!r} was just added to run {plan.spec.name!r} by somebody else; choose another name"
+                ) from error
+            raise
+        for changed in (folder.parent, folder.parent.parent, plan.folder):
+            sync_folder(changed)
     finally:
         writer.close()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -143,12 +156,17 @@ class Labels(Mapping[str, "xr.DataArray"]):
             data = block_array(plan, _ReadPromptLabel(plan, values), f"label-{name}", values.dtype)
         elif name in self.token_labels:
             folder = plan.folder / "labels" / name / "1"
-            dtype = read_json(folder / "label.json")["dtype"]
-            spec = plan.spec.row_array(dtype)
-            data = block_array(plan, _ReadTokenLabel(plan, folder, spec), f"label-{name}", np.dtype(dtype))
+            record = read_record(folder / "label.json", LabelRecord)
+            if record.rows != plan.offsets[-1]:
+                raise LakeCorrupt(
+                    f"label {name!r} has {record.rows} values, but run {plan.spec.name!r} has {plan.offsets[-1]} rows; "
+                    "a label of an open run does not grow with it: add it again after sealing"
+                )
+            spec = plan.spec.row_array(record.dtype)
+            data = block_array(plan, _ReadTokenLabel(plan, folder, spec), f"label-{name}", np.dtype(record.dtype))
         else:
-            raise InvalidInput(
-                f"label {name!r} is not in run {plan.spec.name!r}, which has {', '.join(self) or 'none'}"
+            raise LabelNotFound(
+                f"label {name!r} is not in run {plan.spec.name!r}, which has {', '.join(self) or 'none'}; name one of these"
             )
         return xr.DataArray(data, dims=("row",), coords=coordinates(plan), name=name)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic_core import PydanticSerializationError
 
 from millpond.store.dtypes import check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound
@@ -50,15 +53,21 @@ def open_lake(path: str | os.PathLike[str], *, create: bool = False) -> Lake:
         if not create:
             raise InvalidInput(f"{text!r} is not a lake (it has no {_MARKER}); capture into it first or check the path")
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if not _is_new(folder):
             raise InvalidInput(f"{text!r} is neither a lake nor empty; name an empty or new folder")
-        (folder / "runs").mkdir()
+        (folder / "runs").mkdir(exist_ok=True)
         write_json(marker, {"format": "millpond-lake", "version": FORMAT_VERSION})
     except OSError as error:
         raise InvalidInput(
             f"lake {text!r} cannot be used: {error.strerror}; name a folder that you may write"
         ) from error
     return Lake(folder)
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether nothing is in `folder`, or only what creating a lake leaves when it is interrupted."""
+    left = [path for path in folder.iterdir() if not path.name.startswith(f".{_MARKER}.")]
+    return not left or (left == [folder / "runs"] and not any(left[0].iterdir()))
 
 
 class Lake(Mapping[str, "Run"]):
@@ -84,10 +93,16 @@ class Lake(Mapping[str, "Run"]):
     def __getitem__(self, name: str) -> Run:
         from millpond.store.run import open_run
 
-        if name not in self.runs():
-            held = ", ".join(self.runs()) or "no runs"
-            raise RunNotFound(f"run {name!r} is not in the lake {str(self.folder)!r}, which holds {held}")
+        self._check_held(name)
         return open_run(self.run_folder(name))
+
+    def _check_held(self, name: str) -> None:
+        held = self.runs()
+        if name not in held:
+            raise RunNotFound(
+                f"run {name!r} is not in the lake {str(self.folder)!r}, which holds {', '.join(held) or 'no runs'}; "
+                "name one of its runs or capture into a new one"
+            )
 
     def run_folder(self, name: str) -> Path:
         """The folder of the run called `name`, whether or not it exists."""
@@ -126,6 +141,11 @@ class Lake(Mapping[str, "Run"]):
             InvalidInput: an argument cannot be used.
         """
         self.check_new(name)
+        if not hooks:
+            raise InvalidInput("hooks is empty; name at least one hook point")
+        for field, value in {"d_model": d_model, "chunk_rows": chunk_rows, "shard_rows": shard_rows}.items():
+            if value < 1:
+                raise InvalidInput(f"{field} is {value}; give 1 or more")
         if shard_rows % chunk_rows:
             raise InvalidInput(f"shard_rows {shard_rows} is not a multiple of chunk_rows {chunk_rows}")
         spec = RunSpec.model_validate(
@@ -144,19 +164,25 @@ class Lake(Mapping[str, "Run"]):
         folder = self.run_folder(name)
         temporary = folder.with_name(f".new-{spec.id}")
         temporary.mkdir()
-        write_json(temporary / "run.json", spec.model_dump(mode="json"))
         try:
+            write_json(temporary / "run.json", spec.model_dump(mode="json"))
             temporary.rename(folder)
+        except (ValueError, PydanticSerializationError) as error:
+            raise InvalidInput(f"provenance of run {name!r} cannot be written as JSON: {error}") from error
         except OSError as error:
-            remove_tree(temporary)
-            raise RunExists(f"run {name!r} was just created by somebody else in {str(self.folder)!r}") from error
+            if folder.exists():
+                raise RunExists(
+                    f"run {name!r} was just created by somebody else in {str(self.folder)!r}; choose another name"
+                ) from error
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(folder.parent)
         return spec
 
     def delete(self, name: str) -> None:
         """Remove a run and everything in it, at once for every reader that opens it later."""
-        if name not in self.runs():
-            raise RunNotFound(f"run {name!r} is not in the lake {str(self.folder)!r}")
+        self._check_held(name)
         remove_tree(self.run_folder(name))
 
     def __repr__(self) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millpond.store.dtypes import STORED_AS
-from millpond.store.errors import InvalidInput
+from millpond.store.errors import InvalidInput, LakeCorrupt
+from millpond.store.files import read_json
 from millpond.store.shards import ArrayRecord, ArraySpec
 
 FORMAT_VERSION: Literal[1] = 1
@@ -82,6 +84,12 @@ class ArrayChecksums(_Record):
         return cls(rows=record.rows, shards=record.shards)
 
 
+class LabelRecord(ArrayChecksums):
+    """A token label as it was when it was added (`label.json`)."""
+
+    dtype: Literal["bool", "int64", "float32"]
+
+
 class Part(_Record):
     """Rows that became visible together: a committed segment, or the data of a sealed run."""
 
@@ -107,3 +115,29 @@ class Manifest(_Record):
     """Columns of the prompt table that are labels; the others are metadata."""
     counts: dict[str, int] = {}
     """What the capture asked for and what was stored."""
+
+
+_R = TypeVar("_R", bound=_Record)
+
+
+def read_record(path: Path, record: type[_R]) -> _R:
+    """The record in the JSON file `path`.
+
+    Raises:
+        InvalidInput: a newer Millpond wrote it.
+        LakeCorrupt: it is not such a record.
+    """
+    value = read_json(path)
+    version = value.get("version", FORMAT_VERSION) if isinstance(value, dict) else FORMAT_VERSION
+    if version != FORMAT_VERSION:
+        raise InvalidInput(
+            f"{path} has format version {version!r}; this Millpond reads version {FORMAT_VERSION}: upgrade Millpond"
+        )
+    try:
+        return record.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "document"
+        raise LakeCorrupt(
+            f"{path} is no {record.__name__}: {field}: {first['msg']}; restore it or delete the run"
+        ) from error

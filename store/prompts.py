@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from millpond.store.errors import LakeCorrupt
 from millpond.store.files import write_whole
 
-COLUMNS = ("id", "sha256", "n_prompt_tokens", "n_tokens", "n_rows")
-"""Columns that every prompt table has; `sha256` is of the prompt's token ids as little-endian int32."""
+COLUMNS = {"id": "str", "sha256": "str", "n_prompt_tokens": "int64", "n_tokens": "int64", "n_rows": "int64"}
+"""Columns that every prompt table has, and their data types; `sha256` is of the prompt's token ids as little-endian int32."""
 
 
 def write_prompt_table(folder: Path, table: pd.DataFrame) -> tuple[int, int]:
@@ -30,9 +30,17 @@ def read_prompt_table(folder: Path) -> pd.DataFrame:
     """The prompt table in `folder`; its index is the number that the `prompt` coordinate holds."""
     path = folder / "prompts.parquet"
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
     except FileNotFoundError:
-        raise LakeCorrupt(f"{path} is missing; run millpond verify") from None
+        raise LakeCorrupt(f"{path} is missing; restore it or delete the run") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise LakeCorrupt(
+            f"{path} is no Parquet file ({' '.join(str(error).split())}); restore it or delete the run"
+        ) from error
+    missing = [name for name in COLUMNS if name not in table]
+    if missing:
+        raise LakeCorrupt(f"{path} has no column {missing[0]!r}; restore it or delete the run")
+    return table
 
 
 def row_offsets(n_rows: pd.Series[int]) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from millpond.store.errors import MillpondError
 from millpond.store.hooks import summarize_hooks
 
 if TYPE_CHECKING:
@@ -52,7 +53,12 @@ def run_html(run: Run) -> str:
 
 def lake_html(lake: Lake) -> str:
     """The HTML repr of a lake: a line a run."""
-    rows = [(name, "; ".join(value for _, value in run_facts(lake[name]))) for name in lake.runs()]
+    rows = []
+    for name in lake.runs():
+        try:
+            rows.append((name, "; ".join(value for _, value in run_facts(lake[name]))))
+        except MillpondError as error:  # one broken run must not hide the others
+            rows.append((name, str(error)))
     return _table(f"Lake {lake.folder}", rows or [("", "no runs")])
 
 

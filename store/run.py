@@ -12,10 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from millpond.store.errors import HookNotCaptured, InvalidInput, LakeCorrupt, RunOpen
-from millpond.store.files import read_json
 from millpond.store.hooks import match_hooks, summarize_hooks
-from millpond.store.manifest import Manifest, Part, RunSpec
-from millpond.store.prompts import read_prompt_table, row_offsets
+from millpond.store.manifest import Manifest, Part, RunSpec, read_record
+from millpond.store.prompts import COLUMNS, read_prompt_table, row_offsets
 from millpond.store.rows import RowPlan
 
 if TYPE_CHECKING:
@@ -27,27 +26,41 @@ if TYPE_CHECKING:
 
 def open_run(folder: Path) -> Run:
     """Open the run in `folder`, as it is now; what is committed later is seen by opening it again."""
-    spec = RunSpec.model_validate(read_json(folder / "run.json"))
-    if (folder / "manifest.json").is_file():
-        manifest = Manifest.model_validate(read_json(folder / "manifest.json"))
-        parts: tuple[Part, ...] = (manifest.data,)
-    else:
-        manifest = None
-        parts = committed_parts(folder)
+    spec = read_record(folder / "run.json", RunSpec)
+    sealed = folder / "manifest.json"
+    if not sealed.is_file():
+        try:
+            run = _open(folder, spec, None)
+        except (LakeCorrupt, FileNotFoundError):
+            if not sealed.is_file():
+                raise
+        else:
+            if not sealed.is_file():
+                return run
+    # sealing removes the commits and segments that an open run is read from, after the manifest has appeared
+    return _open(folder, spec, read_record(sealed, Manifest))
+
+
+def _open(folder: Path, spec: RunSpec, manifest: Manifest | None) -> Run:
+    if manifest is not None and manifest.run != spec:
+        raise LakeCorrupt(f"run {spec.name!r}: run.json and manifest.json disagree; restore run.json or delete the run")
+    parts = committed_parts(folder) if manifest is None else (manifest.data,)
     tables = [read_prompt_table(folder / part.path) for part in parts]
-    prompts = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"id": [], "n_rows": []})
-    if int(prompts["n_rows"].sum()) != sum(part.rows for part in parts):
-        raise LakeCorrupt(
-            f"run {spec.name!r}: its prompt table counts {int(prompts['n_rows'].sum())} rows, its manifest "
-            f"{sum(part.rows for part in parts)}; run millpond verify"
-        )
+    for part, table in zip(parts, tables, strict=True):
+        if (len(table), int(table["n_rows"].sum())) != (part.prompts, part.rows):
+            raise LakeCorrupt(
+                f"run {spec.name!r}: the prompt table of {part.path} counts {len(table)} prompts and "
+                f"{int(table['n_rows'].sum())} rows, its commit {part.prompts} and {part.rows}; restore it or delete the run"
+            )
+    empty = pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in COLUMNS.items()})
+    prompts = pd.concat(tables, ignore_index=True) if tables else empty
     plan = RowPlan(folder, spec, parts, row_offsets(prompts["n_rows"]), np.ones(len(prompts), bool))
     return Run(plan, prompts, manifest)
 
 
 def committed_parts(folder: Path) -> tuple[Part, ...]:
     """The committed segments of the run in `folder`, in the order of their commits."""
-    return tuple(Part.model_validate(read_json(path)) for path in sorted((folder / "commits").glob("[!.]*.json")))
+    return tuple(read_record(path, Part) for path in sorted((folder / "commits").glob("[!.]*.json")))
 
 
 class Run:
@@ -155,6 +168,8 @@ class Run:
         Raises:
             InvalidInput: `prompts` is not that.
         """
+        if isinstance(prompts, pd.Series) and not prompts.index.equals(self.prompts.index):
+            raise InvalidInput("prompts is a Series with another index than run.prompts; reindex it or give an array")
         marks = np.asarray(prompts)
         if marks.dtype != bool or marks.shape != (len(self.prompts),):
             raise InvalidInput(
@@ -206,7 +221,7 @@ class Run:
         """Shuffled batches of `hook` for a trainer: float32 arrays (batch_size, d_model).
 
         Whole chunks are read in random order and mixed in a buffer of about `buffer_rows` rows, so
-        memory is bounded by two such buffers. The batches depend on the arguments alone;
+        memory is bounded by three such buffers. The batches depend on the arguments alone;
         `start_step` goes on exactly after that many batches. The last batch of an epoch is filled
         from the next epoch; with `epochs` given, an incomplete last batch is left out.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from millpond.store.files import remove_tree, write_json
+from millpond.store.errors import CaptureFailed, InvalidInput
+from millpond.store.files import locked, remove_tree, sync_folder, write_json
 from millpond.store.manifest import ArrayChecksums, Part, RunSpec
 from millpond.store.prompts import write_prompt_table
 from millpond.store.shards import ArrayWriter, write_group
@@ -41,8 +44,12 @@ class SegmentWriter:
         self.spec = spec
         self.id = uuid.uuid4().hex
         self.folder = run_folder / "segments" / self.id
-        self.folder.mkdir(parents=True)
+        if (run_folder / "manifest.json").exists():
+            raise InvalidInput(f"run {spec.name!r} is sealed and cannot grow; capture into a new run")
+        self.folder.parent.mkdir(exist_ok=True)
+        self.folder.mkdir()
         self.rows = 0
+        self._failed = False
         self._prompts: list[dict[str, Any]] = []
         self._arrays = {
             name: ArrayWriter(self.folder / name, array, array_attributes(spec, name))
@@ -50,14 +57,21 @@ class SegmentWriter:
         }
 
     def append(self, request: CapturedRequest) -> None:
-        """Add all rows of one request."""
+        """Add all rows of one request.
+
+        Raises:
+            InvalidInput: the request does not hold what the run needs; nothing was added.
+            CaptureFailed: a write into this segment failed before.
+        """
+        self._check(request)
         index = {
             "prompt": np.full(len(request.positions), len(self._prompts), np.int32),
             "position": request.positions.astype(np.int32),
             "token_id": request.token_ids[request.positions].astype(np.int32),
         }
-        for name, writer in self._arrays.items():
-            writer.append(index[name] if name in index else request.activations[name])
+        with self._or_failed():
+            for name, writer in self._arrays.items():
+                writer.append(index[name] if name in index else request.activations[name])
         self.rows += len(request.positions)
         self._prompts.append(
             {
@@ -72,10 +86,19 @@ class SegmentWriter:
         )
 
     def commit(self) -> Part:
-        """Make every row of the segment visible, durably and at once."""
+        """Make every row of the segment visible, durably and at once.
+
+        Raises:
+            CaptureFailed: a write into this segment failed before, or the run was sealed meanwhile.
+        """
+        with self._or_failed():
+            return self._commit()
+
+    def _commit(self) -> Part:
         arrays = {name: ArrayChecksums.of(writer.finish()) for name, writer in self._arrays.items()}
         prompt_table = write_prompt_table(self.folder, pd.DataFrame(self._prompts))
         write_group(self.folder, arrays, {"millpond:run": self.spec.name})
+        sync_folder(self.folder.parent)
         part = Part(
             path=f"segments/{self.id}",
             rows=self.rows,
@@ -84,10 +107,43 @@ class SegmentWriter:
             prompt_table=prompt_table,
         )
         commits = self.run_folder / "commits"
-        commits.mkdir(exist_ok=True)
-        number = len(list(commits.glob("*.json")))
-        write_json(commits / f"{number:08d}-{self.id}.json", part.model_dump(mode="json"))
+        with locked(self.run_folder / "run.json"):  # commits get their numbers one by one, and none while sealing
+            if (self.run_folder / "manifest.json").exists():
+                raise CaptureFailed(
+                    f"run {self.spec.name!r} was sealed before {self.rows} rows were committed; capture them into a new run"
+                )
+            commits.mkdir(exist_ok=True)
+            sync_folder(self.run_folder)
+            number = len(list(commits.glob("[!.]*.json")))
+            write_json(commits / f"{number:08d}-{self.id}.json", part.model_dump(mode="json"))
         return part
+
+    def _check(self, request: CapturedRequest) -> None:
+        what = f"request {request.id!r} of run {self.spec.name!r}"
+        positions, tokens = request.positions, len(request.token_ids)
+        if len(positions) and not (positions[0] >= 0 and positions[-1] < tokens and (np.diff(positions) > 0).all()):
+            raise InvalidInput(f"{what} has positions {positions.tolist()}; they must ascend from 0 to below {tokens}")
+        if set(request.activations) != set(self.spec.hooks):
+            odd = sorted(set(request.activations) ^ set(self.spec.hooks))
+            raise InvalidInput(f"{what} lacks or adds {', '.join(odd)}; give exactly the run's hooks")
+        stored = self.spec.activation_array
+        expected = (np.dtype(stored.dtype), (len(positions), self.spec.d_model))
+        for hook, rows in request.activations.items():
+            if (rows.dtype, rows.shape) != expected:
+                raise InvalidInput(
+                    f"{what} has {rows.dtype} rows of shape {rows.shape} for {hook}; give {expected[0]} of shape {expected[1]}"
+                )
+
+    @contextmanager
+    def _or_failed(self) -> Iterator[None]:
+        """Refuses to go on after a write that failed midway: the arrays no longer agree."""
+        if self._failed:
+            raise CaptureFailed(
+                f"run {self.spec.name!r}: a write into this segment failed before; discard it and capture its requests again"
+            )
+        self._failed = True
+        yield
+        self._failed = False
 
     def discard(self) -> None:
         """Remove the segment; to be called instead of `commit`."""

@@ -211,17 +211,21 @@ def file_crc32c(path: Path) -> int:
     return crc
 
 
-def write_group(folder: Path, arrays: Iterable[str], attributes: dict[str, Any]) -> None:
-    """Write the group's `zarr.json` with the metadata of its `arrays` consolidated in it."""
-    metadata = {name: json.loads((folder / name / "zarr.json").read_bytes()) for name in arrays}
-    group = {
+def group_metadata(arrays: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:
+    """The `zarr.json` of a group whose arrays have the metadata `arrays`, by name."""
+    return {
         "zarr_format": 3,
         "node_type": "group",
         "attributes": attributes,
-        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": metadata},
+        "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": arrays},
     }
+
+
+def write_group(folder: Path, arrays: Iterable[str], attributes: dict[str, Any]) -> None:
+    """Write the group's `zarr.json` with the metadata of its `arrays` consolidated in it."""
+    metadata = {name: json.loads((folder / name / "zarr.json").read_bytes()) for name in arrays}
     with (folder / "zarr.json").open("wb") as handle:
-        handle.write(json.dumps(group).encode())
+        handle.write(json.dumps(group_metadata(metadata, attributes)).encode())
         handle.flush()
         os.fsync(handle.fileno())
     sync_folder(folder)

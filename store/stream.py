@@ -35,6 +35,14 @@ class ActivationStream(Iterator[NDArray[np.float32]]):
             raise InvalidInput(
                 f"batch_size is {batch_size}; give 1 to {plan.n_rows}, the rows of this view of {plan.spec.name!r}"
             )
+        for name, value, least in (
+            ("seed", seed, 0),
+            ("epochs", epochs, 0),
+            ("start_step", step, 0),
+            ("buffer_rows", buffer_rows, 1),
+        ):
+            if value is not None and value < least:
+                raise InvalidInput(f"{name} is {value}; give {least} or more")
         self.plan = plan
         self.hook = hook
         self.batch_size = batch_size
@@ -43,8 +51,9 @@ class ActivationStream(Iterator[NDArray[np.float32]]):
         self.buffer_rows = max(buffer_rows, batch_size)
         self.step = step
         """Batches given out so far; pass it as `start_step` to go on from here."""
-        self._blocks = [block for block in plan.blocks(plan.spec.chunk_rows) if plan.count(block)]
-        self._counts = np.array([plan.count(block) for block in self._blocks])
+        counted = [(block, plan.count(block)) for block in plan.blocks(plan.spec.chunk_rows)]
+        self._blocks = [block for block, count in counted if count]
+        self._counts = np.array([count for _, count in counted if count])
         self._batches = self._make_batches(step)
 
     def __iter__(self) -> ActivationStream:
@@ -70,12 +79,13 @@ class ActivationStream(Iterator[NDArray[np.float32]]):
     def _load(self, epoch: int, group: int, numbers: list[int]) -> NDArray[np.float32]:
         blocks: list[Block] = [self._blocks[number] for number in numbers]
         rows = np.empty((int(self._counts[numbers].sum()), self.plan.spec.d_model), np.float32)
+        place = np.random.default_rng([self.seed, epoch, group]).permutation(len(rows))
         filled = 0
         for block in blocks:
             part = self.plan.read(self.hook, block)
-            rows[filled : filled + len(part)] = part
+            rows[place[filled : filled + len(part)]] = part
             filled += len(part)
-        return rows[np.random.default_rng([self.seed, epoch, group]).permutation(len(rows))]
+        return rows
 
     def _schedule(self, skip: int) -> Iterator[tuple[int, int, list[int], int]]:
         """Epoch, number and chunks of each group, with the rows to skip in it, from row `skip` on."""
@@ -101,8 +111,13 @@ class ActivationStream(Iterator[NDArray[np.float32]]):
                 rows = ahead.result()[entry[3] :]
                 entry = next(schedule, None)
                 ahead = entry and reader.submit(self._load, *entry[:3])
-                if len(left):
-                    rows = np.concatenate([left, rows])
+                if len(left):  # only this batch lies in two groups: joining it alone copies no whole buffer
+                    missing = self.batch_size - len(left)
+                    left = np.concatenate([left, rows[:missing]])
+                    rows = rows[missing:]
+                    if len(left) < self.batch_size:
+                        continue
+                    yield left
                 whole = len(rows) // self.batch_size * self.batch_size
                 for begin in range(0, whole, self.batch_size):
                     yield rows[begin : begin + self.batch_size]

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from millpond.store.dtypes import decode
+from millpond.store.errors import LakeCorrupt
 from millpond.store.files import read_json
-from millpond.store.manifest import Part
+from millpond.store.manifest import LabelRecord, Part, read_record
 from millpond.store.rows import RowPlan
-from millpond.store.run import Run
-from millpond.store.shards import ArraySpec, file_crc32c, read_rows
+from millpond.store.run import Run, open_run
+from millpond.store.segment import array_attributes
+from millpond.store.shards import ArraySpec, file_crc32c, group_metadata, read_rows
 
 
 @dataclass
@@ -38,49 +40,78 @@ class Verification:
 
 def verify_run(run: Run, *, progress: bool = False) -> Verification:
     """Check every byte of `run` against its manifest, its counts against each other, and every value for finiteness."""
+    if not run.plan.chosen.all():
+        run = open_run(run.plan.folder)  # a view is verified with the whole run that it belongs to
     found = Verification(run.name, run.n_rows, len(run.prompts))
     plan = run.plan
-    arrays = [(part, name) for part in plan.parts for name in part.arrays]
+    expected = plan.spec.arrays()
+    arrays = [(part, name) for part in plan.parts for name in part.arrays if name in expected]
     labels = [] if run.manifest is None else run.labels.token_labels
     for part, name in tqdm(arrays, desc=f"verify {run.name}", unit="array", disable=not progress):
         record = part.arrays[name]
-        _check_shards(found, plan.folder / part.path / name, plan.spec.arrays()[name], record.rows, record.shards)
+        folder, attributes = plan.folder / part.path / name, array_attributes(plan.spec, name)
+        _check_array(found, folder, plan.spec.arrays()[name], record.rows, record.shards, attributes)
         if record.rows != part.rows:
             found.problems.append(f"{part.path}/{name}: {record.rows} rows, but its part has {part.rows}")
     for part in plan.parts:
-        _check_prompt_table(found, plan.folder / part.path / "prompts.parquet", part)
+        for name in sorted(set(part.arrays) ^ set(expected)):
+            found.problems.append(f"{part.path}: {name} is not both an array of the run and recorded")
+        _check_part(found, run, part)
     for name in labels:
         folder = plan.folder / "labels" / name / "1"
-        record = read_json(folder / "label.json")
-        shards = tuple((int(size), int(crc)) for size, crc in record["shards"])
-        _check_shards(found, folder, plan.spec.row_array(record["dtype"]), record["rows"], shards)
-        if record["rows"] != run.n_rows:
-            found.problems.append(f"labels/{name}: {record['rows']} values, but the run has {run.n_rows} rows")
+        try:
+            label = read_record(folder / "label.json", LabelRecord)
+        except LakeCorrupt as error:
+            found.problems.append(str(error))
+            continue
+        _check_array(
+            found, folder, plan.spec.row_array(label.dtype), label.rows, label.shards, {"millpond:label": name}
+        )
+        if label.rows != run.n_rows:
+            found.problems.append(f"labels/{name}: {label.rows} values, but the run has {run.n_rows} rows")
     if not found.problems:
         _check_rows(found, run)
-    if run.manifest is not None and run.manifest.counts.get("rows_asked", run.n_rows) != run.n_rows:
-        found.problems.append(
-            f"manifest: {run.manifest.counts['rows_asked']} rows were asked for, {run.n_rows} are stored"
-        )
+    if run.manifest is not None:
+        stored = {
+            "rows": run.n_rows,
+            "prompts": len(run.prompts),
+            "rows_asked": run.n_rows,
+            "tokens": int(run.prompts["n_tokens"].sum()),
+        }
+        for name, count in run.manifest.counts.items():
+            if count != stored.get(name, count):
+                found.problems.append(f"manifest.json: {name} is {count}, but {stored[name]} are stored")
     return found
 
 
-def _check_shards(
-    found: Verification, folder: Path, spec: ArraySpec, rows: int, shards: tuple[tuple[int, int], ...]
+def _check_array(
+    found: Verification,
+    folder: Path,
+    spec: ArraySpec,
+    rows: int,
+    shards: tuple[tuple[int, int], ...],
+    attributes: dict[str, Any],
 ) -> None:
     if len(shards) != -(-rows // spec.shard_rows):
         found.problems.append(
             f"{folder.name}: {len(shards)} shards recorded for {rows} rows of {spec.shard_rows} a shard"
         )
-    try:
-        metadata = read_json(folder / "zarr.json")
-        if metadata["shape"][0] != rows:
-            found.problems.append(f"{folder.name}: zarr.json says {metadata['shape'][0]} rows, the manifest {rows}")
-    except FileNotFoundError:
-        found.problems.append(f"{folder / 'zarr.json'} is missing")
+    _check_json(found, folder / "zarr.json", spec.metadata(rows, attributes))
     for number, (size, crc) in enumerate(shards):
         path = spec.shard_path(folder, number)
         _check_file(found, path, size, crc)
+
+
+def _check_json(found: Verification, path: Path, expected: Any) -> None:
+    found.files += 1
+    try:
+        found.bytes += path.stat().st_size
+        if read_json(path) != expected:
+            found.problems.append(f"{path} is not what the manifest implies")
+    except FileNotFoundError:
+        found.problems.append(f"{path} is missing")
+    except LakeCorrupt as error:
+        found.problems.append(str(error))
 
 
 def _check_file(found: Verification, path: Path, size: int, crc: int) -> None:
@@ -94,8 +125,12 @@ def _check_file(found: Verification, path: Path, size: int, crc: int) -> None:
         found.problems.append(f"{path} does not have the checksum of the manifest")
 
 
-def _check_prompt_table(found: Verification, path: Path, part: Part) -> None:
-    _check_file(found, path, *part.prompt_table)
+def _check_part(found: Verification, run: Run, part: Part) -> None:
+    """The files of a part that belong to no array."""
+    spec, folder = run.plan.spec, run.plan.folder / part.path
+    _check_file(found, folder / "prompts.parquet", *part.prompt_table)
+    arrays = {name: array.metadata(part.rows, array_attributes(spec, name)) for name, array in spec.arrays().items()}
+    _check_json(found, folder / "zarr.json", group_metadata(arrays, {"millpond:run": spec.name}))
 
 
 def _check_rows(found: Verification, run: Run) -> None:
@@ -107,7 +142,9 @@ def _check_rows(found: Verification, run: Run) -> None:
     previous = (-1, -1)
     for block in plan.blocks():
         prompt = _stored_prompts(plan, block)
-        if not np.array_equal(prompt, plan.prompt_numbers(block)):
+        numbers = plan.prompt_numbers(block).astype(np.int64)
+        if not np.array_equal(prompt, numbers):
+            prompt = numbers
             found.problems.append(f"rows {block.first}..: the stored prompt numbers are not those of the prompt table")
         position = plan.read("position", block)
         before = np.concatenate([[previous[1]], position[:-1]])

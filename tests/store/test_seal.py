@@ -1,0 +1,166 @@
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorstore
+import xarray as xr
+import zarr
+
+from millpond.store.errors import CaptureFailed, InvalidInput
+from millpond.store.seal import seal_run
+from millpond.store.verify import verify_run
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+def check_whole(made):
+    run = made.run
+    assert run.state == "sealed"
+    for hook in run.hooks:
+        assert np.array_equal(run[hook].values, made.float32(hook))
+    assert list(run.labels) == ["even", "source"]
+    assert verify_run(run).problems == []
+    names = sorted(path.name for path in made.folder.iterdir())
+    assert names == [run.manifest.data.path, "labels", "manifest.json", "run.json"]
+
+
+def test_other_libraries_open_a_sealed_run_by_path(sealed):
+    folder = sealed.folder / sealed.run.manifest.data.path
+    group = zarr.open_group(str(folder), mode="r")
+    dataset = xr.open_zarr(folder)
+    expected = {**sealed.stored, "prompt": sealed.prompt, "position": sealed.position, "token_id": sealed.token_id}
+    assert sorted(group.array_keys()) == sorted(expected)
+    for name, values in expected.items():
+        driver = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder / name)}}
+        assert np.array_equal(group[name][:], values)
+        assert np.array_equal(dataset[name].values, values)
+        assert np.array_equal(tensorstore.open(driver, read=True).result().read().result(), values)
+    assert dataset[HOOK].dims == ("row", "d_model")
+    assert dataset[HOOK].attrs == {"millpond:dtype": "bfloat16", "millpond:hook": HOOK, "millpond:hidden_state": 1}
+    label = zarr.open_array(str(sealed.folder / "labels" / "even" / "1"), mode="r")
+    assert np.array_equal(label[:], sealed.token_id % 2 == 0)
+
+
+def test_sealing_keeps_rows_and_numbers(opened):
+    before = opened.run
+    values, tokens = before[HOOK].values, before.tokens.compute()
+    opened.seal()
+    check_whole(opened)
+    assert np.array_equal(opened.run[HOOK].values, values)
+    assert opened.run.tokens.compute().equals(tokens)
+
+
+class Interrupt(BaseException):
+    """As a kill would: nothing of ours catches it."""
+
+
+def test_an_interruption_at_any_sync_or_rename_can_be_done_again(build, tmp_path, monkeypatch):
+    """Every durable step ends in an fsync or a rename; stop before each in turn."""
+    steps, stop_at = 0, None
+
+    def stopping(call):
+        def wrapped(*arguments, **more):
+            nonlocal steps
+            steps += 1
+            if steps == stop_at:
+                raise Interrupt
+            return call(*arguments, **more)
+
+        return wrapped
+
+    first = build((3, 0, 9), chunk_rows=4, shard_rows=8, folder=tmp_path / "count")
+    stopped = build((3, 0, 9), chunk_rows=4, shard_rows=8, folder=tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stopping(os.fsync))
+        patch.setattr(Path, "rename", stopping(Path.rename))
+        patch.setattr(Path, "replace", stopping(Path.replace))
+        first.seal()
+        total, states = steps, []
+        assert total > 20
+        for step in range(1, total + 1):
+            steps, stop_at = 0, step
+            with contextlib.suppress(Interrupt):
+                stopped.seal()
+            run = stopped.run
+            states.append(run.state)
+            assert run.n_rows == 12
+            assert np.array_equal(run[HOOK].values, stopped.float32(HOOK))
+            if run.state == "sealed":
+                assert list(run.labels) == ["even", "source"]
+                break
+    assert states.count("open") > 20
+    assert stopped.seal().state == "sealed"
+    check_whole(stopped)
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_interruption_after_the_manifest_is_cleaned_up(opened, monkeypatch, stop):
+    original, calls = Path.rename, 0
+
+    def rename(self, target):
+        nonlocal calls
+        if self.name in ("segments", "commits"):
+            calls += 1
+            if calls == stop:
+                raise Interrupt
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(Interrupt):
+            opened.seal()
+    assert opened.run.state == "sealed"
+    opened.seal()
+    check_whole(opened)
+
+
+def test_an_empty_run_can_be_sealed(build, tmp_path):
+    made = build([], folder=tmp_path / "lake")
+    run = seal_run(made.folder)
+    assert (run.state, run.n_rows, len(run.prompts)) == ("sealed", 0, 0)
+    assert run[HOOK].values.shape == (0, 4)
+    assert verify_run(run).ok
+
+
+def table(made, **columns):
+    return made.table.assign(**columns)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (lambda m: {"expected_rows": 173}, CaptureFailed, "holds 172 rows, but 173 were asked for"),
+        (lambda m: {"prompts": m.table[:5]}, InvalidInput, "prompt 'p5' was captured but has no metadata"),
+        (lambda m: {"prompts": table(m, n_rows=1)}, InvalidInput, "'n_rows' is one of Millpond's own"),
+        (lambda m: {"prompts": m.table.drop(columns="id")}, InvalidInput, "no column 'id'"),
+        (lambda m: {"prompts": pd.concat([m.table, m.table[:1]])}, InvalidInput, "has id 'p0' more than once"),
+        (lambda m: {"prompt_labels": ("mood",)}, InvalidInput, "prompt label 'mood' is no column"),
+        (
+            lambda m: {"prompts": table(m, x=[None] + [1] * 12), "prompt_labels": ("x",)},
+            InvalidInput,
+            "'x' has no value for prompt 'p0'",
+        ),
+        (
+            lambda m: {"token_labels": {"even": {}}, "token_label_dtypes": {"even": "bool"}},
+            InvalidInput,
+            "no values for prompt 'p0'",
+        ),
+        (lambda m: {"token_labels": {"even": m.even}}, InvalidInput, "has no data type"),
+    ],
+)
+def test_what_does_not_fit_leaves_the_run_open(opened, arguments, error, message):
+    with pytest.raises(error, match=message):
+        seal_run(opened.folder, **arguments(opened))
+    assert opened.run.state == "open"
+    assert not list(opened.folder.glob("data-*"))
+    opened.seal()
+    check_whole(opened)
+
+
+def test_a_sealed_run_takes_no_other_labels(sealed):
+    with pytest.raises(InvalidInput, match="is sealed without the label 'more'"):
+        seal_run(sealed.folder, token_labels={"more": {}})
+    check_whole(sealed)
