@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _COMMANDS, prog="millpond", args=arguments, description="Activations of language models, next to the GPUs."
     )
     try:
-        return command.run()
+        code: int = command.run()
     except InvalidInput as error:
         print(f"millpond: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -192,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "millpond: interrupted; an open run keeps what was committed (millpond capture --resume)", file=sys.stderr
         )
         return 130
+    return code
 
 
 def _one_line(error: MillpondError) -> str:
