@@ -304,3 +304,16 @@ def test_default_learning_rate():
     assert default_lr(2**12, 1_000_000) == pytest.approx(4e-4)
     assert default_lr(2**11, 782) == pytest.approx(4.5e-3, rel=0.01)
     assert default_lr(64, 10) == 1e-2
+
+
+def test_calibration_moves_the_threshold_of_a_copy_to_the_l0_asked_for(fitted):
+    sae, _, _ = fitted
+    x = as_run_gives(planted(3000, seed=5)[0])
+    before = sae.threshold_
+    for l0 in (1, 3, 7.5):
+        moved = sae.calibrate(x, l0)
+        assert np.count_nonzero(sae.encode(x.values)) != np.count_nonzero(moved.encode(x.values))
+        np.testing.assert_allclose(np.count_nonzero(moved.encode(x.values)) / 3000, l0, rtol=0.005)
+    assert sae.threshold_ == before
+    with pytest.raises(InvalidInput, match="l0=1000 cannot be reached"):
+        sae.calibrate(x, 1000)
