@@ -13,6 +13,15 @@ from millpond.store.capture_spec import CaptureJob
 from millpond.store.errors import CaptureFailed
 
 _CONFIRM_EVERY = 16  # requests a call to the worker
+_ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    # a capture's own lines would drown in advice about the CPU; set these to hear it
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+"""Defaults for the engine's processes; what the user has set stays."""
 
 
 class CaptureEngine:
@@ -20,9 +29,8 @@ class CaptureEngine:
 
     def __init__(self, job: CaptureJob, run_folder: Path, max_model_len: int) -> None:
         check_vllm_version()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
