@@ -129,7 +129,7 @@ def run_passes(passes: Sequence[Pass], *, description: str = "pass", progress: b
         stack.enter_context(bar)
         tick = None if client is not None else _Ticker(bar)
         if client is None and n_blocks > 1:
-            stack.enter_context(_one_blas_thread())
+            stack.enter_context(one_blas_thread())
         totals = [_graph(one, client, tick) for one in passes]
         done = dask.compute(*totals)
         if client is not None:
@@ -289,11 +289,15 @@ def _scatter(client: Any, value: Any) -> Any:
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Blocks already use every core; threads inside BLAS would only wait for each other."""
+def one_blas_thread() -> Iterator[None]:
+    """Blocks already use every core; threads inside BLAS would only wait for each other.
+
+    The small factorisations between passes gain little from a second thread, and lose much on a busy machine.
+    """
+    import scipy.linalg  # noqa: F401  # threadpool_limits sees only the BLAS copies that are loaded; SciPy brings its own
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    with threadpool_limits(1):
+    with threadpool_limits(1, user_api="blas"):
         yield
 
 

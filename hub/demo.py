@@ -115,14 +115,11 @@ def run_demo(config: DemoConfig) -> Path:
     hook = middle_hook(run)
     with stages("autoencoder and PCA", f"training an autoencoder of {hook}"):
         sae = _sae(config, example, hook, train, test)
+    times = dict(stages.seconds)
     with stages("report", "writing the report"):
-        # the page is written twice, so that its table of wall times has this stage's own
-        started = time.perf_counter()
-        for _ in range(2):
-            times = stages.seconds | {"report": time.perf_counter() - started}
-            cores, found = usable_cores(), versions()
-            inputs = ReportInputs(run, train, test, capture, sweep, sae, times, cores, found, config.seed)
-            path = write_report(inputs, config.out / "report.html")
+        cores, found = usable_cores(), versions()
+        inputs = ReportInputs(run, train, test, capture, sweep, sae, times, cores, found, config.seed)
+        path = write_report(inputs, config.out / "report.html")
     say(str(path))
     return path
 
@@ -225,16 +222,11 @@ def _capture(config: DemoConfig, example: Path) -> tuple[Run, CaptureFacts]:
 
 
 def _sweep(config: DemoConfig, train: Run, test: Run) -> Sweep:
-    import scipy.linalg  # noqa: F401  # threadpool_limits sees only the BLAS copies that are loaded, and SciPy brings its own
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
     from millpond.analysis import LogisticProbe
 
     labels: dict[str, str | LabelSource] = {name: name for name in PROBED}
     labels["bracket_depth >= 1"] = lambda run: run.labels["bracket_depth"] >= 1
-    # at this width a second BLAS thread helps little on an idle machine, and waiting for it costs threefold on a busy one
-    with threadpool_limits(1, user_api="blas"):
-        sweep = LogisticProbe(max_iter=300).sweep(train, test, HOOKS, labels, seed=config.seed)
+    sweep = LogisticProbe(max_iter=300).sweep(train, test, HOOKS, labels, seed=config.seed)
     sweep.save(config.out / "sweep")
     return sweep
 
@@ -250,13 +242,14 @@ def _sae(config: DemoConfig, example: Path, hook: str, train: Run, test: Run) ->
     sae = BatchTopKSae(config.d_sae, config.k, seed=config.seed).fit(train[hook], tokens=config.sae_tokens, out=folder)
     sae.save(folder, model_name="stdlib_llama", prepend_bos=True)
     evaluation = sae.evaluate(test[hook])
+    at_k = sae.calibrate(test[hook]).evaluate(test[hook])
     frequency = sae.firing_frequency(test[hook])
     rank = min(config.k, train.d_model)
     explained = 1 - PcaReducer(rank).fit(train[hook]).fvu(test[hook])
     tokenizer = Tokenizer.from_file(str(example / "model" / "tokenizer.json"))
     cards = strongest_latents(sae, test, hook, frequency, lambda ids: str(tokenizer.decode(ids, False)))
     metrics = tuple(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    return SaeFacts(hook, evaluation, metrics, frequency, cards, rank, explained)
+    return SaeFacts(hook, evaluation, at_k, metrics, frequency, cards, rank, explained)
 
 
 def _short(path: Path) -> str:

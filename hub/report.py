@@ -44,7 +44,9 @@ class SaeFacts:
 
     hook: str
     evaluation: Result
-    """Of `BatchTopKSae.evaluate` on the test part."""
+    """Of `BatchTopKSae.evaluate` on the test part, with the threshold that training stored."""
+    at_k: Result
+    """The same with the threshold moved so that k latents are active on the test part."""
     metrics: tuple[dict[str, Any], ...]
     """The lines of `metrics.jsonl`."""
     frequency: NDArray[np.float64]
@@ -113,7 +115,7 @@ def model_name(run: Run) -> str:
 
 
 def _headline(inputs: ReportInputs) -> str:
-    run, values = inputs.run, inputs.sae.evaluation.values
+    run, values = inputs.run, inputs.sae.at_k.values
     facts = [
         ("tokens captured", f"{inputs.capture.tokens:,}"),
         ("rows stored", f"{run.n_rows:,} x {len(run.hooks)} hooks"),
@@ -155,16 +157,16 @@ def _files(part: Run) -> str:
 
 
 def _sae(sae: SaeFacts) -> str:
-    values, config = sae.evaluation.values, sae.evaluation.provenance["parameters"]
+    config = sae.evaluation.provenance["parameters"]
     last = sae.metrics[-1]
     intro = (
         f"<p>BatchTopK autoencoder of <code>{_e(sae.hook)}</code>: {config['d_sae']:,} latents, k = {config['k']}, "
         f"trained on {last['tokens']:,} rows of the training part (each seen several times), scored on the "
         f"{sae.evaluation.evidence['rows']:,} rows of the test part.</p>"
     )
-    numbers = [f"{values['l0']:.2f}", f"{values['fvu']:.4f}", f"{values['explained_variance']:.4f}"]
     rows = [
-        ("SAE", *numbers, f"{values['dead_latents']:.2%}"),
+        ("SAE", *_sae_numbers(sae.evaluation)),
+        ("SAE, threshold moved to L0 = k", *_sae_numbers(sae.at_k)),
         (
             f"PCA, rank {sae.pca_rank}",
             str(sae.pca_rank),
@@ -174,7 +176,21 @@ def _sae(sae: SaeFacts) -> str:
         ),
     ]
     heads = ("held-out rows", "L0", "FVU", "explained variance", "dead latents")
-    return intro + _figure(training_figure(sae.metrics)) + _table(heads, rows)
+    note = (
+        "<p>The stored threshold was set on training rows, so that L0 differs on rows of other files; the second line "
+        "moves this one number on the rows scored, to compare at equal L0.</p>"
+    )
+    return intro + _figure(training_figure(sae.metrics)) + _table(heads, rows) + note
+
+
+def _sae_numbers(result: Result) -> list[str]:
+    values = result.values
+    return [
+        f"{values['l0']:.2f}",
+        f"{values['fvu']:.4f}",
+        f"{values['explained_variance']:.4f}",
+        f"{values['dead_latents']:.2%}",
+    ]
 
 
 def _frequency(sae: SaeFacts) -> str:

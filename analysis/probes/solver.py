@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.passes import AlignedRows, Pass, run_passes
+from millpond.analysis.passes import AlignedRows, Pass, one_blas_thread, run_passes
 from millpond.analysis.probes.descent import Descent, Hessian, Metric, Problem
 from millpond.store.errors import InvalidInput
 
@@ -57,6 +57,7 @@ class Design:
     problems: Sequence[Problem]
 
 
+@one_blas_thread()
 def solve(
     designs: Sequence[Design], *, fit_intercept: bool, tol: float, max_iter: int, progress: bool = True
 ) -> list[list[Solution]]:

@@ -148,12 +148,14 @@ class Demo:
     """Folder of the demo's lake, results and report."""
     tokens: int = 200_000
     """Tokens to capture."""
+    sae_tokens: int = 2_000_000
+    """Rows to train the autoencoder on, with repetition."""
 
     def run(self) -> int:
         """Run the demo and print the report's path."""
         from millpond.hub.demo import DemoConfig, run_demo
 
-        run_demo(DemoConfig(out=self.out, tokens=self.tokens))
+        run_demo(DemoConfig(out=self.out, tokens=self.tokens, sae_tokens=self.sae_tokens))
         return 0
 
 

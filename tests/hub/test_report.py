@@ -74,6 +74,7 @@ def inputs(run, tmp_path_factory):
     facts = SaeFacts(
         hook=HOOK,
         evaluation=sae.evaluate(test[HOOK]),
+        at_k=sae.calibrate(test[HOOK]).evaluate(test[HOOK]),
         metrics=tuple(json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()),
         frequency=frequency,
         latents=strongest_latents(sae, test, HOOK, frequency, text),
@@ -158,13 +159,15 @@ def test_the_probe_table_says_what_the_sweep_measured(inputs, page):
 
 def test_the_autoencoder_table_says_what_was_measured(inputs, page):
     rows = {row[0]: row[1:] for row in Page(page).cells}
-    values = inputs.sae.evaluation.values
-    assert rows["SAE"] == [
-        f"{values['l0']:.2f}",
-        f"{values['fvu']:.4f}",
-        f"{values['explained_variance']:.4f}",
-        f"{values['dead_latents']:.2%}",
-    ]
+    for name, result in (("SAE", inputs.sae.evaluation), ("SAE, threshold moved to L0 = k", inputs.sae.at_k)):
+        values = result.values
+        assert rows[name] == [
+            f"{values['l0']:.2f}",
+            f"{values['fvu']:.4f}",
+            f"{values['explained_variance']:.4f}",
+            f"{values['dead_latents']:.2%}",
+        ]
+    assert rows["SAE, threshold moved to L0 = k"][0] == "2.00"
     assert rows["PCA, rank 4"][2] == f"{inputs.sae.pca_explained_variance:.4f}"
     assert rows["tokens computed"] == ["4,321"]
     assert rows["probe sweep"] == ["61.2 s"]
