@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from millpond.capture.versions import check_vllm_version
+from millpond.capture.interrupts import blocked
+from millpond.capture.versions import check_vllm_version, set_environment
 from millpond.store.capture_spec import CaptureJob
 from millpond.store.errors import CaptureFailed
 
 _CONFIRM_EVERY = 16  # requests a call to the worker
-_ENVIRONMENT = {
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    # a capture's own lines would drown in advice about the CPU; set these to hear it
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "PYTHONWARNINGS": "ignore::FutureWarning",
-}
-"""Defaults for the engine's processes; what the user has set stays."""
 
 
 class CaptureEngine:
@@ -29,22 +20,25 @@ class CaptureEngine:
 
     def __init__(self, job: CaptureJob, run_folder: Path, max_model_len: int) -> None:
         check_vllm_version()
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        set_environment()
         from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
-        settings: dict[str, Any] = {"max_num_seqs": 64, "disable_log_stats": True, "enable_prefix_caching": False}
+        # Eager, because compilation takes longer than most captures on a CPU and is not proven on a GPU.
+        settings: dict[str, Any] = {
+            "max_num_seqs": 64,
+            "disable_log_stats": True,
+            "enable_prefix_caching": False,
+            "enforce_eager": True,
+        }
         if current_platform.is_cpu():
-            # Compilation takes longer than most captures on a CPU; KV memory must be named there.
-            settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
-        else:
-            settings |= {"enforce_eager": True}  # the tap inside CUDA graphs is not proven yet
+            settings["kv_cache_memory_bytes"] = 1 << 30  # left out, vLLM takes most of the machine's memory
         settings |= job.engine
         settings |= {
             "model": job.model.path,
             "dtype": job.model.dtype,
             "max_model_len": max_model_len,
+            "async_scheduling": False,  # the token ids of a step must be known when it is planned
             "worker_cls": "millpond.capture.worker.TapWorker",
             "additional_config": {"millpond": {"run_folder": str(run_folder.resolve())}},
         }
@@ -54,11 +48,13 @@ class CaptureEngine:
             "first_position": job.capture.first_position,
         }
         self._max_new_tokens = job.capture.max_new_tokens
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        with blocked():
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
 
-    def run(self, prompts: Iterator[tuple[str, list[int]]]) -> Iterator[tuple[str, int]]:
+    def run(self, prompts: Iterator[tuple[str, list[int]]], check: Callable[[], None]) -> Iterator[tuple[str, int]]:
         """Capture `prompts` (id and token ids), and yield each id with its number of tokens once it is on its way.
 
+        `check` is called between steps; what it raises ends the capture.
         At most four times `max_num_seqs` requests wait in the engine, however many prompts there are.
 
         Raises:
@@ -68,6 +64,7 @@ class CaptureEngine:
         finished: list[tuple[str, int]] = []
         try:
             while True:
+                check()
                 for prompt_id, token_ids in islice(prompts, 4 * self.max_num_seqs - len(waiting)):
                     self._add(prompt_id, token_ids)
                     waiting.add(prompt_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from millpond.store.capture_spec import PromptsSection
@@ -54,17 +56,24 @@ def read_prompts(section: PromptsSection, model_folder: Path, max_tokens: int, v
     if table.empty:
         raise InvalidInput(f"prompt file {section.path!r} has no prompts; give at least one")
     if section.id not in table:
+        if "id" in section.model_fields_set:
+            raise InvalidInput(
+                f"{section.path}: there is no column {section.id!r} (prompts.id); it has {_names(table)}"
+            )
         table[section.id] = [f"{number:08d}" for number in range(len(table))]
-    ids = [str(value) for value in table[section.id]]
+    ids = [_check_id(value, number, section) for number, value in enumerate(table[section.id], 1)]
+    columns = [*section.metadata, *section.prompt_labels]
+    if len(set(columns)) < len(columns) or "id" in columns:
+        raise InvalidInput(
+            f"prompts.metadata and prompts.prompt_labels name a column twice, or 'id': {', '.join(columns)}"
+        )
     repeated = pd.Series(ids).duplicated()
     if repeated.any():
         raise InvalidInput(f"{section.path}: id {ids[int(np.argmax(repeated))]!r} occurs twice; ids must be unique")
     for column in (*section.metadata, *section.prompt_labels, *section.token_labels):
         if column not in table:
-            raise InvalidInput(
-                f"{section.path}: there is no column {column!r}; it has {', '.join(map(str, table.columns))}"
-            )
-    for column in (*section.metadata, *section.prompt_labels):
+            raise InvalidInput(f"{section.path}: there is no column {column!r}; it has {_names(table)}")
+    for column in columns:
         if column in COLUMNS:
             raise InvalidInput(
                 f"{section.path}: column {column!r} is one of Millpond's own ({', '.join(COLUMNS)}); rename it"
@@ -79,8 +88,18 @@ def read_prompts(section: PromptsSection, model_folder: Path, max_tokens: int, v
     labels = {name: _token_label(table[name], name, ids, lengths) for name in section.token_labels}
     for name in section.prompt_labels:
         check_label_name(name)
-    kept = table[[*section.metadata, *section.prompt_labels]].copy()
+        if table[name].isna().any():
+            missing = ids[int(np.argmax(table[name].isna()))]
+            raise InvalidInput(f"prompt label {name!r} is missing for prompt {missing!r}; give every prompt a value")
+    kept = table[columns].copy()
     kept.insert(0, "id", ids)
+    for column in columns:
+        try:
+            kept[[column]].to_parquet(io.BytesIO())
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise InvalidInput(
+                f"{section.path}: column {column!r} mixes types: {' '.join(map(str, error.args))}"
+            ) from error
     return Prompts(
         ids,
         token_ids,
@@ -97,7 +116,7 @@ def _read_table(path: Path, section: PromptsSection) -> pd.DataFrame:
         if path.suffix == ".jsonl":
             return _read_jsonl(path)
         if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
             return pd.DataFrame({section.text: [line for line in lines if line.strip()]})
     except FileNotFoundError:
         raise InvalidInput(f"prompt file {str(path)!r} does not exist; check prompts.path") from None
@@ -112,32 +131,27 @@ def _read_table(path: Path, section: PromptsSection) -> pd.DataFrame:
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
     rows = []
-    with path.open(encoding="utf-8") as handle:
+    with path.open(encoding="utf-8-sig") as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidInput(f"{path}:{number}: not JSON ({error}); give one object a line") from None
             if not isinstance(row, dict):
                 raise InvalidInput(f"{path}:{number}: {type(row).__name__}, not an object; give one object a line")
             rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, dtype=object)  # pandas would make floats of integers beside a missing value
 
 
 def _token_ids(table: pd.DataFrame, section: PromptsSection, model_folder: Path) -> list[list[int]]:
     if section.token_ids in table:
-        try:
-            return [[int(token) for token in tokens] for tokens in table[section.token_ids]]
-        except (TypeError, ValueError) as error:
-            raise InvalidInput(
-                f"{section.path}: column {section.token_ids!r} must hold lists of integers: {error}"
-            ) from error
+        return [_integers(tokens, number, section) for number, tokens in enumerate(table[section.token_ids], 1)]
     if section.text not in table:
         raise InvalidInput(
             f"{section.path}: there is neither a column {section.text!r} nor {section.token_ids!r}; "
-            f"it has {', '.join(map(str, table.columns))}; name one in prompts.text or prompts.token_ids"
+            f"it has {_names(table)}; name one in prompts.text or prompts.token_ids"
         )
     texts = table[section.text].tolist()
     for number, text in enumerate(texts, 1):
@@ -154,6 +168,27 @@ def _token_ids(table: pd.DataFrame, section: PromptsSection, model_folder: Path)
         ) from error
     encoded: list[list[int]] = tokenizer(texts)["input_ids"]
     return encoded
+
+
+def _names(table: pd.DataFrame) -> str:
+    return ", ".join(map(str, table.columns))
+
+
+def _check_id(value: Any, number: int, section: PromptsSection) -> str:
+    if isinstance(value, str | int | np.integer) and not isinstance(value, bool) and str(value):
+        return str(value)
+    raise InvalidInput(f"{section.path}: prompt {number} has id {value!r}; give a text or an integer, not empty")
+
+
+def _integers(tokens: Any, number: int, section: PromptsSection) -> list[int]:
+    whole = isinstance(tokens, list | np.ndarray) and all(
+        isinstance(token, int | np.integer) and not isinstance(token, bool) for token in tokens
+    )
+    if not whole:
+        raise InvalidInput(
+            f"{section.path}: prompt {number}: column {section.token_ids!r} holds {str(tokens)[:40]!r}; give lists of integers"
+        )
+    return [int(token) for token in tokens]
 
 
 def _check_tokens(prompt_id: str, tokens: Sequence[int], max_tokens: int, vocab_size: int) -> None:
@@ -178,7 +213,9 @@ def _token_label(
     for prompt_id, given, length in zip(ids, column, lengths, strict=True):
         try:
             array = np.asarray(given if isinstance(given, np.ndarray) else list(given))
-        except TypeError:
+            if array.ndim != 1 or (array.dtype.kind == "u" and array.max(initial=0) > np.iinfo(np.int64).max):
+                raise ValueError
+        except (TypeError, ValueError):
             raise InvalidInput(
                 f"token label {name!r} of prompt {prompt_id!r} is {given!r}; give a list, one value a token"
             ) from None

@@ -41,7 +41,9 @@ class _Share:
 class RequestFollower:
     """Turns the engine's steps into whole captured requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, no_rows: dict[str, NDArray[Any]]) -> None:
+        self._no_rows = no_rows
+        """What a request without wanted rows has: each hook with an array of shape (0, d_model)."""
         self._by_request: dict[str, Following] = {}
         self._by_id: dict[str, Following] = {}
         self._failed: dict[str, str] = {}
@@ -125,13 +127,14 @@ class RequestFollower:
             raise CaptureFailed(
                 f"request {capture_id!r}: {int(keep.sum())} rows were captured, but {len(expected)} were asked for"
             )
-        hooks = following.rows[0] if following.rows else {}
+        parts = following.rows or [self._no_rows]
+        taken = {hook: np.concatenate([rows[hook] for rows in parts]) for hook in self._no_rows}
         return CapturedRequest(
             id=capture_id,
             token_ids=np.concatenate(following.tokens)[:computed],
             n_prompt_tokens=following.n_prompt,
             positions=positions[keep],
-            activations={hook: np.concatenate([rows[hook] for rows in following.rows])[keep] for hook in hooks},
+            activations={hook: rows[keep] for hook, rows in taken.items()},
         )
 
     def drop(self, capture_id: str) -> None:

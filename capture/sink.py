@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
 
 from millpond.store.segment import CapturedRequest, RunWriter
 
@@ -31,6 +32,8 @@ class LakeSink:
         """Queue one request; blocks while more than `max_bytes` are waiting."""
         with self._change:
             self._change.wait_for(lambda: self._bytes < self._max_bytes or self.error is not None)
+            if self.error is not None:
+                return  # the caller reports it
             self._waiting.append(request)
             self._bytes += _size(request)
             self._change.notify_all()
@@ -61,14 +64,15 @@ class LakeSink:
                     with self._change:
                         self._commits_done = asked
                         self._change.notify_all()
-        except Exception as error:  # the thread's only way to tell: the next confirm or commit reports it
+        except BaseException as error:  # the thread's only way to tell: the next confirm or commit reports it
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             with self._change:
                 self.error = f"writing to the lake failed: {reason}"
                 self._waiting.clear()
                 self._bytes = 0
                 self._change.notify_all()
-            self._writer.discard()
+            with suppress(OSError):  # nothing of it is visible; sealing or deleting the run sweeps what is left
+                self._writer.discard()
 
 
 def _size(request: CapturedRequest) -> int:

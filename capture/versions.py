@@ -1,13 +1,31 @@
-"""Which vLLM this capture was built against."""
+"""Which vLLM this capture was built against, and the environment it is started in."""
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 from millpond.store.errors import InvalidInput
 
 SUPPORTED = ("0.32",)
 """Minor versions whose worker, scheduler output and row order were checked."""
+
+
+_ENVIRONMENT = {
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    # a capture's own lines would drown in advice about the CPU; set these to hear it
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
+}
+"""Defaults for the engine's processes; what the user has set stays."""
+
+
+def set_environment() -> None:
+    """Set what vLLM and torch read when they are imported; to be called before that."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def installed_vllm() -> str:

@@ -48,6 +48,8 @@ class TapWorker(_base_worker()):  # type: ignore[misc]
             raise InvalidInput(
                 "parallel and speculative engines are not supported yet; use one worker and no draft model"
             )
+        if self.vllm_config.scheduler_config.async_scheduling:
+            raise InvalidInput("asynchronous scheduling is not supported yet; set async_scheduling to false")
         settings = self.vllm_config.additional_config["millpond"]
         folder = Path(settings["run_folder"])
         spec = RunSpec.model_validate(read_json(folder / "run.json"))
@@ -59,7 +61,7 @@ class TapWorker(_base_worker()):  # type: ignore[misc]
             )
         runner = self.model_runner
         self._buffers = TapBuffers(spec.hooks, spec.d_model, runner.max_num_tokens, model.dtype, runner.device)
-        self._follower = RequestFollower()
+        self._follower = RequestFollower(self._buffers.rows())
         self._sink = LakeSink(RunWriter(folder, spec), settings.get("queue_bytes", 1 << 30))
         install_taps(runner.model, model.hf_text_config.num_hidden_layers, self._buffers)
         prepare_inputs = runner._prepare_inputs

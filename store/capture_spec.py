@@ -61,7 +61,7 @@ class DestinationSection(_Section):
     run: str
     """Name of the new run."""
     chunk_rows: int = Field(default=512, gt=0)
-    shard_rows: int = Field(default=32_768, gt=0)
+    shard_rows: int = Field(default=32_768, gt=0, le=1 << 24)
 
 
 class CaptureJob(_Section):
@@ -93,7 +93,7 @@ def read_job(path: Path) -> CaptureJob:
             values = tomllib.load(handle)
     except OSError as error:
         raise InvalidInput(f"job file {str(path)!r} cannot be read: {error.strerror}; check the path") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or UnicodeDecodeError
         raise InvalidInput(f"job file {str(path)!r} is not TOML: {error}") from error
     try:
         return CaptureJob.model_validate(values)

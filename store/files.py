@@ -63,7 +63,9 @@ def read_json(path: Path) -> Any:
         value = json.loads(data)
     except ValueError as error:
         raise LakeCorrupt(f"{path} is not JSON ({error}); restore it from a copy or delete the run") from error
-    if isinstance(value, dict) and "crc32c" in value:
+    if not isinstance(value, dict):
+        raise LakeCorrupt(f"{path} holds a JSON {type(value).__name__}, not an object; restore it from a copy")
+    if "crc32c" in value:
         head, mark, tail = data.rpartition(_CHECKSUM)
         if value.pop("crc32c") != _digits(head + mark + b"0" * 8 + tail[8:]).decode():
             raise LakeCorrupt(f"{path} does not have its own checksum; restore it from a copy or delete the run")

@@ -32,12 +32,18 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("model", str(run.provenance.get("model", "unknown"))),
         ("hooks", f"{summarize_hooks(run.hooks)} ({len(run.hooks)})"),
         ("rows", f"{run.n_rows:,} of {run.d_model} x {run.dtype}, {human_bytes(run.nbytes)}"),
-        ("prompts", f"{len(run.prompts):,}"),
+        ("prompts", _prompts(run)),
     ]
     labels = list(run.labels)
     if labels:
         facts.append(("labels", ", ".join(labels)))
     return facts
+
+
+def _prompts(run: Run) -> str:
+    whole = len(run.plan.chosen)
+    part = "" if len(run.prompts) == whole else f", a part of the run's {whole:,}"
+    return f"{len(run.prompts):,}{part}"
 
 
 def run_text(run: Run) -> str:

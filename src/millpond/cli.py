@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Annotated, Protocol
 
 import tyro
 
-from millpond.store.errors import InvalidInput, MillpondError
+from millpond.store.errors import InvalidInput, LakeCorrupt, MillpondError
 
 
 class _Command(Protocol):
@@ -30,7 +31,8 @@ class Capture:
 
     def run(self) -> int:
         """Run the job."""
-        from millpond.capture.job import plan_capture, run_capture
+        from millpond.capture.job import run_capture
+        from millpond.capture.plan import plan_capture
         from millpond.store.capture_spec import read_job
         from millpond.store.reprs import human_bytes
 
@@ -60,13 +62,19 @@ class Ls:
         from millpond.store.reprs import human_bytes
 
         lake = millpond.open(self.lake)
+        readable = True
         for name in lake.runs():
-            run = lake[name]
+            try:
+                run = lake[name]
+            except LakeCorrupt as error:
+                print(f"{name:32} {_one_line(error)}")
+                readable = False
+                continue
             print(
                 f"{name:32} {run.state:7} {len(run.prompts):>9,} prompts {run.n_rows:>13,} rows "
                 f"{len(run.hooks):>3} hooks {human_bytes(run.nbytes):>10}"
             )
-        return 0
+        return 0 if readable else 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,12 @@ class Verify:
         lake = millpond.open(self.lake)
         whole = True
         for name in self.names or lake.runs():
-            found = verify_run(lake[name], progress=sys.stderr.isatty())
+            try:
+                found = verify_run(lake[name], progress=sys.stderr.isatty())
+            except LakeCorrupt as error:
+                print(f"{name}: {_one_line(error)}")
+                whole = False
+                continue
             verdict = "whole" if found.ok else f"{len(found.problems)} problems"
             print(
                 f"{name}: {verdict}; {found.rows:,} rows, {found.prompts:,} prompts, "
@@ -188,6 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except MillpondError as error:
         print(f"millpond: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +18,11 @@ import pandas as pd
 import pytest
 
 import millpond as mp
-from millpond.capture.job import plan_capture
+from millpond.capture.plan import plan_capture
 from millpond.cli import main
 from millpond.store.capture_spec import read_job
 from millpond.store.verify import verify_run
+from tests.capture.conftest import MODEL
 
 GOOD = [
     {"id": "a", "token_ids": [0, 5, 6], "mark": [True, False, True]},
@@ -58,6 +61,18 @@ def refused(job: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
         ({"destination": {"run": "../up"}}, ["'../up'"]),
         ({"destination": {"lake": "/proc/lake"}}, ["/proc/lake"]),
         ({"destination": {"shard_rows": 100}}, ["shard_rows 100", "chunk_rows 16"]),
+        ({"destination": {"lake": "s3://bucket/lake"}}, ["'s3://bucket/lake'", "local folder"]),
+        ({"destination": {"lake": ""}}, ["destination.lake", "''"]),
+        ({"destination": {"lake": __file__}}, ["test_job.py"]),
+        ({"destination": {"lake": "/etc"}}, ["'/etc'", "is not a lake"]),
+        ({"capture": {"max_new_tokens": 512}}, ["max_new_tokens", "512"]),
+        ({"prompts": {"id": "uid"}}, ["'uid'", "prompts.id", "id, token_ids, mark"]),
+        ({"prompts": {"metadata": ["mark", "mark"]}}, ["mark, mark", "twice"]),
+        ({"engine": {"nonsense": 1}}, ["engine.nonsense"]),
+        ({"engine": {"dtype": "bfloat16"}}, ["engine.dtype", "set by Millpond"]),
+        ({"engine": {"tensor_parallel_size": 2}}, ["engine.tensor_parallel_size", "one worker"]),
+        ({"engine": {"max_model_len": 1000}}, ["engine.max_model_len", "1000", "512"]),
+        ({"engine": {"max_num_seqs": "many"}}, ["engine.max_num_seqs", "'many'"]),
     ],
 )
 def test_a_bad_field_is_refused_by_name(
@@ -83,6 +98,10 @@ def test_a_bad_field_is_refused_by_name(
         ([{"id": "a", "token_ids": ["x"]}], ["token_ids", "lists of integers"]),
         ([{"id": "a", "body": "x"}], ["'text'", "'token_ids'", "body"]),
         ([{"id": "a", "text": 3}], ["prompt 1", "3"]),
+        ([{"id": "a", "token_ids": [1.5]}], ["prompt 1", "[1.5]", "lists of integers"]),
+        ([{"id": "a", "token_ids": "123"}], ["prompt 1", "'123'", "lists of integers"]),
+        ([{"id": "a", "token_ids": [1]}, {"token_ids": [1]}], ["prompt 2", "nan"]),
+        ([{"id": "", "token_ids": [1]}], ["prompt 1", "''"]),
     ],
 )
 def test_bad_prompts_are_refused(
@@ -101,6 +120,8 @@ def test_bad_prompts_are_refused(
         ([[True], [True, False]], ["'mark'", "'a'", "1 values", "3 tokens"]),
         ([[True, True, True], 4], ["'mark'", "'b'", "4"]),
         ([["x", "y", "z"], ["x", "y"]], ["'mark'", "booleans, integers or floats"]),
+        ([[[1], [2], [3]], [1, 2]], ["'mark'", "'a'", "one value a token"]),
+        ([[[1], [2, 3], [4]], [1, 2]], ["'mark'", "'a'", "one value a token"]),
     ],
 )
 def test_token_labels_of_the_wrong_form_are_refused(
@@ -112,6 +133,42 @@ def test_token_labels_of_the_wrong_form_are_refused(
 ) -> None:
     prompts = [prompt | {"mark": mark} for prompt, mark in zip(GOOD, labels, strict=True)]
     refused(write_job(write_prompts(prompts), prompts={"token_labels": ["mark"]}), capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("sections", "values", "words"),
+    [
+        ({"metadata": ["kind"]}, [1, "x"], ["'kind'", "mixes types"]),
+        ({"prompt_labels": ["kind"]}, ["y", None], ["'kind'", "missing", "'b'"]),
+    ],
+)
+def test_prompt_columns_that_cannot_be_stored_are_refused_before_the_capture(
+    sections: dict[str, Any],
+    values: list[Any],
+    words: list[str],
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = [prompt | {"kind": value} for prompt, value in zip(GOOD, values, strict=True)]
+    refused(write_job(write_prompts(prompts), prompts=sections), capsys, *words)
+
+
+def test_damaged_weights_and_configurations_are_refused(
+    tmp_path: Path,
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    job = write_job(write_prompts(GOOD), model={"path": str(model)})
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"num_hidden_layers": 6', '"num_hidden_layers": "x"'))
+    refused(job, capsys, "config.json")
+    (model / "config.json").write_text(config)
+    (model / "model.safetensors").write_bytes(b"ab")
+    refused(job, capsys, "model.safetensors", "no safetensors file")
 
 
 def test_malformed_jsonl_names_the_line(
@@ -187,6 +244,48 @@ def test_texts_labels_and_metadata_reach_the_run(tmp_path: Path, write_job: Call
         mine = tokens["prompt"].values == number
         assert tokenizer.decode(tokens["token_id"].values[mine][1:]) == texts["xyz".index(row["id"])]
         assert set(kinds[mine]) == {row["kind"]}
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_confirmed_and_a_second_capture_is_kept_out(
+    tmp_path: Path, write_prompts: Callable[..., Path], write_job: Callable[..., Path]
+) -> None:
+    """The terminal sends SIGINT to the engine's process too; a prompt without wanted rows is stored as such."""
+    sent = [{"id": str(n), "token_ids": [0] if n == 0 else [0, 5] * 150} for n in range(2000)]
+    shards = {"chunk_rows": 64, "shard_rows": 4096}
+    job = write_job(write_prompts(sent), capture={"first_position": 1}, destination=shards)
+    command = [sys.executable, "-m", "millpond.cli", "capture", str(job)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not list((tmp_path / "lake" / "runs").glob("run/commits/[!.]*.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        _, printed = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 130, printed[-2000:]
+    assert printed.splitlines()[-1].startswith("millpond: interrupted")
+    assert "Traceback" not in printed
+    run = mp.open(tmp_path / "lake")["run"]
+    assert run.state == "open"
+    assert 0 < len(run.prompts) < len(sent)
+    assert verify_run(run).problems == []
+    assert run.prompts.set_index("id")["n_rows"].to_dict() == {
+        prompt_id: 0 if prompt_id == "0" else 299 for prompt_id in run.prompts["id"]
+    }
+    with (tmp_path / "lake" / "runs" / "run" / "capture.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = run_cli("capture", str(job), "--resume")
+    assert second.returncode == 2
+    assert "captured by another process" in second.stderr
+    assert len(mp.open(tmp_path / "lake")["run"].prompts) == len(run.prompts)
 
 
 @pytest.mark.slow

@@ -1,0 +1,225 @@
+"""Checking a capture job before anything is loaded or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from millpond.capture.prompt_file import Prompts, read_prompts
+from millpond.capture.versions import check_vllm_version, set_environment
+from millpond.store.capture_spec import CaptureJob
+from millpond.store.dtypes import STORED_AS, check_dtype
+from millpond.store.errors import InvalidInput
+from millpond.store.hooks import Hook, match_hooks
+from millpond.store.lake import open_lake
+from millpond.store.manifest import check_run_name
+from millpond.store.reprs import human_bytes
+
+_SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config", "async_scheduling")
+_ONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model folder says of its model."""
+
+    folder: Path
+    n_layers: int
+    d_model: int
+    context: int
+    """Longest sequence, in tokens."""
+    vocab_size: int
+    dtype: str
+    weight_bytes: int
+    architecture: str
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """A checked job, before anything was written."""
+
+    job: CaptureJob
+    model: ModelFacts
+    hooks: tuple[str, ...]
+    prompts: Prompts
+    rows: int
+    """Rows asked of every hook; with generation, the most there can be."""
+    max_tokens: int
+    """Prompt tokens, and the most that generation may add."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of activations of all hooks."""
+        row = self.model.d_model * np.dtype(STORED_AS[self.model.dtype]).itemsize
+        return self.rows * len(self.hooks) * row
+
+    def seconds(self) -> float:
+        """A rough estimate of the time: the model's arithmetic at a third of this machine's matrix speed, and the start."""
+        parameters = self.model.weight_bytes / np.dtype(STORED_AS[self.model.dtype]).itemsize
+        side = 1024
+        a = np.ones((side, side), np.float32)
+        a @ a
+        started = time.perf_counter()
+        a @ a
+        speed = 2 * side**3 / (time.perf_counter() - started)
+        return 20 + 3 * 2 * parameters * self.max_tokens / speed
+
+    def summary(self) -> str:
+        """What the job will do, in one line a fact."""
+        most = "at most " if self.job.capture.max_new_tokens else ""
+        return "\n".join(
+            [
+                f"model    {self.model.architecture}, {self.model.n_layers} layers, d_model {self.model.d_model}, {self.model.dtype}",
+                f"hooks    {len(self.hooks)}: {self.hooks[0]} to {self.hooks[-1]}",
+                f"prompts  {len(self.prompts.ids):,}, {self.prompts.n_tokens:,} tokens",
+                f"rows     {most}{self.rows:,} a hook, {most}{human_bytes(self.bytes)} in all",
+                f"time     about {self.seconds():.0f} s",
+            ]
+        )
+
+
+def read_model_facts(job: CaptureJob) -> ModelFacts:
+    """What the job's model folder says.
+
+    Raises:
+        InvalidInput: the folder is missing, holds no safetensors model, or its dtype cannot be stored.
+    """
+    folder = Path(job.model.path)
+    if not (folder / "config.json").is_file():
+        raise InvalidInput(
+            f"model folder {job.model.path!r} has no config.json; give the path of a Hugging Face model folder "
+            "(Millpond downloads nothing)"
+        )
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        raise InvalidInput(
+            f"model folder {job.model.path!r} has no .safetensors weights; save the model as safetensors"
+        )
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    for path in weights:
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InvalidInput(f"{path} is no safetensors file ({error}); copy or save the model again") from error
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        text = config.get_text_config()
+        n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
+        context, vocab_size = int(text.max_position_embeddings), int(text.vocab_size)
+        if min(n_layers, d_model, context, vocab_size) < 1:
+            raise ValueError("a size is not positive")
+    except Exception as error:  # transformers raises a dozen kinds of errors here
+        raise InvalidInput(
+            f"model folder {job.model.path!r}: config.json cannot be used: {' '.join(str(error).split())}"
+        ) from error
+    dtype = str(getattr(text, "dtype", None) or "float32") if job.model.dtype == "auto" else job.model.dtype
+    return ModelFacts(
+        folder=folder,
+        n_layers=n_layers,
+        d_model=d_model,
+        context=_check_engine(job, context),
+        vocab_size=vocab_size,
+        dtype=check_dtype(dtype.removeprefix("torch.")),
+        weight_bytes=sum(path.stat().st_size for path in weights),
+        architecture=(config.architectures or [type(config).__name__])[0],
+    )
+
+
+def _check_engine(job: CaptureJob, context: int) -> int:
+    """The longest sequence that the engine of `job` will take, in tokens, after checking its other arguments."""
+    if not job.engine:
+        return context
+    check_vllm_version()
+    set_environment()
+    from vllm import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name, value in job.engine.items():
+        if name in _SET_BY_MILLPOND:
+            raise InvalidInput(f"engine.{name} is set by Millpond; leave it out (model and dtype belong into [model])")
+        if name not in known:
+            raise InvalidInput(f"engine.{name} is no engine argument of this vLLM; check its name")
+        if name in _ONE and value != 1:
+            raise InvalidInput(f"engine.{name} is {value!r}; captures run on one worker so far: leave it out")
+        if name == "speculative_config":
+            raise InvalidInput("engine.speculative_config cannot be combined with capture yet; leave it out")
+        if name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            limit = context if name == "max_model_len" else 1 << 20
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+                raise InvalidInput(f"engine.{name} is {value!r}; give a whole number from 1 to {limit}")
+    return int(job.engine.get("max_model_len", context))
+
+
+def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
+    """Check everything that can be checked before the model is loaded; writes nothing.
+
+    Raises:
+        InvalidInput: a field of the job, the model, a prompt or the destination cannot be used.
+    """
+    model = read_model_facts(job)
+    available = [str(Hook(layer, "resid_post")) for layer in range(model.n_layers)]
+    hooks = match_hooks(job.capture.hooks, available, f"model {job.model.path!r} offers")
+    new = job.capture.max_new_tokens
+    if new >= model.context:
+        raise InvalidInput(
+            f"capture.max_new_tokens is {new}; the model's context has {model.context} tokens: give less"
+        )
+    # one token is always sampled, so a prompt-only request still needs room for it
+    prompts = read_prompts(job.prompts, model.folder, model.context - max(new, 1), model.vocab_size)
+    rows = 0
+    for prompt_id, tokens in zip(prompts.ids, prompts.token_ids, strict=True):
+        computed = len(tokens) + max(new - 1, 0)
+        beyond = job.capture.out_of_reach(len(tokens), computed)
+        if beyond is not None:
+            raise InvalidInput(
+                f"capture.positions: {beyond} is outside prompt {prompt_id!r}, which has {len(tokens)} tokens"
+            )
+        rows += len(job.capture.select(len(tokens), 0, computed))
+    if rows == 0:
+        raise InvalidInput(
+            f"capture.positions {job.capture.positions!r} from position {job.capture.first_position} selects no token of any prompt"
+        )
+    if prompts.token_labels and new:
+        raise InvalidInput(
+            "prompts.token_labels name prompt tokens only; set capture.max_new_tokens to 0 or leave them out"
+        )
+    plan = CapturePlan(job, model, hooks, prompts, rows, prompts.n_tokens + len(prompts.ids) * new)
+    _check_destination(plan, resume)
+    return plan
+
+
+def _check_destination(plan: CapturePlan, resume: bool) -> None:
+    destination = plan.job.destination
+    if destination.shard_rows % destination.chunk_rows:
+        raise InvalidInput(
+            f"destination.shard_rows {destination.shard_rows} is not a multiple of chunk_rows {destination.chunk_rows}"
+        )
+    check_run_name(destination.run)
+    folder = Path(destination.lake.removeprefix("file://"))
+    if not destination.lake or "\0" in destination.lake or "://" in str(destination.lake).removeprefix("file://"):
+        raise InvalidInput(f"destination.lake is {destination.lake!r}; give a local folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        lake = open_lake(folder)  # refuses what is no lake
+        if not resume or destination.run not in lake:
+            lake.check_new(destination.run)
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InvalidInput(f"destination {destination.lake!r} cannot be written; name a folder that you may write")
+    free = shutil.disk_usage(existing).free
+    needed = 2 * plan.bytes
+    if free < needed:
+        raise InvalidInput(
+            f"destination {destination.lake!r} has {human_bytes(free)} free, but {human_bytes(plan.bytes)} of activations need "
+            f"{human_bytes(needed)} while the run is sealed; free space or capture less"
+        )
