@@ -136,8 +136,3 @@ class RequestFollower:
             positions=positions[keep],
             activations={hook: rows[keep] for hook, rows in taken.items()},
         )
-
-    def drop(self, capture_id: str) -> None:
-        """Forget a request that will not be confirmed."""
-        self._by_id.pop(capture_id, None)
-        self._failed.pop(capture_id, None)
