@@ -9,8 +9,9 @@ from typing import Any
 
 from millpond.capture.interrupts import blocked
 from millpond.capture.versions import check_vllm_version, set_environment
-from millpond.store.capture_spec import CaptureJob
+from millpond.store.capture_spec import CaptureJob, CaptureWish, RequestArgs
 from millpond.store.errors import CaptureFailed
+from millpond.store.positions import PositionFilter
 
 _CONFIRM_EVERY = 16  # requests a call to the worker
 
@@ -18,7 +19,7 @@ _CONFIRM_EVERY = 16  # requests a call to the worker
 class CaptureEngine:
     """A vLLM engine in a process of its own, set up to capture into one run."""
 
-    def __init__(self, job: CaptureJob, run_folder: Path, max_model_len: int) -> None:
+    def __init__(self, job: CaptureJob, hooks: tuple[str, ...], max_model_len: int) -> None:
         check_vllm_version()
         set_environment()
         from vllm import EngineArgs, LLMEngine
@@ -40,19 +41,26 @@ class CaptureEngine:
             "max_model_len": max_model_len,
             "async_scheduling": False,  # the token ids of a step must be known when it is planned
             "worker_cls": "millpond.capture.worker.TapWorker",
-            "additional_config": {"millpond": {"run_folder": str(run_folder.resolve())}},
+            "additional_config": {
+                "millpond": {
+                    "lake": str(Path(job.destination.lake.removeprefix("file://")).absolute()),
+                    "run": job.destination.run,
+                    "hooks": list(hooks),
+                }
+            },
         }
         self.max_num_seqs = int(settings["max_num_seqs"])
-        self._wish = {
-            "positions": job.capture.positions,
-            "first_position": job.capture.first_position,
-        }
+        positions = {name: getattr(job.capture, name) for name in PositionFilter.model_fields}
+        self._wish = CaptureWish(**positions)
+        self._intervene = job.intervene
         self._max_new_tokens = job.capture.max_new_tokens
         with blocked():
             self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
 
-    def run(self, prompts: Iterator[tuple[str, list[int]]], check: Callable[[], None]) -> Iterator[tuple[str, int]]:
-        """Capture `prompts` (id and token ids), and yield each id with its number of tokens once it is on its way.
+    def run(
+        self, prompts: Iterator[tuple[str, list[int]]], check: Callable[[], None]
+    ) -> Iterator[tuple[str, list[int]]]:
+        """Capture `prompts` (id and token ids), and yield each id with its tokens, prompt and generated, once it is on its way.
 
         `check` is called between steps; what it raises ends the capture.
         At most four times `max_num_seqs` requests wait in the engine, however many prompts there are.
@@ -61,7 +69,7 @@ class CaptureEngine:
             CaptureFailed: the engine, the worker or the lake failed.
         """
         waiting: set[str] = set()
-        finished: list[tuple[str, int]] = []
+        finished: list[tuple[str, list[int]]] = []
         try:
             while True:
                 check()
@@ -72,11 +80,11 @@ class CaptureEngine:
                     break
                 for output in self._engine.step():
                     if output.finished:
-                        generated = len(output.outputs[0].token_ids) if self._max_new_tokens else 0
-                        finished.append((output.request_id, len(output.prompt_token_ids) + generated))
+                        generated = output.outputs[0].token_ids if self._max_new_tokens else []
+                        finished.append((output.request_id, [*output.prompt_token_ids, *generated]))
                         waiting.discard(output.request_id)
                 if len(finished) >= _CONFIRM_EVERY or not waiting:
-                    self._confirm(finished)
+                    self._confirm([(prompt_id, len(tokens)) for prompt_id, tokens in finished])
                     yield from finished
                     finished = []
         except CaptureFailed:
@@ -91,15 +99,26 @@ class CaptureEngine:
             temperature=0.0,
             max_tokens=max(self._max_new_tokens, 1),
             detokenize=False,
-            extra_args={"millpond": {"capture": {"id": prompt_id, **self._wish}}},
+            extra_args={
+                "millpond": RequestArgs(
+                    capture=self._wish.model_copy(update={"id": prompt_id}), intervene=self._intervene
+                ).model_dump(mode="json", exclude_none=True)
+            },
         )
         self._engine.add_request(prompt_id, {"prompt_token_ids": token_ids}, parameters)
 
     def _confirm(self, finished: list[tuple[str, int]]) -> None:
         if finished:
-            (problem,) = self._engine.collective_rpc("millpond_confirm", args=(finished,))
-            if problem:
-                raise CaptureFailed(problem)
+            answers, *_ = self._engine.collective_rpc("millpond_confirm", args=(finished,))
+            for capture_id, _ in finished:
+                answer = answers.get(capture_id)
+                if answer is None:
+                    raise CaptureFailed(f"request {capture_id!r} never reached the worker")
+                if answer["error"]:
+                    raise CaptureFailed(answer["error"])
+            failed = self._engine.collective_rpc("millpond_poll")[0]["failed"]
+            for reason in failed.values():
+                raise CaptureFailed(reason)
 
     def commit(self) -> tuple[int, int]:
         """Make everything captured durable and visible: rows and prompts in all.
@@ -107,7 +126,7 @@ class CaptureEngine:
         Raises:
             CaptureFailed: the lake could not be written.
         """
-        ((rows, prompts, problem),) = self._engine.collective_rpc("millpond_commit")
+        (rows, prompts, problem), *_ = self._engine.collective_rpc("millpond_commit")
         if problem:
             raise CaptureFailed(problem)
         return rows, prompts

@@ -103,7 +103,7 @@ def _capture_and_seal(
     pairs = zip(plan.prompts.ids, plan.prompts.token_ids, strict=True)
     todo = [(prompt_id, tokens) for prompt_id, tokens in pairs if prompt_id not in done]
     started = time.perf_counter()
-    engine = CaptureEngine(plan.job, folder, plan.model.context)
+    engine = CaptureEngine(plan.job, plan.taps, plan.model.context)
     try:
         startup = time.perf_counter() - started
         started = time.perf_counter()
@@ -161,11 +161,11 @@ def _feed(
     per_row = plan.bytes // plan.rows
     tokens = asked = 0
     with tqdm(total=plan.max_tokens, desc="capture", unit="tok", unit_scale=True, disable=not progress) as bar:
-        for prompt_id, n_tokens in engine.run(prompts, check):
-            n_prompt = lengths[prompt_id]
+        for prompt_id, token_ids in engine.run(prompts, check):
+            n_prompt, n_tokens = lengths[prompt_id], len(token_ids)
             computed = n_prompt + max(n_tokens - n_prompt - 1, 0)
             tokens += computed
-            asked += len(plan.job.capture.select(n_prompt, 0, computed))
+            asked += len(plan.job.capture.select(n_prompt, 0, computed, np.array(token_ids, np.int32)))
             bar.update(n_tokens)
             bar.set_postfix_str(human_bytes(asked * per_row), refresh=False)
     return tokens, asked
@@ -230,7 +230,7 @@ def _provenance(plan: CapturePlan) -> dict[str, Any]:
 def _fingerprint(plan: CapturePlan, weights: dict[str, str]) -> str:
     """A hash of the model, what is captured and the prompts: equal jobs make equal runs."""
     digest = hashlib.sha256((plan.model.folder / "config.json").read_bytes())
-    digest.update(f"{sorted(weights.items())} {plan.model.dtype} {plan.job.capture!r}".encode())
+    digest.update(f"{sorted(weights.items())} {plan.model.dtype} {plan.job.capture!r} {plan.job.intervene!r}".encode())
     for prompt_id, tokens in zip(plan.prompts.ids, plan.prompts.token_ids, strict=True):
         digest.update(prompt_id.encode() + b"\0" + np.array(tokens, "<i4").tobytes())
     return digest.hexdigest()

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from millpond.capture.admission import EngineFacts, model_hooks
 from millpond.capture.prompt_file import Prompts, read_prompts
 from millpond.capture.versions import check_vllm_version, set_environment
 from millpond.store.capture_spec import CaptureJob
 from millpond.store.dtypes import STORED_AS, check_dtype
 from millpond.store.errors import InvalidInput
-from millpond.store.hooks import Hook, match_hooks
+from millpond.store.hooks import hook_sort_key
+from millpond.store.interventions import Patch
 from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
 from millpond.store.reprs import human_bytes
@@ -47,6 +49,8 @@ class CapturePlan:
     job: CaptureJob
     model: ModelFacts
     hooks: tuple[str, ...]
+    taps: tuple[str, ...]
+    """Hooks that are kept or intervened at."""
     prompts: Prompts
     rows: int
     """Rows asked of every hook; with generation, the most there can be."""
@@ -166,8 +170,7 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
         InvalidInput: a field of the job, the model, a prompt or the destination cannot be used.
     """
     model = read_model_facts(job)
-    available = [str(Hook(layer, "resid_post")) for layer in range(model.n_layers)]
-    hooks = match_hooks(job.capture.hooks, available, f"model {job.model.path!r} offers")
+    hooks = model_hooks(job.capture.hooks, model.n_layers, f"capture.hooks: model {job.model.path!r} offers")
     new = job.capture.max_new_tokens
     if new >= model.context:
         raise InvalidInput(
@@ -183,7 +186,8 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
             raise InvalidInput(
                 f"capture.positions: {beyond} is outside prompt {prompt_id!r}, which has {len(tokens)} tokens"
             )
-        rows += len(job.capture.select(len(tokens), 0, computed))
+        known = np.array(tokens, np.int32) if computed == len(tokens) else None  # generated ones are not
+        rows += len(job.capture.select(len(tokens), 0, computed, known))
     if rows == 0:
         raise InvalidInput(
             f"capture.positions {job.capture.positions!r} from position {job.capture.first_position} selects no token of any prompt"
@@ -192,9 +196,30 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
         raise InvalidInput(
             "prompts.token_labels name prompt tokens only; set capture.max_new_tokens to 0 or leave them out"
         )
-    plan = CapturePlan(job, model, hooks, prompts, rows, prompts.n_tokens + len(prompts.ids) * new)
+    taps = _check_interventions(job, model, hooks, prompts)
+    plan = CapturePlan(job, model, hooks, taps, prompts, rows, prompts.n_tokens + len(prompts.ids) * new)
     _check_destination(plan, resume)
     return plan
+
+
+def _check_interventions(
+    job: CaptureJob, model: ModelFacts, hooks: tuple[str, ...], prompts: Prompts
+) -> tuple[str, ...]:
+    """All hooks that need a tap, after checking that every intervention can be made."""
+    taps = set(hooks)
+    lake = (
+        job.destination.lake
+        if (Path(job.destination.lake.removeprefix("file://")) / "millpond.json").is_file()
+        else None
+    )
+    facts = EngineFacts(lake, None, hooks, model.d_model, model.dtype, 0, 0, None)
+    for intervention in job.intervene:
+        where = f"intervene: model {job.model.path!r} offers"
+        for hook in model_hooks([intervention.hook], model.n_layers, where):
+            taps.add(hook)
+            for tokens in prompts.token_ids if isinstance(intervention, Patch) else prompts.token_ids[:1]:
+                facts.edits.make(intervention, hook, len(tokens))
+    return tuple(sorted(taps, key=hook_sort_key))
 
 
 def _check_destination(plan: CapturePlan, resume: bool) -> None:

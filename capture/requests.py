@@ -1,36 +1,65 @@
-"""Following captured requests through the engine's steps: which tokens are whose, and what is complete."""
+"""Following requests through the engine's steps: which tokens are whose, what is edited, what is complete."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from torch import Tensor
 
-from millpond.store.capture_spec import CaptureWish, first_problem
+from millpond.capture.edits import Edit
+from millpond.capture.tap import HookWork, Rows
+from millpond.store.capture_spec import CaptureWish
 from millpond.store.errors import CaptureFailed
+from millpond.store.positions import PositionFilter
 from millpond.store.segment import CapturedRequest
 
 
-@dataclass
-class Following:
-    """One captured request that has not been confirmed yet."""
+@dataclass(frozen=True)
+class PlannedEdit:
+    """One intervention at one hook point of one request."""
 
-    wish: CaptureWish
+    hook: int
+    where: PositionFilter
+    edit: Edit
+
+
+@dataclass(eq=False)
+class Following:
+    """One request that captures, is intervened in, or both."""
+
     n_prompt: int
-    tokens: list[NDArray[np.int32]] = field(default_factory=list)
-    """Token ids seen, from position 0."""
+    wish: CaptureWish | None = None
+    hooks: tuple[int, ...] = ()
+    """Numbers of the hook points that are kept."""
+    edits: tuple[PlannedEdit, ...] = ()
+    """In the order in which they are applied at a hook point."""
+    tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Token ids seen, from position 0; room for more at the end."""
     seen: int = 0
-    """Positions computed so far; recomputing them after a preemption changes nothing."""
+    """Positions computed so far, from 0."""
     positions: list[NDArray[np.int32]] = field(default_factory=list)
-    rows: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    rows: list[NDArray[Any]] = field(default_factory=list)
+    """Of each step, (n_hooks, n_rows, d_model)."""
+
+    def see(self, start: int, tokens: NDArray[np.int32]) -> None:
+        """Positions from `start` are computed now, for these tokens."""
+        stop = start + len(tokens)
+        if stop > len(self.tokens):
+            grown = np.empty(max(stop, 2 * len(self.tokens)), np.int32)
+            grown[: len(self.tokens)] = self.tokens
+            self.tokens = grown
+        self.tokens[start:stop] = tokens
+        self.seen = stop
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one request gets of the rows staged in this step."""
+    """What one request gets of the rows that a step keeps."""
 
     following: Following
     positions: NDArray[np.int32]
@@ -39,71 +68,116 @@ class _Share:
 
 
 class RequestFollower:
-    """Turns the engine's steps into whole captured requests."""
+    """Turns the engine's steps into whole captured requests.
 
-    def __init__(self, no_rows: dict[str, NDArray[Any]]) -> None:
-        self._no_rows = no_rows
-        """What a request without wanted rows has: each hook with an array of shape (0, d_model)."""
+    A position that is computed again, after a preemption or because a drafted token was rejected,
+    replaces what was kept of it: the last computation is the one that the model went on from.
+
+    Args:
+        hooks: names of the worker's hook points.
+        d_model: width of the rows.
+        dtype: the model's; rows are kept in it, bfloat16 as its bits in uint16.
+    """
+
+    def __init__(self, hooks: tuple[str, ...], d_model: int, dtype: torch.dtype) -> None:
+        self._hooks = hooks
+        self._d_model = d_model
+        self._dtype = dtype
         self._by_request: dict[str, Following] = {}
         self._by_id: dict[str, Following] = {}
         self._failed: dict[str, str] = {}
-        self._shares: list[_Share] = []
+        self._shares: list[tuple[NDArray[Any], list[_Share]]] = []
 
-    def admit(self, request_id: str, extra_args: dict[str, Any] | None, n_prompt: int) -> None:
-        """Follow a new request of the engine, if it asks for capture."""
-        asked = (extra_args or {}).get("millpond")
-        if asked is None:
-            return
-        try:
-            wish = CaptureWish.model_validate(asked["capture"])
-        except (ValidationError, KeyError, TypeError) as error:
-            reason = first_problem(error) if isinstance(error, ValidationError) else repr(error)
-            self._failed[request_id] = f"request {request_id}: extra_args['millpond'] is malformed: {reason}"
-            return
-        if wish.id in self._by_id:
-            self._failed[wish.id] = f"request {wish.id!r} was sent twice at once; give each prompt its own id"
-            return
-        following = Following(wish, n_prompt)
-        self._by_request[request_id] = self._by_id[wish.id] = following
+    def admit(self, request_id: str, following: Following) -> None:
+        """Follow a new request of the engine."""
+        if request_id in self._by_request:
+            return  # resumed after a preemption
+        if following.wish is not None and following.wish.id is not None:
+            if following.wish.id in self._by_id:
+                self._failed[following.wish.id] = (
+                    f"request {following.wish.id!r} was sent twice at once; give each prompt its own id"
+                )
+                return
+            self._by_id[following.wish.id] = following
+        self._by_request[request_id] = following
 
-    def plan_step(self, batch: list[tuple[str, int, NDArray[np.int32]]]) -> NDArray[np.int64]:
-        """The tokens of the coming step to stage.
+    def plan_step(self, batch: Iterable[tuple[str, int, NDArray[np.int32]]]) -> dict[int, HookWork]:
+        """What each hook point does in the coming step.
 
         Args:
             batch: in row order, each request's id, first position and token ids of this step.
         """
-        self._shares = []
-        wanted: list[NDArray[np.int64]] = []
-        offset = staged = 0
+        work: dict[int, HookWork] = {}
+        edits: dict[tuple[int, int, Edit], list[tuple[NDArray[np.int64], NDArray[np.int32]]]] = {}
+        kept: dict[tuple[int, ...], list[tuple[Following, NDArray[np.int32], int]]] = {}
+        offset = 0
         for request_id, start, tokens in batch:
             following = self._by_request.get(request_id)
             if following is not None:
-                stop = start + len(tokens)
-                if start > following.seen:
+                if start > following.seen and following.wish is not None and following.wish.id is not None:
                     self._failed[following.wish.id] = (
                         f"request {following.wish.id!r}: positions {following.seen} to {start - 1} were never computed"
                     )
-                positions = following.wish.select(following.n_prompt, following.seen, stop)
-                following.tokens.append(tokens[max(following.seen - start, 0) :].copy())
-                following.seen = max(following.seen, stop)
-                if len(positions):
-                    wanted.append(offset + positions.astype(np.int64) - start)
-                    self._shares.append(_Share(following, positions, staged, staged + len(positions)))
-                    staged += len(positions)
+                following.see(start, tokens)
+                first, stop = offset - start, start + len(tokens)
+                for order, planned in enumerate(following.edits):
+                    at = planned.where.select(following.n_prompt, start, stop, following.tokens)
+                    if len(at):
+                        edits.setdefault((planned.hook, order, planned.edit), []).append(
+                            (at.astype(np.int64) + first, at)
+                        )
+                if following.wish is not None:
+                    at = following.wish.select(following.n_prompt, start, stop, following.tokens)
+                    if len(at):
+                        kept.setdefault(following.hooks, []).append((following, at, first))
             offset += len(tokens)
-        return np.concatenate(wanted) if wanted else np.empty(0, np.int64)
+        for (hook, _, edit), parts in sorted(edits.items(), key=lambda item: item[0][1]):
+            rows = as_rows(np.concatenate([rows for rows, _ in parts]))
+            positions = np.concatenate([positions for _, positions in parts])
+            work.setdefault(hook, HookWork()).edits.append((rows, _bind(edit, positions)))
+        self._shares = [self._stage(hooks, parts, work) for hooks, parts in kept.items()]
+        return work
 
-    def take_rows(self, rows: dict[str, NDArray[Any]]) -> None:
-        """Hand the rows staged in this step to their requests."""
-        for share in self._shares:
-            share.following.positions.append(share.positions)
-            share.following.rows.append({hook: values[share.begin : share.end] for hook, values in rows.items()})
+    def _stage(
+        self,
+        hooks: tuple[int, ...],
+        parts: list[tuple[Following, NDArray[np.int32], int]],
+        work: dict[int, HookWork],
+    ) -> tuple[NDArray[Any], list[_Share]]:
+        """Room for the rows of the requests that keep the same `hooks`, and the copies into it."""
+        shares: list[_Share] = []
+        end = 0
+        for following, at, _ in parts:
+            begin, end = end, end + len(at)
+            shares.append(_Share(following, at, begin, end))
+        rows = as_rows(np.concatenate([at.astype(np.int64) + first for _, at, first in parts]))
+        stage = torch.empty(len(hooks), end, self._d_model, dtype=self._dtype)
+        for number, hook in enumerate(hooks):
+            work.setdefault(hook, HookWork()).copies.append((rows, stage[number]))
+        return _as_stored(stage), shares
+
+    def take_rows(self) -> tuple[int, int]:
+        """Hand the rows that the step kept to their requests; returns how many, and their bytes in all hooks."""
+        count = sum(stage.shape[1] for stage, _ in self._shares)
+        size = sum(stage.nbytes for stage, _ in self._shares)
+        for stage, shares in self._shares:
+            for share in shares:
+                rows = stage[:, share.begin : share.end]
+                # a small part is copied, so that it does not keep the memory of the whole step
+                share.following.rows.append(rows if 2 * rows.nbytes > stage.nbytes else rows.copy())
+                share.following.positions.append(share.positions)
         self._shares = []
+        return count, size
 
-    def forget(self, request_ids: set[str]) -> None:
-        """The engine ended these requests; they stay until confirmed or dropped by their capture id."""
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """The engine ended these requests; what they kept stays until confirmed or dropped by capture id."""
         for request_id in request_ids:
             self._by_request.pop(request_id, None)
+
+    def drop(self, capture_id: str) -> None:
+        """Let go of a request that nobody will confirm."""
+        self._by_id.pop(capture_id, None)
+        self._failed.pop(capture_id, None)
 
     def confirm(self, capture_id: str, n_tokens: int) -> CapturedRequest:
         """The whole request `capture_id`, of which the client received `n_tokens` prompt and generated tokens.
@@ -116,23 +190,64 @@ class RequestFollower:
         """
         following = self._by_id.pop(capture_id, None)
         if capture_id in self._failed:
-            raise CaptureFailed(self._failed[capture_id])
-        if following is None:
-            raise CaptureFailed(f"request {capture_id!r} never reached the worker; " + "; ".join(self._failed.values()))
+            raise CaptureFailed(self._failed.pop(capture_id))
+        if following is None or following.wish is None:
+            raise CaptureFailed(f"request {capture_id!r} never reached the worker")
         computed = n_tokens if n_tokens == following.n_prompt else n_tokens - 1
+        if following.seen < computed:
+            raise CaptureFailed(f"request {capture_id!r}: {following.seen} of {computed} positions were computed")
+        tokens = following.tokens[:computed].copy()
         positions = np.concatenate([np.empty(0, np.int32), *following.positions])
-        keep = positions < computed
-        expected = following.wish.select(following.n_prompt, 0, computed)
-        if not np.array_equal(positions[keep], expected):
+        rows = _last_of_each(positions, computed)
+        expected = following.wish.select(following.n_prompt, 0, computed, tokens)
+        # a token-id filter sees the tokens that a position had at last, not a draft's
+        rows = rows[np.isin(positions[rows], expected)]
+        if not np.array_equal(positions[rows], expected):
             raise CaptureFailed(
-                f"request {capture_id!r}: {int(keep.sum())} rows were captured, but {len(expected)} were asked for"
+                f"request {capture_id!r}: {len(rows)} rows were captured, but {len(expected)} were asked for"
             )
-        parts = following.rows or [self._no_rows]
-        taken = {hook: np.concatenate([rows[hook] for rows in parts]) for hook in self._no_rows}
         return CapturedRequest(
             id=capture_id,
-            token_ids=np.concatenate(following.tokens)[:computed],
+            token_ids=tokens,
             n_prompt_tokens=following.n_prompt,
-            positions=positions[keep],
-            activations={hook: rows[keep] for hook, rows in taken.items()},
+            positions=positions[rows],
+            activations=self._gather(following, rows),
         )
+
+    def _gather(self, following: Following, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        names = [self._hooks[hook] for hook in following.hooks]
+        if not following.rows:
+            empty = _as_stored(torch.empty(0, self._d_model, dtype=self._dtype))
+            return dict.fromkeys(names, empty)
+        everything = np.array_equal(rows, np.arange(sum(part.shape[1] for part in following.rows)))
+        taken = {}
+        for number, name in enumerate(names):
+            whole = np.concatenate([part[number] for part in following.rows])
+            taken[name] = whole if everything else whole[rows]
+        return taken
+
+
+def as_rows(indexes: NDArray[np.int64]) -> Rows:
+    """The same tokens as a slice where they are consecutive."""
+    if len(indexes) and indexes[-1] - indexes[0] == len(indexes) - 1 and (np.diff(indexes) == 1).all():
+        return slice(int(indexes[0]), int(indexes[-1]) + 1)
+    return torch.from_numpy(indexes)
+
+
+def _last_of_each(positions: NDArray[np.int32], below: int) -> NDArray[np.int64]:
+    """Indexes of the last occurrence of every position under `below`, by position."""
+    reverse = positions[::-1]
+    unique, first = np.unique(reverse, return_index=True)
+    last = len(positions) - 1 - first
+    return last[unique < below].astype(np.int64)
+
+
+def _bind(edit: Edit, positions: NDArray[np.int32]) -> Callable[[Tensor], Tensor]:
+    return lambda x: edit(x, positions)
+
+
+def _as_stored(rows: Tensor) -> NDArray[Any]:
+    if rows.dtype == torch.bfloat16:
+        rows = rows.view(torch.uint16)
+    stored: NDArray[Any] = rows.numpy()
+    return stored

@@ -2,77 +2,192 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from millpond.store.segment import CapturedRequest, RunWriter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Destination:
+    """One run that is written."""
+
+    writer: RunWriter
+    rows: deque[tuple[str, int]] = field(default_factory=deque)
+    """Id and number of rows of every request that is written but not committed, in order."""
+    counted: int = 0
+    """Prompts that the writer has committed and `poll` was told of."""
+    since: float = 0.0
+    """When the oldest of `rows` was written."""
 
 
 class LakeSink:
     """Writes captured requests in the background; `put` blocks while too much is waiting.
 
     The engine's step waits in `put`, so a lake slower than the model slows the scheduler down
-    instead of filling memory. After an error nothing more is written and `error` says why.
+    instead of filling memory. A write that fails takes every request with it that its run had not
+    committed; `poll` names them. The next request of that run starts a new segment.
+
+    Args:
+        open_run: opens a run for writing, by name.
+        max_bytes: activations that may wait.
+        commit_seconds: requests are committed at most this long after they were written; None leaves
+            that to `commit` and to full segments.
     """
 
-    def __init__(self, writer: RunWriter, max_bytes: int = 1 << 30) -> None:
-        self.error: str | None = None
-        self._writer = writer
+    def __init__(
+        self, open_run: Callable[[str], RunWriter], max_bytes: int = 1 << 30, commit_seconds: float | None = None
+    ) -> None:
+        self.waited = 0.0
+        """Seconds that `put` has blocked in all."""
+        self.written_bytes = 0
+        self.busy = 0.0
+        """Seconds that the writing thread has worked."""
+        self._open_run = open_run
         self._max_bytes = max_bytes
-        self._waiting: deque[CapturedRequest] = deque()
+        self._commit_seconds = commit_seconds
+        self._waiting: deque[tuple[str, CapturedRequest]] = deque()
         self._bytes = 0
+        self._destinations: dict[str, _Destination] = {}
+        self._committed: dict[str, int] = {}
+        self._failed: dict[str, str] = {}
+        self._totals: dict[str, tuple[int, int]] = {}
+        self._error: str | None = None
         self._commit_asked = 0
         self._commits_done = 0
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="millpond-sink", daemon=True)
         self._thread.start()
 
-    def put(self, request: CapturedRequest) -> None:
-        """Queue one request; blocks while more than `max_bytes` are waiting."""
+    def put(self, run: str, request: CapturedRequest) -> None:
+        """Queue one request for `run`; blocks while more than `max_bytes` are waiting."""
+        started = time.perf_counter()
         with self._change:
-            self._change.wait_for(lambda: self._bytes < self._max_bytes or self.error is not None)
-            if self.error is not None:
-                return  # the caller reports it
-            self._waiting.append(request)
+            self._change.wait_for(lambda: self._bytes < self._max_bytes)
+            self._waiting.append((run, request))
             self._bytes += _size(request)
             self._change.notify_all()
+        waited = time.perf_counter() - started
+        self.waited += waited
+        if waited > 1:
+            logger.warning("the engine waited %.1f s for the lake (run %r)", waited, run)
 
-    def commit(self) -> tuple[int, int]:
-        """Make everything queued so far durable and visible; returns rows and prompts committed in all."""
+    def commit(self) -> tuple[int, int, str | None]:
+        """Make everything queued so far durable and visible.
+
+        Returns:
+            Rows and prompts committed since the sink was made, and why requests were lost since the last call, if any were.
+        """
         with self._change:
             self._commit_asked += 1
             asked = self._commit_asked
             self._change.notify_all()
-            self._change.wait_for(lambda: self._commits_done >= asked or self.error is not None)
-        return self._writer.committed_rows, self._writer.committed_prompts
+            self._change.wait_for(lambda: self._commits_done >= asked)
+            error, self._error = self._error, None
+            rows = sum(rows for rows, _ in self._totals.values())
+            prompts = sum(prompts for _, prompts in self._totals.values())
+        return rows, prompts, error
+
+    def poll(self) -> tuple[dict[str, int], dict[str, str]]:
+        """Since the last call: committed requests with their rows, and failed ones with the reason."""
+        with self._change:
+            committed, self._committed = self._committed, {}
+            failed, self._failed = self._failed, {}
+        return committed, failed
+
+    @property
+    def error(self) -> str | None:
+        """Why requests were lost since the last `commit`, if any were."""
+        return self._error
 
     def _run(self) -> None:
-        try:
-            while True:
-                with self._change:
-                    self._change.wait_for(lambda: self._waiting or self._commit_asked > self._commits_done)
-                    request = self._waiting.popleft() if self._waiting else None
-                    asked = self._commit_asked
-                if request is not None:
-                    self._writer.append(request)
-                    with self._change:
-                        self._bytes -= _size(request)
-                        self._change.notify_all()
-                else:
-                    self._writer.commit()
-                    with self._change:
-                        self._commits_done = asked
-                        self._change.notify_all()
-        except BaseException as error:  # the thread's only way to tell: the next confirm or commit reports it
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        while True:
             with self._change:
-                self.error = f"writing to the lake failed: {reason}"
-                self._waiting.clear()
-                self._bytes = 0
-                self._change.notify_all()
-            with suppress(OSError):  # nothing of it is visible; sealing or deleting the run sweeps what is left
-                self._writer.discard()
+                self._change.wait_for(lambda: self._waiting or self._commit_asked > self._commits_done, self._pause())
+                run, request = self._waiting.popleft() if self._waiting else (None, None)
+                asked = self._commit_asked
+            started = time.perf_counter()
+            if run is not None and request is not None:
+                self._guard(run, request)
+                with self._change:
+                    self._bytes -= _size(request)
+                    self._change.notify_all()
+            elif asked > self._commits_done:
+                self._commit_older_than(0.0)
+                with self._change:
+                    self._commits_done = asked
+                    self._change.notify_all()
+            if self._commit_seconds is not None:
+                self._commit_older_than(self._commit_seconds)
+            self.busy += time.perf_counter() - started
+
+    def _pause(self) -> float | None:
+        pending = [destination.since for destination in self._destinations.values() if destination.rows]
+        if self._commit_seconds is None or not pending:
+            return None
+        return max(min(pending) + self._commit_seconds - time.monotonic(), 0.0)
+
+    def _commit_older_than(self, seconds: float) -> None:
+        for run, destination in list(self._destinations.items()):
+            if destination.rows and time.monotonic() - destination.since >= seconds:
+                self._guard(run, None)
+
+    def _guard(self, run: str, request: CapturedRequest | None) -> None:
+        """Write one request of `run`, or commit the run; a failure is told to those concerned."""
+        destination = self._destinations.get(run)
+        try:
+            if destination is None:
+                writer = self._open_run(run)
+                destination = self._destinations[run] = _Destination(writer, counted=writer.committed_prompts)
+            if request is not None:
+                if not destination.rows:
+                    destination.since = time.monotonic()
+                destination.rows.append((request.id, len(request.positions)))
+                destination.writer.append(request)
+                self.written_bytes += _size(request)
+            else:
+                destination.writer.commit()
+            self._settle(run, destination)
+        except Exception as error:  # the thread's only way to tell is through poll and commit
+            self._lose(run, destination, request, error)
+
+    def _settle(self, run: str, destination: _Destination) -> None:
+        """Tell of what the writer has committed."""
+        new = destination.writer.committed_prompts - destination.counted
+        if new:
+            done = [destination.rows.popleft() for _ in range(new)]
+            destination.counted += new
+            destination.since = time.monotonic()
+            with self._change:
+                self._committed.update(done)
+                rows, prompts = self._totals.get(run, (0, 0))
+                self._totals[run] = (rows + sum(n for _, n in done), prompts + new)
+
+    def _lose(
+        self, run: str, destination: _Destination | None, request: CapturedRequest | None, error: Exception
+    ) -> None:
+        reason = f"writing to the lake failed: {_reason(error)}"
+        logger.error("run %r: %s", run, reason)
+        lost = {request.id} if request is not None else set()
+        if destination is not None:
+            lost.update(capture_id for capture_id, _ in destination.rows)
+            with suppress(Exception):  # nothing of it is visible; sealing or deleting the run sweeps what is left
+                destination.writer.discard()
+            del self._destinations[run]
+        with self._change:
+            self._failed.update(dict.fromkeys(lost, reason))
+            self._error = reason
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _size(request: CapturedRequest) -> int:

@@ -42,6 +42,11 @@ def installed_vllm() -> str:
     raise InvalidInput("vLLM is not installed; install millpond[capture-cpu], or millpond[capture] beside a GPU")
 
 
+def is_supported_vllm() -> bool:
+    """Whether capture knows the installed version of vLLM."""
+    return ".".join(installed_vllm().split(".")[:2]) in SUPPORTED
+
+
 def check_vllm_version() -> str:
     """The installed version of vLLM.
 
@@ -49,6 +54,6 @@ def check_vllm_version() -> str:
         InvalidInput: capture does not know that version; it would rather not run than be wrong.
     """
     found = installed_vllm()
-    if ".".join(found.split(".")[:2]) not in SUPPORTED:
+    if not is_supported_vllm():
         raise InvalidInput(f"vLLM {found} is not supported; install {' or '.join(SUPPORTED)}.x")
     return found

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millpond.store.errors import InvalidInput
+from millpond.store.interventions import Intervention, interventions_hash
 from millpond.store.positions import PositionFilter
 
 
@@ -71,15 +73,48 @@ class CaptureJob(_Section):
     capture: CaptureSection
     prompts: PromptsSection
     destination: DestinationSection
+    intervene: tuple[Intervention, ...] = ()
+    """What is done to the activations of every prompt."""
     engine: dict[str, Any] = {}
     """Further vLLM engine arguments, such as `max_num_seqs` or `enforce_eager`."""
 
 
 class CaptureWish(PositionFilter):
-    """What `SamplingParams.extra_args["millpond"]["capture"]` of one request says."""
+    """What one request wants kept."""
 
-    id: str = Field(min_length=1)
-    """The prompt's id, unique within the run."""
+    id: str | None = Field(default=None, min_length=1)
+    """The prompt's id, unique within the run; the front end mints one where it is missing."""
+    run: str | None = None
+    """Destination run; the engine's own where it is missing."""
+    hooks: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Must select exactly the run's hooks; for the reader's sake, or to create the run."""
+
+
+class RequestArgs(_Section):
+    """What `SamplingParams.extra_args["millpond"]` of one request says."""
+
+    capture: CaptureWish | None = None
+    intervene: tuple[Intervention, ...] = ()
+
+    @property
+    def salt(self) -> str | None:
+        """What keeps the request's cached keys and values apart from those of other computations."""
+        return f"millpond:{interventions_hash(self.intervene)}" if self.intervene else None
+
+
+def read_request_args(extra_args: Mapping[str, Any] | None) -> RequestArgs | None:
+    """What a request asks of Millpond: an object, or over HTTP (`vllm_xargs`) the same as a JSON string.
+
+    Raises:
+        InvalidInput: it asks for something that does not exist.
+    """
+    asked = (extra_args or {}).get("millpond")
+    if asked is None:
+        return None
+    try:
+        return RequestArgs.model_validate_json(asked) if isinstance(asked, str) else RequestArgs.model_validate(asked)
+    except ValidationError as error:
+        raise InvalidInput(f"millpond: {first_problem(error)}") from error
 
 
 def read_job(path: Path) -> CaptureJob:

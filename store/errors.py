@@ -5,6 +5,7 @@ MillpondError
 │   ├── HookNotCaptured   the run does not hold that hook point
 │   ├── LabelNotFound     the run has no label of that name
 │   ├── RunNotFound       the lake holds no run of that name
+│   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
 │   └── PromptTooLong     a prompt does not fit the model's context
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
@@ -35,6 +36,12 @@ class LabelNotFound(InvalidInput, KeyError):
 
 class RunNotFound(InvalidInput, KeyError):
     """The lake holds no run of that name."""
+
+    __str__ = Exception.__str__
+
+
+class ArtifactNotFound(InvalidInput, KeyError):
+    """The lake holds no artifact of that name."""
 
     __str__ = Exception.__str__
 

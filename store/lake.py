@@ -16,7 +16,7 @@ from millpond.store.dtypes import check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound
 from millpond.store.files import read_json, remove_tree, sync_folder, write_json
 from millpond.store.hooks import hook_sort_key, parse_hook
-from millpond.store.manifest import FORMAT_VERSION, RunSpec, check_run_name
+from millpond.store.manifest import FORMAT_VERSION, RunSpec, check_run_name, read_record
 
 if TYPE_CHECKING:
     from millpond.store.run import Run
@@ -103,6 +103,15 @@ class Lake(Mapping[str, "Run"]):
                 f"run {name!r} is not in the lake {str(self.folder)!r}, which holds {', '.join(held) or 'no runs'}; "
                 "name one of its runs or capture into a new one"
             )
+
+    def spec(self, name: str) -> RunSpec:
+        """What was fixed when the run called `name` was created; opens nothing else of it.
+
+        Raises:
+            RunNotFound: the lake has no run of that name.
+        """
+        self._check_held(name)
+        return read_record(self.run_folder(name) / "run.json", RunSpec)
 
     def run_folder(self, name: str) -> Path:
         """The folder of the run called `name`, whether or not it exists."""

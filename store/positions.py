@@ -20,20 +20,43 @@ class PositionFilter(BaseModel):
     positions: Positions = "all"
     first_position: int = Field(default=0, ge=0)
     """Positions before this one are left out; 1 leaves out the beginning-of-sequence token."""
+    end_position: int | None = Field(default=None, ge=1)
+    """This position and those after it are left out."""
+    every: int = Field(default=1, ge=1)
+    """Keep `first_position` and every so-manieth position after it."""
+    token_ids: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    """Keep only positions whose token is one of these."""
 
-    def select(self, n_prompt: int, start: int, stop: int) -> NDArray[np.int32]:
-        """The wanted positions from `start` to before `stop`, ascending, of a request with `n_prompt` prompt tokens."""
+    def select(
+        self, n_prompt: int, start: int, stop: int, tokens: NDArray[np.int32] | None = None
+    ) -> NDArray[np.int32]:
+        """The wanted positions from `start` to before `stop`, ascending, of a request with `n_prompt` prompt tokens.
+
+        Args:
+            n_prompt: number of prompt tokens.
+            start: first position looked at.
+            stop: one after the last.
+            tokens: the request's token ids from position 0, (at least `stop`,); without them, `token_ids` filters nothing.
+        """
         low, high = max(start, self.first_position), stop
+        if self.end_position is not None:
+            high = min(high, self.end_position)
         if isinstance(self.positions, tuple):
             absolute = {p + n_prompt if p < 0 else p for p in self.positions}
-            return np.array(sorted(p for p in absolute if low <= p < high), np.int32)
-        if self.positions == "prompt":
-            high = min(high, n_prompt)
-        elif self.positions == "generated":
-            low = max(low, n_prompt)
-        elif self.positions == "last":
-            low, high = max(low, n_prompt - 1), min(high, n_prompt)
-        return np.arange(low, max(low, high), dtype=np.int32)
+            chosen = np.array(sorted(p for p in absolute if low <= p < high), np.int32)
+        else:
+            if self.positions == "prompt":
+                high = min(high, n_prompt)
+            elif self.positions == "generated":
+                low = max(low, n_prompt)
+            elif self.positions == "last":
+                low, high = max(low, n_prompt - 1), min(high, n_prompt)
+            chosen = np.arange(low, max(low, high), dtype=np.int32)
+        if self.every > 1:
+            chosen = chosen[(chosen - self.first_position) % self.every == 0]
+        if self.token_ids is not None and tokens is not None:
+            chosen = chosen[np.isin(tokens[chosen], self.token_ids)]
+        return chosen
 
     def out_of_reach(self, n_prompt: int, n_tokens: int) -> int | None:
         """A position asked for by number that a request of `n_tokens` computed tokens does not have."""

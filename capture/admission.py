@@ -1,0 +1,145 @@
+"""Whether an engine can do what a request asks of Millpond, checked before the request is scheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from millpond.capture.edits import Edits
+from millpond.store.capture_spec import RequestArgs
+from millpond.store.dtypes import STORED_AS
+from millpond.store.errors import InvalidInput
+from millpond.store.hooks import KINDS, Hook, match_hooks
+from millpond.store.lake import Lake, open_lake
+from millpond.store.manifest import RunSpec
+from millpond.store.reprs import human_bytes
+
+
+def model_hooks(patterns: Iterable[str], n_layers: int, where: str = "the model offers") -> tuple[str, ...]:
+    """The hook points of a model of `n_layers` layers that any of `patterns` (names or globs) selects.
+
+    Raises:
+        HookNotCaptured: a pattern selects nothing.
+    """
+    every = [str(Hook(layer, kind)) for layer in range(n_layers) for kind in KINDS]
+    return match_hooks(patterns, every, where)
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What an engine with taps can do: from `additional_config["millpond"]` and the model's configuration."""
+
+    lake_url: str | None
+    run: str | None
+    """Where requests go that name no run."""
+    hooks: tuple[str, ...]
+    """Hook points that have a tap."""
+    d_model: int
+    dtype: str
+    request_bytes: int
+    """Most bytes of activations that one request may keep until it ends."""
+    queue_bytes: int
+    commit_seconds: float | None
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> EngineFacts:
+        """The facts of the engine with this configuration.
+
+        Raises:
+            InvalidInput: the engine was not started with Millpond's settings.
+        """
+        additional = vllm_config.additional_config
+        settings = additional.get("millpond") if isinstance(additional, Mapping) else None
+        if not isinstance(settings, Mapping) or not settings.get("hooks"):
+            raise InvalidInput(
+                "the engine has no Millpond settings; start it with millpond serve, or with --worker-cls "
+                'millpond.capture.worker.TapWorker --additional-config \'{"millpond": {"lake": ..., "hooks": [...]}}\''
+            )
+        unknown = set(settings) - {"lake", "run", "hooks", "request_bytes", "queue_bytes", "commit_seconds"}
+        if unknown:
+            raise InvalidInput(f"additional_config['millpond'] has {min(unknown)!r}, which is no setting; leave it out")
+        model = vllm_config.model_config
+        return cls(
+            lake_url=settings.get("lake"),
+            run=settings.get("run"),
+            hooks=model_hooks(settings["hooks"], model.hf_text_config.num_hidden_layers),
+            d_model=model.get_hidden_size(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            request_bytes=int(settings.get("request_bytes", 1 << 30)),
+            queue_bytes=int(settings.get("queue_bytes", 1 << 30)),
+            commit_seconds=settings.get("commit_seconds"),
+        )
+
+    @cached_property
+    def lake(self) -> Lake | None:
+        """The engine's lake."""
+        return open_lake(self.lake_url) if self.lake_url else None
+
+    @cached_property
+    def edits(self) -> Edits:
+        """Makes this engine's edits."""
+        return Edits(self.lake, self.d_model)
+
+    @cached_property
+    def _specs(self) -> dict[str, RunSpec]:
+        return {}
+
+    def run_spec(self, name: str | None) -> RunSpec:
+        """The run that a request naming `name` goes to.
+
+        Raises:
+            InvalidInput: there is none, or this engine cannot fill it.
+        """
+        name = name or self.run
+        if name is None or self.lake is None:
+            raise InvalidInput("capture.run is missing, and the engine has no run of its own; name one")
+        spec = self._specs.get(name)
+        if spec is None:
+            spec = self._specs[name] = self.lake.spec(name)
+        missing = [hook for hook in spec.hooks if hook not in self.hooks]
+        if missing:
+            raise InvalidInput(
+                f"run {name!r} keeps {missing[0]}, where this engine has no tap; start it with that hook"
+            )
+        if (spec.d_model, spec.dtype) != (self.d_model, self.dtype):
+            raise InvalidInput(
+                f"run {name!r} is for d_model {spec.d_model} and {spec.dtype}, the engine has {self.d_model} and {self.dtype}"
+            )
+        return spec
+
+    def check(self, args: RequestArgs, n_prompt: int, max_new_tokens: int) -> None:
+        """Check a request of `n_prompt` prompt tokens that may generate `max_new_tokens`.
+
+        Raises:
+            InvalidInput: the engine cannot do what it asks; the message names the field.
+        """
+        for intervention in args.intervene:
+            for hook in match_hooks(intervention.hook, self.hooks, "intervene: the engine has taps at"):
+                self.edits.make(intervention, hook, n_prompt)
+        if args.capture is None:
+            return
+        spec = self.run_spec(args.capture.run)
+        if args.capture.hooks is not None:
+            named = match_hooks(args.capture.hooks, self.hooks, "capture.hooks: the engine has taps at")
+            if named != spec.hooks:
+                raise InvalidInput(
+                    f"capture.hooks selects {len(named)} hooks, but run {spec.name!r} keeps {len(spec.hooks)}; "
+                    "leave hooks out or capture into another run"
+                )
+        computed = n_prompt + max(max_new_tokens - 1, 0)
+        beyond = args.capture.out_of_reach(n_prompt, computed)
+        if beyond is not None:
+            raise InvalidInput(
+                f"capture.positions: {beyond} is outside the request, which has {n_prompt} prompt tokens"
+            )
+        rows = len(args.capture.select(n_prompt, 0, computed))
+        size = rows * len(spec.hooks) * self.d_model * np.dtype(STORED_AS[self.dtype]).itemsize
+        if size > self.request_bytes:
+            raise InvalidInput(
+                f"the request may keep {human_bytes(size)} of activations until it ends; the engine's request_bytes allows "
+                f"{human_bytes(self.request_bytes)}: ask for fewer positions or tokens"
+            )

@@ -1,0 +1,68 @@
+"""Stored SAEs as the tap runs them: SAELens' tensors, read from an artifact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from millpond.store.artifacts import Artifact
+from millpond.store.errors import InvalidInput
+
+_ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
+
+
+class StoredSae:
+    """Encodes and decodes float32 activations, as `sae_lens.SAE` does with the same weights."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        from safetensors.torch import load
+
+        config = artifact.config
+        self.architecture = config.get("architecture")
+        if self.architecture not in _ARCHITECTURES:
+            raise InvalidInput(
+                f"SAE {artifact.name!r} has architecture {self.architecture!r}; export it as one of {', '.join(_ARCHITECTURES)}"
+            )
+        for field in ("normalize_activations", "reshape_activations"):
+            if config.get(field, "none") != "none":
+                raise InvalidInput(
+                    f"SAE {artifact.name!r} has {field} {config[field]!r}; fold it into the weights first"
+                )
+        tensors = {name: tensor.float() for name, tensor in load(artifact.data).items()}
+        self.W_enc, self.W_dec, self.b_dec = tensors["W_enc"], tensors["W_dec"], tensors["b_dec"]
+        self.d_in, self.d_sae = self.W_enc.shape
+        if self.W_dec.shape != (self.d_sae, self.d_in):
+            raise InvalidInput(
+                f"SAE {artifact.name!r} maps {self.d_in} dimensions to {self.W_dec.shape[1]}; a transcoder cannot be spliced"
+            )
+        self._tensors = tensors
+        self._subtract = bool(config.get("apply_b_dec_to_input", True))
+        self._k = int(config.get("k", 0))
+        self._rescale = bool(config.get("rescale_acts_by_decoder_norm", False))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latent activations (n, d_sae) of activations (n, d_in)."""
+        t = self._tensors
+        if self._subtract:
+            x = x - self.b_dec
+        hidden = x @ self.W_enc
+        if self.architecture == "gated":
+            latents: Tensor = torch.relu(hidden * t["r_mag"].exp() + t["b_mag"]) * (hidden + t["b_gate"] > 0)
+            return latents
+        hidden = hidden + t["b_enc"]
+        if self.architecture == "standard":
+            return torch.relu(hidden)
+        if self.architecture == "jumprelu":
+            latents = torch.relu(hidden) * (hidden > t["threshold"])
+            return latents
+        if self._rescale:
+            hidden = hidden * self.W_dec.norm(dim=1)
+        best = hidden.topk(self._k, dim=1)
+        return torch.zeros_like(hidden).scatter_(1, best.indices, torch.relu(best.values))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Reconstructions (n, d_in) of latent activations (n, d_sae)."""
+        if self.architecture == "topk" and self._rescale:
+            latents = latents / self.W_dec.norm(dim=1)
+        decoded: Tensor = latents @ self.W_dec + self.b_dec
+        return decoded
