@@ -53,8 +53,7 @@ class StoredSae:
         if self.architecture == "standard":
             return torch.relu(hidden)
         if self.architecture == "jumprelu":
-            latents = torch.relu(hidden) * (hidden > t["threshold"])
-            return latents
+            return torch.relu(hidden) * (hidden > t["threshold"])
         if self._rescale:
             hidden = hidden * self.W_dec.norm(dim=1)
         best = hidden.topk(self._k, dim=1)
