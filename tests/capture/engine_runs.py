@@ -71,8 +71,11 @@ class Outcome:
     preemptions: int
 
 
-def run_engines(runs: list[EngineRun], folder: Path) -> list[Outcome]:
-    """Run the engines in a process of their own; `folder` holds its files."""
+def run_engines(runs: list[EngineRun], folder: Path, *, own_processes: bool = False) -> list[Outcome]:
+    """Run the engines in one new process; `folder` holds its files.
+
+    With `own_processes` each engine gets further ones, as in production; that takes longer to start.
+    """
     plan, result = folder / "plan.json", folder / "result.json"
     plan.write_text(json.dumps([asdict(run) for run in runs]))
     done = subprocess.run(
@@ -80,6 +83,7 @@ def run_engines(runs: list[EngineRun], folder: Path) -> list[Outcome]:
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_processes))},
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return [
@@ -114,13 +118,16 @@ def _run(spec: dict[str, Any]) -> Outcome:
 
 def _round(llm: Any, asks: list[Ask], number: int) -> list[Answer]:
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     engine = llm.llm_engine
     for index, ask in enumerate(asks):
         sampling = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False} | ask.sampling
         extra = None if ask.millpond is None else {"millpond": ask.millpond}
         engine.add_request(
-            f"r{number}-{index}", {"prompt_token_ids": ask.tokens}, SamplingParams(**sampling, extra_args=extra)
+            f"r{number}-{index}",
+            {"prompt_token_ids": ask.tokens},
+            SamplingParams(**sampling, extra_args=extra, output_kind=RequestOutputKind.FINAL_ONLY),
         )
     finished: dict[str, Any] = {}
     step = 0
@@ -149,7 +156,6 @@ def _answer(llm: Any, ask: Ask, output: Any) -> Answer:
 
 
 if __name__ == "__main__":
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from millpond.capture.versions import set_environment
 
     set_environment()
