@@ -7,8 +7,10 @@ MillpondError
 │   ├── RunNotFound       the lake holds no run of that name
 │   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
+│   ├── JobNotFound       the queue holds no job of that id
 │   └── PromptTooLong     a prompt does not fit the model's context
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
+├── LeaseLost             another worker claimed the job, or it has ended
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
 └── RunOpen               the operation needs a sealed run
 """
@@ -50,12 +52,22 @@ class RunExists(InvalidInput):
     """The lake already holds a run of that name."""
 
 
+class JobNotFound(InvalidInput, KeyError):
+    """The queue holds no job of that id."""
+
+    __str__ = Exception.__str__
+
+
 class PromptTooLong(InvalidInput):
     """A prompt does not fit the model's context."""
 
 
 class CaptureFailed(MillpondError):
     """A capture ended without all its rows; none of the failed rows are visible."""
+
+
+class LeaseLost(MillpondError):
+    """Another worker claimed the job, or it has ended; whoever held it must stop."""
 
 
 class LakeCorrupt(MillpondError):

