@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from millpond.capture.adapters import Adapter, engine_rank
 from millpond.capture.interrupts import blocked
 from millpond.capture.versions import check_vllm_version, set_environment
-from millpond.store.capture_spec import CaptureJob, CaptureWish, RequestArgs
+from millpond.store.capture_spec import ModelSection, RequestArgs
 from millpond.store.errors import CaptureFailed
-from millpond.store.positions import PositionFilter
 
 _CONFIRM_EVERY = 16  # requests a call to the worker
 
 
-class CaptureEngine:
-    """A vLLM engine in a process of its own, set up to capture into one run."""
+@dataclass(frozen=True)
+class CaptureRequest:
+    """One prompt on its way into one run."""
 
-    def __init__(self, job: CaptureJob, hooks: tuple[str, ...], max_model_len: int) -> None:
+    run: str
+    prompt: str
+    """Its id in the run."""
+    token_ids: list[int]
+    asked: RequestArgs
+    """What is captured and changed; id and run are filled in."""
+    adapter: Adapter | None = None
+    max_new_tokens: int = 0
+
+    @property
+    def capture_id(self) -> str:
+        """Unique in the engine: paired runs hold the same prompts."""
+        return f"{self.run}:{self.prompt}"
+
+
+class CaptureEngine:
+    """A vLLM engine in a process of its own, whose worker captures into the runs it is told of.
+
+    Args:
+        model: what runs.
+        lake: folder of the lake that the runs are in.
+        hooks: hook points that are tapped; runs may keep fewer.
+        max_model_len: longest sequence, in tokens.
+        arguments: further vLLM engine arguments.
+        max_adapters: LoRA adapters in one batch; 0 leaves LoRA out.
+        max_rank: the largest rank of an adapter.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        lake: Path,
+        hooks: Sequence[str],
+        max_model_len: int,
+        arguments: dict[str, Any],
+        *,
+        max_adapters: int = 0,
+        max_rank: int = 0,
+    ) -> None:
         check_vllm_version()
         set_environment()
         from vllm import EngineArgs, LLMEngine
@@ -34,102 +74,134 @@ class CaptureEngine:
         }
         if current_platform.is_cpu():
             settings["kv_cache_memory_bytes"] = 1 << 30  # left out, vLLM takes most of the machine's memory
-        settings |= job.engine
+        if max_adapters:
+            settings |= {"enable_lora": True, "max_loras": max_adapters, "max_lora_rank": engine_rank(max_rank)}
+        settings |= arguments
         settings |= {
-            "model": job.model.path,
-            "dtype": job.model.dtype,
+            "model": model.path,
+            "dtype": model.dtype,
             "max_model_len": max_model_len,
             "async_scheduling": False,  # the token ids of a step must be known when it is planned
             "worker_cls": "millpond.capture.worker.TapWorker",
-            "additional_config": {
-                "millpond": {
-                    "lake": str(Path(job.destination.lake.removeprefix("file://")).absolute()),
-                    "run": job.destination.run,
-                    "hooks": list(hooks),
-                }
-            },
+            # no run's name: every setting is part of the compilation cache's key
+            "additional_config": {"millpond": {"lake": str(lake.absolute()), "hooks": list(hooks)}},
         }
+        self.hooks = tuple(hooks)
         self.max_num_seqs = int(settings["max_num_seqs"])
-        positions = {name: getattr(job.capture, name) for name in PositionFilter.model_fields}
-        self._wish = CaptureWish(**positions)
-        self._intervene = job.intervene
-        self._max_new_tokens = job.capture.max_new_tokens
+        self.max_adapters = max_adapters
+        self.max_rank = engine_rank(max_rank) if max_adapters else 0
+        self._adapter_numbers: dict[Path, int] = {}
+        self._committed = (0, 0)
         with blocked():
             self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
 
     def run(
-        self, prompts: Iterator[tuple[str, list[int]]], check: Callable[[], None]
-    ) -> Iterator[tuple[str, list[int]]]:
-        """Capture `prompts` (id and token ids), and yield each id with its tokens, prompt and generated, once it is on its way.
+        self, requests: Iterator[CaptureRequest], check: Callable[[], None]
+    ) -> Iterator[tuple[CaptureRequest, list[int]]]:
+        """Capture `requests`, and yield each with all its tokens once it is on its way to the lake.
 
-        `check` is called between steps; what it raises ends the capture.
-        At most four times `max_num_seqs` requests wait in the engine, however many prompts there are.
+        `check` is called between steps; what it raises ends the capture, and the requests under way are forgotten.
+        At most four times `max_num_seqs` requests wait in the engine, however many there are.
 
         Raises:
             CaptureFailed: the engine, the worker or the lake failed.
         """
-        waiting: set[str] = set()
-        finished: list[tuple[str, list[int]]] = []
+        waiting: dict[str, CaptureRequest] = {}
+        finished: list[tuple[CaptureRequest, list[int]]] = []
         try:
             while True:
                 check()
-                for prompt_id, token_ids in islice(prompts, 4 * self.max_num_seqs - len(waiting)):
-                    self._add(prompt_id, token_ids)
-                    waiting.add(prompt_id)
+                for request in islice(requests, 4 * self.max_num_seqs - len(waiting)):
+                    self._add(request)
+                    waiting[request.capture_id] = request
                 if not waiting:
                     break
                 for output in self._engine.step():
                     if output.finished:
-                        generated = output.outputs[0].token_ids if self._max_new_tokens else []
-                        finished.append((output.request_id, [*output.prompt_token_ids, *generated]))
-                        waiting.discard(output.request_id)
-                if len(finished) >= _CONFIRM_EVERY or not waiting:
-                    self._confirm([(prompt_id, len(tokens)) for prompt_id, tokens in finished])
+                        request = waiting.pop(output.request_id)
+                        generated = output.outputs[0].token_ids if request.max_new_tokens else []
+                        finished.append((request, [*request.token_ids, *generated]))
+                if len(finished) >= _CONFIRM_EVERY or (finished and not waiting):
+                    self._confirm(finished)
                     yield from finished
                     finished = []
         except CaptureFailed:
             raise
         except Exception as error:
             raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+        finally:
+            left = [*waiting, *(request.capture_id for request, _ in finished)]
+            if left:
+                self._forget(left)
 
-    def _add(self, prompt_id: str, token_ids: list[int]) -> None:
+    def _add(self, request: CaptureRequest) -> None:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
+        assert request.asked.capture is not None
+        wish = request.asked.capture.model_copy(
+            update={"id": request.capture_id, "prompt": request.prompt, "run": request.run}
+        )
+        asked = request.asked.model_copy(update={"capture": wish}).model_dump(mode="json", exclude_none=True)
         parameters = SamplingParams(
             temperature=0.0,
-            max_tokens=max(self._max_new_tokens, 1),
+            max_tokens=max(request.max_new_tokens, 1),
             detokenize=False,
-            extra_args={
-                "millpond": RequestArgs(
-                    capture=self._wish.model_copy(update={"id": prompt_id}), intervene=self._intervene
-                ).model_dump(mode="json", exclude_none=True)
-            },
+            extra_args={"millpond": asked},
         )
-        self._engine.add_request(prompt_id, {"prompt_token_ids": token_ids}, parameters)
+        lora = None
+        if request.adapter is not None:
+            folder = request.adapter.folder.resolve()
+            number = self._adapter_numbers.setdefault(folder, len(self._adapter_numbers) + 1)
+            lora = LoRARequest(f"{request.adapter.name}-{number}", number, str(folder))
+        self._engine.add_request(
+            request.capture_id, {"prompt_token_ids": request.token_ids}, parameters, lora_request=lora
+        )
 
-    def _confirm(self, finished: list[tuple[str, int]]) -> None:
-        if finished:
-            answers, *_ = self._engine.collective_rpc("millpond_confirm", args=(finished,))
-            for capture_id, _ in finished:
-                answer = answers.get(capture_id)
-                if answer is None:
-                    raise CaptureFailed(f"request {capture_id!r} never reached the worker")
-                if answer["error"]:
-                    raise CaptureFailed(answer["error"])
-            failed = self._engine.collective_rpc("millpond_poll")[0]["failed"]
-            for reason in failed.values():
+    def _confirm(self, finished: list[tuple[CaptureRequest, list[int]]]) -> None:
+        pairs = [(request.capture_id, len(tokens)) for request, tokens in finished]
+        answers: dict[str, dict[str, Any]] = {}
+        for answer in self._engine.collective_rpc("millpond_confirm", args=(pairs,)):
+            answers |= answer
+        for capture_id, _ in pairs:
+            if capture_id not in answers:
+                raise CaptureFailed(f"request {capture_id!r} never reached the worker")
+            if answers[capture_id]["error"]:
+                raise CaptureFailed(answers[capture_id]["error"])
+        for answer in self._engine.collective_rpc("millpond_poll"):
+            for reason in answer["failed"].values():
                 raise CaptureFailed(reason)
 
+    def _forget(self, capture_ids: list[str]) -> None:
+        """Abort requests and let the worker drop what it kept of them; nothing if the engine is gone."""
+        try:
+            self._engine.abort_request(capture_ids)
+            self._engine.collective_rpc("millpond_drop", args=(capture_ids,))
+        except Exception:  # noqa: S110 - what ended the capture is already being raised
+            pass
+
     def commit(self) -> tuple[int, int]:
-        """Make everything captured durable and visible: rows and prompts in all.
+        """Make everything captured durable and visible: rows and prompts since the last call.
 
         Raises:
             CaptureFailed: the lake could not be written.
         """
-        (rows, prompts, problem), *_ = self._engine.collective_rpc("millpond_commit")
+        ((rows, prompts, problem), *_) = self._engine.collective_rpc("millpond_commit")
         if problem:
             raise CaptureFailed(problem)
-        return rows, prompts
+        before, self._committed = self._committed, (rows, prompts)
+        return rows - before[0], prompts - before[1]
+
+    def check_alive(self) -> None:
+        """Check that the engine answers.
+
+        Raises:
+            CaptureFailed: it does not.
+        """
+        try:
+            self._engine.collective_rpc("millpond_poll")
+        except Exception as error:
+            raise CaptureFailed(f"the engine died: {_reason(error)}") from error
 
     def close(self) -> None:
         """End the engine's process."""

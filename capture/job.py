@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,19 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from millpond.capture.interrupts import held_back
-from millpond.capture.plan import CapturePlan, plan_capture
-from millpond.store.capture_spec import read_job
-from millpond.store.errors import CaptureFailed, InvalidInput, RunExists
+from millpond.capture.plan import CapturePlan, Target, plan_capture
+from millpond.capture.prompt_file import Prompts
+from millpond.capture.provenance import COMPUTATION, adapter_provenance, model_provenance
+from millpond.capture.reuse import reuse_rows
+from millpond.store.capture_spec import CaptureWish, RequestArgs, read_job
+from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
 from millpond.store.lake import Lake, open_lake
 from millpond.store.reprs import human_bytes
 from millpond.store.run import Run
 from millpond.store.seal import seal_run
 
 if TYPE_CHECKING:
-    from millpond.capture.engine import CaptureEngine
+    from millpond.capture.engine import CaptureEngine, CaptureRequest
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class CaptureSummary:
     seconds: float
     """From the first request to the last row on disk; the engine's start is not in it."""
     startup_seconds: float
+    reused: int = 0
+    """Prompts whose rows were taken from other runs."""
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens computed, captured and stored a second."""
-        return self.tokens / self.seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def run_capture_file(path: Path, *, resume: bool = False, progress: bool = True) -> CaptureSummary:
@@ -55,11 +60,27 @@ def run_capture_file(path: Path, *, resume: bool = False, progress: bool = True)
     return run_capture(plan_capture(read_job(path), resume=resume), resume=resume, progress=progress)
 
 
-def run_capture(plan: CapturePlan, *, resume: bool = False, progress: bool = True) -> CaptureSummary:
-    """Capture into a new run and seal it.
+def run_capture(
+    plan: CapturePlan,
+    *,
+    resume: bool = False,
+    keep: bool = False,
+    progress: bool = True,
+    engine: CaptureEngine | None = None,
+    beat: Callable[[int], None] = lambda prompts: None,
+) -> CaptureSummary:
+    """Capture into new runs and seal them.
 
-    A capture that fails removes the run it made. What is interrupted (Ctrl-C, a kill), and what fails
-    after every row was stored, leaves an open run with what was committed; `resume` goes on from there.
+    A capture that fails removes the runs it made. What is interrupted (Ctrl-C, a kill), and what fails
+    after every row was stored, leaves open runs with what was committed; `resume` goes on from there.
+
+    Args:
+        plan: the checked job.
+        resume: go on with open runs of the same job, and take sealed ones as done.
+        keep: leave the runs of a capture that fails open, to be resumed.
+        progress: show a bar.
+        engine: a running one of the plan's model that taps its hooks; started for this job, and ended with it, by default.
+        beat: called between two steps with the number of prompts done; what it raises ends the capture like Ctrl-C.
 
     Raises:
         CaptureFailed: not every row was captured and stored.
@@ -68,21 +89,22 @@ def run_capture(plan: CapturePlan, *, resume: bool = False, progress: bool = Tru
     destination = plan.job.destination
     try:
         lake = open_lake(destination.lake, create=True)
-        provenance = _provenance(plan)
-        done = _committed(lake, plan, provenance) if resume and destination.run in lake else None
-        if done is None:
-            _create(lake, plan, provenance)
-        folder = lake.run_folder(destination.run)
-        with held_back() as check, _only_capture(folder):
+        parts = [_part(lake, plan, target, resume) for target in plan.targets]
+        made = [part for part in parts if part.made]
+        with ExitStack() as locks:
+            check = locks.enter_context(held_back())
+            for part in parts:
+                locks.enter_context(_only_capture(part.folder))
             try:
-                return _capture_and_seal(plan, folder, done or {}, check, progress)
-            except KeyboardInterrupt:
+                return _capture_and_seal(lake, plan, parts, engine, check, beat, progress)
+            except (KeyboardInterrupt, LeaseLost):
                 raise
             except Exception as error:
-                if done is None and not isinstance(error, _SealingFailed):
-                    lake.delete(destination.run)
+                if not keep and not isinstance(error, _SealingFailed):
+                    for part in made:
+                        lake.delete(part.target.run)
                 raise
-    except (CaptureFailed, InvalidInput):
+    except (CaptureFailed, InvalidInput, LeaseLost):
         raise
     except OSError as error:
         raise CaptureFailed(f"capture into {destination.lake!r} failed: {error.strerror}") from error
@@ -95,39 +117,93 @@ class _SealingFailed(CaptureFailed):
     """Every row was stored, but the run could not be sealed."""
 
 
+@dataclass
+class _Part:
+    """One run of a job while it is captured."""
+
+    target: Target
+    folder: Path
+    provenance: dict[str, Any]
+    made: bool
+    """Whether this capture made the run."""
+    sealed: bool
+    done: dict[str, int]
+    """Rows of each prompt that the run holds already."""
+    asked: int = 0
+    """Rows asked for by this capture."""
+
+    def todo(self, prompts: Prompts) -> list[tuple[str, list[int]]]:
+        """Ids and tokens of the prompts that the run lacks."""
+        if self.sealed:
+            return []
+        pairs = zip(prompts.ids, prompts.token_ids, strict=True)
+        return [(prompt_id, tokens) for prompt_id, tokens in pairs if prompt_id not in self.done]
+
+
 def _capture_and_seal(
-    plan: CapturePlan, folder: Path, done: dict[str, int], check: Callable[[], None], progress: bool
+    lake: Lake,
+    plan: CapturePlan,
+    parts: list[_Part],
+    engine: CaptureEngine | None,
+    check: Callable[[], None],
+    beat: Callable[[int], None],
+    progress: bool,
 ) -> CaptureSummary:
+    startup, tokens, own = 0.0, 0, engine is None
+    started = time.perf_counter()
+    for part in parts:
+        if plan.job.destination.reuse and not part.sealed:
+            reused = reuse_rows(lake, plan, part.folder, part.provenance, part.todo(plan.prompts))
+            part.done |= reused
+    todo = {part.target.run: part.todo(plan.prompts) for part in parts}
+    n_todo = sum(map(len, todo.values()))
+    if n_todo:
+        if engine is None:
+            before = time.perf_counter()
+            engine = start_engine(plan)
+            startup = time.perf_counter() - before
+        try:
+            try:
+                tokens = _feed(engine, plan, parts, todo, check, beat, progress)
+            except (KeyboardInterrupt, LeaseLost):
+                with suppress(CaptureFailed):
+                    engine.commit()
+                raise
+            rows, prompts = engine.commit()
+        finally:
+            if own:
+                engine.close()
+        asked = sum(part.asked for part in parts)
+        if (rows, prompts) != (asked, n_todo):
+            raise CaptureFailed(f"{rows} rows of {prompts} prompts were stored, but {asked} of {n_todo} were asked for")
+    seconds = time.perf_counter() - started - startup
+    runs = [lake[part.target.run] if part.sealed else _seal(part, plan) for part in parts]
+    return CaptureSummary(
+        ", ".join(run.name for run in runs),
+        len(plan.prompts.ids),
+        tokens,
+        sum(run.n_rows for run in runs),
+        sum(run.nbytes for run in runs),
+        seconds,
+        startup,
+        sum(len(part.done) for part in parts if plan.job.destination.reuse),
+    )
+
+
+def start_engine(plan: CapturePlan) -> CaptureEngine:
+    """An engine for one job."""
     from millpond.capture.engine import CaptureEngine
 
-    pairs = zip(plan.prompts.ids, plan.prompts.token_ids, strict=True)
-    todo = [(prompt_id, tokens) for prompt_id, tokens in pairs if prompt_id not in done]
-    started = time.perf_counter()
-    engine = CaptureEngine(plan.job, plan.taps, plan.model.context)
-    try:
-        startup = time.perf_counter() - started
-        started = time.perf_counter()
-        try:
-            tokens, asked = _feed(engine, plan, iter(todo), check, progress)
-        except KeyboardInterrupt:
-            with suppress(CaptureFailed):
-                engine.commit()
-            raise
-        rows, prompts = engine.commit()
-    finally:
-        engine.close()
-    if (rows, prompts) != (asked, len(todo)):
-        raise CaptureFailed(f"{rows} rows of {prompts} prompts were stored, but {asked} of {len(todo)} were asked for")
-    seconds = time.perf_counter() - started
-    try:
-        run = _seal(folder, plan, asked + sum(done.values()))
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise _SealingFailed(
-            f"every row is stored, but run {folder.name!r} could not be sealed: {reason}; put that right, then: "
-            "millpond capture --resume"
-        ) from error
-    return CaptureSummary(run.name, len(run.prompts), tokens, run.n_rows, run.nbytes, seconds, startup)
+    adapters = [target.adapter for target in plan.targets if target.adapter is not None]
+    return CaptureEngine(
+        plan.job.model,
+        Path(plan.job.destination.lake.removeprefix("file://")),
+        plan.taps,
+        plan.model.context,
+        plan.job.engine,
+        max_adapters=len({adapter.folder.resolve() for adapter in adapters}),
+        max_rank=max((adapter.rank for adapter in adapters), default=0),
+    )
 
 
 @contextmanager
@@ -135,107 +211,130 @@ def _only_capture(folder: Path) -> Iterator[None]:
     """Holds the run's capture lock, which the system releases however this process ends.
 
     Raises:
-        InvalidInput: another capture holds it.
+        RunBusy: another capture holds it.
     """
     with (folder / "capture.lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InvalidInput(
-                f"run {folder.name!r} is being captured by another process; wait for it to end"
-            ) from None
+            raise RunBusy(f"run {folder.name!r} is being captured by another process; wait for it to end") from None
         yield
 
 
 def _feed(
     engine: CaptureEngine,
     plan: CapturePlan,
-    prompts: Iterator[tuple[str, list[int]]],
+    parts: list[_Part],
+    todo: dict[str, list[tuple[str, list[int]]]],
     check: Callable[[], None],
+    beat: Callable[[int], None],
     progress: bool,
-) -> tuple[int, int]:
-    """Send the prompts through the engine; returns tokens computed and rows asked for."""
-    lengths = {
-        prompt_id: len(tokens) for prompt_id, tokens in zip(plan.prompts.ids, plan.prompts.token_ids, strict=True)
-    }
-    per_row = plan.bytes // plan.rows
-    tokens = asked = 0
-    with tqdm(total=plan.max_tokens, desc="capture", unit="tok", unit_scale=True, disable=not progress) as bar:
-        for prompt_id, token_ids in engine.run(prompts, check):
-            n_prompt, n_tokens = lengths[prompt_id], len(token_ids)
-            computed = n_prompt + max(n_tokens - n_prompt - 1, 0)
+) -> int:
+    """Send the prompts through the engine; returns the tokens it computed."""
+    by_run = {part.target.run: part for part in parts}
+    tokens = rows = prompts = 0
+
+    def between_steps() -> None:
+        check()
+        beat(prompts)
+
+    with tqdm(
+        total=plan.max_tokens * len(parts), desc="capture", unit="tok", unit_scale=True, disable=not progress
+    ) as bar:
+        for request, token_ids in engine.run(_requests(plan, parts, todo), between_steps):
+            n_prompt = len(request.token_ids)
+            computed = n_prompt + max(len(token_ids) - n_prompt - 1, 0)
             tokens += computed
-            asked += len(plan.job.capture.select(n_prompt, 0, computed, np.array(token_ids, np.int32)))
-            bar.update(n_tokens)
-            bar.set_postfix_str(human_bytes(asked * per_row), refresh=False)
-    return tokens, asked
+            prompts += 1
+            asked = len(plan.job.capture.select(n_prompt, 0, computed, np.array(token_ids, np.int32)))
+            by_run[request.run].asked += asked
+            rows += asked
+            bar.update(len(token_ids))
+            bar.set_postfix_str(human_bytes(rows * plan.row_bytes), refresh=False)
+    return tokens
 
 
-def _committed(lake: Lake, plan: CapturePlan, provenance: dict[str, Any]) -> dict[str, int]:
-    """What an interrupted capture of the same job holds: prompt ids and their rows."""
-    run = lake[plan.job.destination.run]
-    if run.state == "sealed":
-        raise RunExists(f"run {run.name!r} is sealed; there is nothing to resume; choose another name")
+def _requests(
+    plan: CapturePlan, parts: list[_Part], todo: dict[str, list[tuple[str, list[int]]]]
+) -> Iterator[CaptureRequest]:
+    """The requests of all runs, those of one prompt beside each other so that they share batches."""
+    from millpond.capture.engine import CaptureRequest
+
+    section = plan.job.capture
+    wish = CaptureWish.model_validate(section.model_dump(exclude={"hooks", "max_new_tokens"}))
+    asked = RequestArgs(capture=wish, intervene=plan.job.intervene)
+    missing = {part.target.run: dict(todo[part.target.run]) for part in parts}
+    for prompt_id in plan.prompts.ids:
+        for part in parts:
+            token_ids = missing[part.target.run].get(prompt_id)
+            if token_ids is not None:
+                yield CaptureRequest(
+                    part.target.run, prompt_id, token_ids, asked, part.target.adapter, section.max_new_tokens
+                )
+
+
+def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
+    """The run of one target: made, or what an interrupted capture of the same job left of it."""
+    provenance = _provenance(plan, target)
+    folder = lake.run_folder(target.run)
+    if not resume or target.run not in lake:
+        destination = plan.job.destination
+        lake.create_run(
+            target.run,
+            hooks=plan.hooks,
+            d_model=plan.model.d_model,
+            dtype=plan.model.dtype,
+            chunk_rows=destination.chunk_rows,
+            shard_rows=destination.shard_rows,
+            provenance=provenance,
+        )
+        return _Part(target, folder, provenance, made=True, sealed=False, done={})
+    run = lake[target.run]
     if run.hooks != plan.hooks or run.provenance.get("fingerprint") != provenance["fingerprint"]:
         raise InvalidInput(
             f"run {run.name!r} was begun with another job; resume it with that one or choose another name"
         )
-    return dict(zip(run.prompts["id"], run.prompts["n_rows"].astype(int), strict=True))
+    done = dict(zip(run.prompts["id"], run.prompts["n_rows"].astype(int), strict=True))
+    return _Part(target, folder, provenance, made=False, sealed=run.state == "sealed", done=done)
 
 
-def _create(lake: Lake, plan: CapturePlan, provenance: dict[str, Any]) -> None:
-    lake.create_run(
-        plan.job.destination.run,
-        hooks=plan.hooks,
-        d_model=plan.model.d_model,
-        dtype=plan.model.dtype,
-        chunk_rows=plan.job.destination.chunk_rows,
-        shard_rows=plan.job.destination.shard_rows,
-        provenance=provenance,
-    )
-
-
-def _seal(folder: Path, plan: CapturePlan, rows: int) -> Run:
+def _seal(part: _Part, plan: CapturePlan) -> Run:
     prompts = plan.prompts
-    return seal_run(
-        folder,
-        prompts=prompts.table,
-        prompt_labels=plan.job.prompts.prompt_labels,
-        token_labels=prompts.token_labels,
-        token_label_dtypes=prompts.token_label_dtypes,
-        expected_rows=rows,
-    )
+    try:
+        return seal_run(
+            part.folder,
+            prompts=prompts.table,
+            prompt_labels=plan.job.prompts.prompt_labels,
+            token_labels=prompts.token_labels,
+            token_label_dtypes=prompts.token_label_dtypes,
+            expected_rows=part.asked + sum(part.done.values()),
+        )
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise _SealingFailed(
+            f"every row is stored, but run {part.target.run!r} could not be sealed: {reason}; put that right, then: "
+            "millpond capture --resume"
+        ) from error
 
 
-def _provenance(plan: CapturePlan) -> dict[str, Any]:
-    from millpond.capture.versions import check_vllm_version
-
-    folder = plan.model.folder
-    tokenizer = folder / "tokenizer.json"
-    weights = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-    return {
-        "model": "/".join(folder.resolve().parts[-2:]),
-        "architecture": plan.model.architecture,
+def _provenance(plan: CapturePlan, target: Target) -> dict[str, Any]:
+    adapter = target.adapter
+    found: dict[str, Any] = {
+        **model_provenance(plan.model.folder),
         "n_layers": plan.model.n_layers,
-        "weight_bytes": plan.model.weight_bytes,
-        "weights_sha256": weights,
-        "tokenizer_sha256": _sha256(tokenizer) if tokenizer.is_file() else None,
-        "vllm": check_vllm_version(),
-        "millpond": version("millpond"),
+        "adapter": None if adapter is None else adapter_provenance(adapter.name, adapter.folder),
+        "interventions": [one.model_dump(mode="json", exclude_none=True) for one in plan.job.intervene],
+        "paired": [other.run for other in plan.targets if other is not target],
         "capture": plan.job.model_dump(mode="json"),
-        "fingerprint": _fingerprint(plan, weights),
     }
+    return {**found, "fingerprint": _fingerprint(plan, found)}
 
 
-def _fingerprint(plan: CapturePlan, weights: dict[str, str]) -> str:
+def _fingerprint(plan: CapturePlan, provenance: dict[str, Any]) -> str:
     """A hash of the model, what is captured and the prompts: equal jobs make equal runs."""
-    digest = hashlib.sha256((plan.model.folder / "config.json").read_bytes())
-    digest.update(f"{sorted(weights.items())} {plan.model.dtype} {plan.job.capture!r} {plan.job.intervene!r}".encode())
+    computation = {name: provenance[name] for name in COMPUTATION}
+    capture = plan.job.capture.model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps([computation, plan.model.dtype, capture], sort_keys=True).encode())
     for prompt_id, tokens in zip(plan.prompts.ids, plan.prompts.token_ids, strict=True):
         digest.update(prompt_id.encode() + b"\0" + np.array(tokens, "<i4").tobytes())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from millpond.capture.adapters import Adapter, engine_rank, read_adapter
 from millpond.capture.admission import EngineFacts, model_hooks
 from millpond.capture.prompt_file import Prompts, read_prompts
 from millpond.capture.versions import check_vllm_version, set_environment
@@ -43,25 +44,39 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Target:
+    """One run of a job: all its prompts through one adapter, or through the model without any."""
+
+    run: str
+    adapter: Adapter | None
+
+
+@dataclass(frozen=True)
 class CapturePlan:
     """A checked job, before anything was written."""
 
     job: CaptureJob
+    targets: tuple[Target, ...]
+    """The runs that the job makes."""
     model: ModelFacts
     hooks: tuple[str, ...]
     taps: tuple[str, ...]
     """Hooks that are kept or intervened at."""
     prompts: Prompts
     rows: int
-    """Rows asked of every hook; with generation, the most there can be."""
+    """Rows asked of every hook of each run; with generation, the most there can be."""
     max_tokens: int
-    """Prompt tokens, and the most that generation may add."""
+    """Prompt tokens, and the most that generation may add, of each run."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of all hooks."""
+        return self.model.d_model * np.dtype(STORED_AS[self.model.dtype]).itemsize * len(self.hooks)
 
     @property
     def bytes(self) -> int:
-        """Bytes of activations of all hooks."""
-        row = self.model.d_model * np.dtype(STORED_AS[self.model.dtype]).itemsize
-        return self.rows * len(self.hooks) * row
+        """Bytes of activations of all hooks and runs."""
+        return self.rows * self.row_bytes * len(self.targets)
 
     def seconds(self) -> float:
         """A rough estimate of the time: the model's arithmetic at a third of this machine's matrix speed, and the start."""
@@ -72,7 +87,7 @@ class CapturePlan:
         started = time.perf_counter()
         a @ a
         speed = 2 * side**3 / (time.perf_counter() - started)
-        return 20 + 3 * 2 * parameters * self.max_tokens / speed
+        return 20 + 3 * 2 * parameters * self.max_tokens * len(self.targets) / speed
 
     def summary(self) -> str:
         """What the job will do, in one line a fact."""
@@ -83,6 +98,7 @@ class CapturePlan:
                 f"hooks    {len(self.hooks)}: {self.hooks[0]} to {self.hooks[-1]}",
                 f"prompts  {len(self.prompts.ids):,}, {self.prompts.n_tokens:,} tokens",
                 f"rows     {most}{self.rows:,} a hook, {most}{human_bytes(self.bytes)} in all",
+                f"runs     {', '.join(target.run for target in self.targets)}",
                 f"time     about {self.seconds():.0f} s",
             ]
         )
@@ -196,8 +212,9 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
         raise InvalidInput(
             "prompts.token_labels name prompt tokens only; set capture.max_new_tokens to 0 or leave them out"
         )
+    targets = _targets(job)
     taps = _check_interventions(job, model, hooks, prompts)
-    plan = CapturePlan(job, model, hooks, taps, prompts, rows, prompts.n_tokens + len(prompts.ids) * new)
+    plan = CapturePlan(job, targets, model, hooks, taps, prompts, rows, prompts.n_tokens + len(prompts.ids) * new)
     _check_destination(plan, resume)
     return plan
 
@@ -222,20 +239,42 @@ def _check_interventions(
     return tuple(sorted(taps, key=hook_sort_key))
 
 
+def _targets(job: CaptureJob) -> tuple[Target, ...]:
+    """The runs of a job.
+
+    Raises:
+        InvalidInput: an adapter cannot be used, or a run is named twice.
+    """
+    asked = [("model.adapter", job.destination.run, job.model.adapter)]
+    asked += [(f"paired.{number}.adapter", paired.run, paired.adapter) for number, paired in enumerate(job.paired)]
+    names = [run for _, run, _ in asked]
+    for name in names:
+        check_run_name(name)
+        if names.count(name) > 1:
+            raise InvalidInput(f"run {name!r} is named twice by destination.run and paired; give each its own name")
+    targets = []
+    for field, run, folder in asked:
+        adapter = None if folder is None else read_adapter(folder, field)
+        if adapter is not None:
+            engine_rank(adapter.rank)
+        targets.append(Target(run, adapter))
+    return tuple(targets)
+
+
 def _check_destination(plan: CapturePlan, resume: bool) -> None:
     destination = plan.job.destination
     if destination.shard_rows % destination.chunk_rows:
         raise InvalidInput(
             f"destination.shard_rows {destination.shard_rows} is not a multiple of chunk_rows {destination.chunk_rows}"
         )
-    check_run_name(destination.run)
     folder = Path(destination.lake.removeprefix("file://"))
     if not destination.lake or "\0" in destination.lake or "://" in str(destination.lake).removeprefix("file://"):
         raise InvalidInput(f"destination.lake is {destination.lake!r}; give a local folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         lake = open_lake(folder)  # refuses what is no lake
-        if not resume or destination.run not in lake:
-            lake.check_new(destination.run)
+        for target in plan.targets:
+            if not resume or target.run not in lake:
+                lake.check_new(target.run)
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent

@@ -1,6 +1,6 @@
 """vLLM general plugin: what every engine process must know of captured and steered requests.
 
-vLLM calls `register` in every one of its processes. It wraps three methods; each wrap does nothing
+vLLM calls `register` in every one of its processes. It wraps a few methods; each wrap does nothing
 for requests that ask nothing of Millpond.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
+from millpond.capture import serving
 from millpond.capture.versions import is_supported_vllm
 
 
@@ -27,6 +28,7 @@ def register() -> None:
     _wrap(Request, "get_skip_reading_prefix_cache", _skip_reading)
     _wrap(EngineCore, "preprocess_add_request", _admit)
     _wrap(ParentRequest, "_get_child_sampling_params", _name_child)
+    serving.install()
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -92,8 +94,10 @@ def _name_child(original: Callable[..., Any], parent: Any, index: int) -> Any:
     child = copy(original(parent, index))
     args = read_request_args(child.extra_args)
     if args is not None and args.capture is not None and args.capture.id is not None:
-        named = args.model_copy(
-            update={"capture": args.capture.model_copy(update={"id": f"{args.capture.id}/{index}"})}
-        )
+        names = {
+            "id": f"{args.capture.id}/{index}",
+            "prompt": args.capture.prompt and f"{args.capture.prompt}/{index}",
+        }
+        named = args.model_copy(update={"capture": args.capture.model_copy(update=names)})
         child.extra_args = {**child.extra_args, "millpond": named.model_dump_json(exclude_none=True)}
     return child

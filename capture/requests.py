@@ -207,7 +207,7 @@ class RequestFollower:
                 f"request {capture_id!r}: {len(rows)} rows were captured, but {len(expected)} were asked for"
             )
         return CapturedRequest(
-            id=capture_id,
+            id=following.wish.prompt or capture_id,
             token_ids=tokens,
             n_prompt_tokens=following.n_prompt,
             positions=positions[rows],

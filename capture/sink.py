@@ -53,7 +53,7 @@ class LakeSink:
         self._open_run = open_run
         self._max_bytes = max_bytes
         self._commit_seconds = commit_seconds
-        self._waiting: deque[tuple[str, CapturedRequest]] = deque()
+        self._waiting: deque[tuple[str, str, CapturedRequest]] = deque()
         self._bytes = 0
         self._destinations: dict[str, _Destination] = {}
         self._committed: dict[str, int] = {}
@@ -66,12 +66,15 @@ class LakeSink:
         self._thread = threading.Thread(target=self._run, name="millpond-sink", daemon=True)
         self._thread.start()
 
-    def put(self, run: str, request: CapturedRequest) -> None:
-        """Queue one request for `run`; blocks while more than `max_bytes` are waiting."""
+    def put(self, run: str, capture_id: str, request: CapturedRequest) -> None:
+        """Queue one request for `run`; blocks while more than `max_bytes` are waiting.
+
+        `poll` tells of it by its capture id: two runs may hold prompts of one id.
+        """
         started = time.perf_counter()
         with self._change:
             self._change.wait_for(lambda: self._bytes < self._max_bytes)
-            self._waiting.append((run, request))
+            self._waiting.append((run, capture_id, request))
             self._bytes += _size(request)
             self._change.notify_all()
         waited = time.perf_counter() - started
@@ -111,11 +114,11 @@ class LakeSink:
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._waiting or self._commit_asked > self._commits_done, self._pause())
-                run, request = self._waiting.popleft() if self._waiting else (None, None)
+                run, capture_id, request = self._waiting.popleft() if self._waiting else (None, "", None)
                 asked = self._commit_asked
             started = time.perf_counter()
             if run is not None and request is not None:
-                self._guard(run, request)
+                self._guard(run, capture_id, request)
                 with self._change:
                     self._bytes -= _size(request)
                     self._change.notify_all()
@@ -137,9 +140,9 @@ class LakeSink:
     def _commit_older_than(self, seconds: float) -> None:
         for run, destination in list(self._destinations.items()):
             if destination.rows and time.monotonic() - destination.since >= seconds:
-                self._guard(run, None)
+                self._guard(run, "", None)
 
-    def _guard(self, run: str, request: CapturedRequest | None) -> None:
+    def _guard(self, run: str, capture_id: str, request: CapturedRequest | None) -> None:
         """Write one request of `run`, or commit the run; a failure is told to those concerned."""
         destination = self._destinations.get(run)
         try:
@@ -149,14 +152,14 @@ class LakeSink:
             if request is not None:
                 if not destination.rows:
                     destination.since = time.monotonic()
-                destination.rows.append((request.id, len(request.positions)))
+                destination.rows.append((capture_id, len(request.positions)))
                 destination.writer.append(request)
                 self.written_bytes += _size(request)
             else:
                 destination.writer.commit()
             self._settle(run, destination)
         except Exception as error:  # the thread's only way to tell is through poll and commit
-            self._lose(run, destination, request, error)
+            self._lose(run, destination, capture_id, error)
 
     def _settle(self, run: str, destination: _Destination) -> None:
         """Tell of what the writer has committed."""
@@ -170,14 +173,12 @@ class LakeSink:
                 rows, prompts = self._totals.get(run, (0, 0))
                 self._totals[run] = (rows + sum(n for _, n in done), prompts + new)
 
-    def _lose(
-        self, run: str, destination: _Destination | None, request: CapturedRequest | None, error: Exception
-    ) -> None:
+    def _lose(self, run: str, destination: _Destination | None, capture_id: str, error: Exception) -> None:
         reason = f"writing to the lake failed: {_reason(error)}"
         logger.error("run %r: %s", run, reason)
-        lost = {request.id} if request is not None else set()
+        lost = {capture_id} if capture_id else set()
         if destination is not None:
-            lost.update(capture_id for capture_id, _ in destination.rows)
+            lost.update(uncommitted for uncommitted, _ in destination.rows)
             with suppress(Exception):  # nothing of it is visible; sealing or deleting the run sweeps what is left
                 destination.writer.discard()
             del self._destinations[run]

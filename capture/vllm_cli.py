@@ -6,12 +6,19 @@ An answer is given through `importlib.metadata`'s own extension point: no instal
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from millpond.capture.versions import check_vllm_version, set_environment
+from millpond.store.errors import InvalidInput
+from millpond.store.lake import open_lake
+from millpond.store.manifest import check_run_name
+
+_SET_BY_MILLPOND = ("--worker-cls", "--worker-extension-cls", "--additional-config", "--async-scheduling", "--model")
 
 
 class _CpuWheelAsVllm(Distribution):
@@ -50,6 +57,51 @@ def name_the_cpu_wheel_vllm() -> None:
         distribution("vllm")
     except PackageNotFoundError:
         sys.meta_path.append(_Finder())
+
+
+def serve_command(
+    model: str,
+    *,
+    lake: str,
+    hooks: Sequence[str],
+    run: str | None,
+    commit_seconds: float,
+    arguments: Sequence[str],
+) -> list[str]:
+    """The command that serves `model` with everything that capture needs.
+
+    Raises:
+        InvalidInput: an argument of vLLM's would undo that, or a name is no hook point or run.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in _SET_BY_MILLPOND:
+            raise InvalidInput(f"{argument.partition('=')[0]} is set by Millpond; leave it out")
+    if not (Path(model) / "config.json").is_file():
+        raise InvalidInput(f"model {model!r} has no config.json; give the folder of a Hugging Face model")
+    if not commit_seconds > 0:
+        raise InvalidInput(f"--commit-seconds is {commit_seconds}; give a time above 0")
+    if run is not None:
+        check_run_name(run)
+    check_vllm_version()
+    lake_url = lake if "://" in lake else str(Path(lake).absolute())
+    open_lake(lake_url, create=True)
+    settings: dict[str, Any] = {"lake": lake_url, "hooks": list(hooks), "commit_seconds": commit_seconds}
+    if run is not None:
+        settings["run"] = run
+    return [
+        sys.executable,
+        "-m",
+        "millpond.capture.vllm_cli",
+        "serve",
+        model,
+        "--no-async-scheduling",  # the token ids of a step must be known when it is planned
+        "--worker-cls",
+        "millpond.capture.worker.TapWorker",
+        "--additional-config",
+        json.dumps({"millpond": settings}),
+        *arguments,
+    ]
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ class TapWorker(_base_worker()):  # type: ignore[misc]
                 answers[capture_id] = {"status": "failed", "rows": 0, "error": str(error)}
                 continue
             answers[capture_id] = {"status": "kept", "rows": len(request.positions), "error": None}
-            self._sink.put(run, request)
+            self._sink.put(run, capture_id, request)
         return answers
 
     def millpond_drop(self, capture_ids: list[str]) -> None:

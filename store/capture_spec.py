@@ -25,6 +25,8 @@ class ModelSection(_Section):
     """Folder with `config.json`, safetensors weights and the tokenizer."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Data type of weights and activations; `auto` is what the model's configuration says."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter in PEFT's format; the model runs with it."""
 
 
 class CaptureSection(PositionFilter):
@@ -64,6 +66,17 @@ class DestinationSection(_Section):
     """Name of the new run."""
     chunk_rows: int = Field(default=512, gt=0)
     shard_rows: int = Field(default=32_768, gt=0, le=1 << 24)
+    reuse: tuple[str, ...] = ()
+    """Runs of the lake whose rows are taken, not computed again, for prompts that they hold with the same computation."""
+
+
+class PairedSection(_Section):
+    """A further run of the same prompts through another adapter, or through the model without any."""
+
+    run: str
+    """Name of the new run."""
+    adapter: str | None = None
+    """As in `model`."""
 
 
 class CaptureJob(_Section):
@@ -73,8 +86,10 @@ class CaptureJob(_Section):
     capture: CaptureSection
     prompts: PromptsSection
     destination: DestinationSection
+    paired: tuple[PairedSection, ...] = ()
+    """Further runs of the same prompts, captured in the same batches and aligned by prompt id and position."""
     intervene: tuple[Intervention, ...] = ()
-    """What is done to the activations of every prompt."""
+    """What is done to every prompt's activations while it runs."""
     engine: dict[str, Any] = {}
     """Further vLLM engine arguments, such as `max_num_seqs` or `enforce_eager`."""
 
@@ -84,6 +99,8 @@ class CaptureWish(PositionFilter):
 
     id: str | None = Field(default=None, min_length=1)
     """The prompt's id, unique within the run; the front end mints one where it is missing."""
+    prompt: str | None = Field(default=None, min_length=1)
+    """The prompt's id in the run; `id` where it is missing."""
     run: str | None = None
     """Destination run; the engine's own where it is missing."""
     hooks: tuple[str, ...] | None = Field(default=None, min_length=1)

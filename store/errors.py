@@ -7,6 +7,7 @@ MillpondError
 │   ├── RunNotFound       the lake holds no run of that name
 │   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
+│   ├── RunBusy           another process captures into the run
 │   ├── JobNotFound       the queue holds no job of that id
 │   └── PromptTooLong     a prompt does not fit the model's context
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
@@ -50,6 +51,10 @@ class ArtifactNotFound(InvalidInput, KeyError):
 
 class RunExists(InvalidInput):
     """The lake already holds a run of that name."""
+
+
+class RunBusy(InvalidInput):
+    """Another process captures into the run."""
 
 
 class JobNotFound(InvalidInput, KeyError):

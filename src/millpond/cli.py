@@ -50,6 +50,124 @@ class Capture:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Serve a model over the OpenAI API, capturing and steering the requests that ask for it."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder of the model."""
+    vllm: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Arguments of `vllm serve`, after `--`: `-- --port 8000 --max-model-len 4096`."""
+    lake: str = "lake"
+    """Where the runs are; made if it is missing."""
+    hooks: tuple[str, ...] = ("blocks.*.hook_resid_post",)
+    """Hook points that are tapped: names or globs."""
+    run_name: Annotated[str | None, tyro.conf.arg(name="run")] = None
+    """Run of the requests that name none."""
+    commit_seconds: float = 1.0
+    """Rows are committed at most this long after their request has ended."""
+
+    def run(self) -> int:
+        """Become `vllm serve`."""
+        from millpond.capture.vllm_cli import serve_command
+
+        command = serve_command(
+            self.model,
+            lake=self.lake,
+            hooks=self.hooks,
+            run=self.run_name,
+            commit_seconds=self.commit_seconds,
+            arguments=self.vllm,
+        )
+        os.execv(command[0], command)  # noqa: S606 - vLLM's server takes this process's place
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Run an engine that takes capture jobs from a queue."""
+
+    queue: Path
+    """Folder of the queue; made if it is missing."""
+    model: str
+    """Folder of the model."""
+    lake: Path
+    """Folder of the lake that the jobs' runs go to."""
+    dtype: str = "auto"
+    """As in a job file."""
+    hooks: tuple[str, ...] = ("blocks.*.hook_resid_post",)
+    """Hook points that are tapped: names or globs; jobs may keep fewer."""
+    engine: str = "{}"
+    """Further vLLM engine arguments, a JSON object."""
+    max_adapters: int = 0
+    """LoRA adapters in one batch; 0 refuses jobs with adapters."""
+    max_rank: int = 16
+    """Largest rank of an adapter."""
+    lease: float = 60.0
+    """Seconds after which a worker without a heartbeat loses its job to another."""
+    until_empty: bool = False
+    """End when the queue is empty."""
+
+    def run(self) -> int:
+        """Take jobs."""
+        import json
+
+        from pydantic import ValidationError
+
+        from millpond.capture.worker_jobs import WorkerConfig, work
+        from millpond.store.capture_spec import ModelSection, first_problem
+        from millpond.store.queue import FolderQueue
+
+        try:
+            model = ModelSection.model_validate({"path": self.model, "dtype": self.dtype})
+            arguments = json.loads(self.engine)
+        except ValidationError as error:
+            raise InvalidInput(f"--{first_problem(error)}") from error
+        except ValueError as error:
+            raise InvalidInput(f"--engine is {self.engine!r}; give a JSON object ({error})") from error
+        if not isinstance(arguments, dict):
+            raise InvalidInput(f"--engine is {self.engine!r}; give a JSON object")
+        config = WorkerConfig(
+            model, self.lake, self.hooks, arguments, self.max_adapters, self.max_rank, lease_seconds=self.lease
+        )
+        work(FolderQueue(self.queue), config, until_empty=self.until_empty, told=lambda text: print(text, flush=True))
+        return 0
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Queue a capture job for `millpond worker`."""
+
+    queue: Annotated[Path, tyro.conf.Positional]
+    """Folder of the queue."""
+    job: Annotated[Path, tyro.conf.Positional]
+    """The job file, without [engine]."""
+
+    def run(self) -> int:
+        """Queue the job and print its id."""
+        from millpond.store.capture_spec import read_job
+        from millpond.store.queue import FolderQueue
+
+        print(FolderQueue(self.queue).submit("capture", read_job(self.job).model_dump(mode="json", exclude_unset=True)))
+        return 0
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """List the jobs of a queue."""
+
+    queue: Annotated[Path, tyro.conf.Positional]
+    """Folder of the queue."""
+
+    def run(self) -> int:
+        """Print one line a job."""
+        from millpond.store.queue import FolderQueue
+
+        for job in FolderQueue(self.queue).jobs():
+            about = job.error or _json(job.result or job.progress)
+            print(f"{job.id} {job.kind:8} {job.state:8} attempt {job.attempts} {job.worker or '':24} {about}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Ls:
     """List the runs of a lake."""
 
@@ -108,6 +226,14 @@ class Verify:
     """Folder of the lake."""
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """The runs; all of them by default."""
+    reference: bool = False
+    """Recompute the rows of some prompts with Hugging Face too, and print how far the stored ones are from them."""
+    model: Path | None = None
+    """With --reference: the model's folder, where it is not where the run says."""
+    adapter: Path | None = None
+    """With --reference: likewise of the LoRA adapter."""
+    prompts: int = 8
+    """With --reference: how many prompts."""
 
     def run(self) -> int:
         """Print one line a run and one a problem; 1 if there is any."""
@@ -132,6 +258,19 @@ class Verify:
             for problem in found.problems:
                 print(f"  {problem}")
             whole = whole and found.ok
+            if self.reference and found.ok:
+                from millpond.capture.reference import check_reference
+
+                check = check_reference(
+                    lake[name],
+                    model=self.model,
+                    adapter=self.adapter,
+                    prompts=self.prompts,
+                    progress=sys.stderr.isatty(),
+                )
+                print(f"  {check.rows:,} rows of {check.prompts} prompts against Hugging Face in float32:")
+                print("\n".join(f"  {line}" for line in check.table().splitlines()))
+                whole = whole and check.ok
         return 0 if whole else 1
 
 
@@ -174,6 +313,10 @@ class Demo:
 
 _COMMANDS: dict[str, Callable[..., _Command]] = {
     "capture": Capture,
+    "serve": Serve,
+    "worker": Worker,
+    "submit": Submit,
+    "jobs": Jobs,
     "ls": Ls,
     "show": Show,
     "verify": Verify,
@@ -211,6 +354,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     return code
+
+
+def _json(value: dict[str, object]) -> str:
+    import json
+
+    return json.dumps(value) if value else ""
 
 
 def _one_line(error: MillpondError) -> str:

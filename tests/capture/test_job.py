@@ -49,7 +49,6 @@ def refused(job: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
             ["blocks.9.hook_resid_post", "blocks.{0..5}.hook_resid_post"],
         ),
         ({"capture": {"hooks": ["resid"]}}, ["'resid'", "blocks.{0..5}.hook_resid_post"]),
-        ({"capture": {"hooks": ["blocks.1.hook_mlp_out"]}}, ["blocks.1.hook_mlp_out"]),
         ({"capture": {"hooks": []}}, ["capture.hooks"]),
         ({"capture": {"positions": [2]}}, ["capture.positions", "'b'", "2 tokens"]),
         ({"capture": {"positions": "some"}}, ["capture.positions", "'some'"]),

@@ -1,0 +1,88 @@
+"""Building the argument by which a request asks for capture and interventions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
+
+from pydantic import ValidationError
+
+from millpond.store.capture_spec import RequestArgs, first_problem
+from millpond.store.errors import InvalidInput
+
+
+@overload
+def capture_params(
+    run: str | None = None,
+    *,
+    hooks: str | Sequence[str] | None = None,
+    positions: str | Sequence[int] = "all",
+    id: str | None = None,
+    intervene: Sequence[Mapping[str, Any]] = (),
+    capture: bool = True,
+    http: Literal[False] = False,
+    **more: Any,
+) -> dict[str, Any]: ...
+
+
+@overload
+def capture_params(
+    run: str | None = None,
+    *,
+    hooks: str | Sequence[str] | None = None,
+    positions: str | Sequence[int] = "all",
+    id: str | None = None,
+    intervene: Sequence[Mapping[str, Any]] = (),
+    capture: bool = True,
+    http: Literal[True],
+    **more: Any,
+) -> dict[str, str]: ...
+
+
+def capture_params(
+    run: str | None = None,
+    *,
+    hooks: str | Sequence[str] | None = None,
+    positions: str | Sequence[int] = "all",
+    id: str | None = None,  # noqa: A002 - the field's name
+    intervene: Sequence[Mapping[str, Any]] = (),
+    capture: bool = True,
+    http: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """What a request says to be captured or steered.
+
+    `SamplingParams(extra_args=capture_params(...))` offline; over HTTP
+    `client.completions.create(..., extra_body={"vllm_xargs": capture_params(..., http=True)})`.
+
+    Args:
+        run: destination; the server's own where it is left out.
+        hooks: names or globs, for a run that is made by this request; by default all that the server taps.
+        positions: `all`, `prompt`, `generated`, `last`, or a list.
+        id: the prompt's id in the run; minted where it is left out.
+        intervene: interventions, each an object as docs/capture.md describes.
+        capture: whether anything is captured at all; False only intervenes.
+        http: one JSON string, which is all that `vllm_xargs` takes.
+        **more: further fields of the capture, such as `first_position`.
+
+    Raises:
+        InvalidInput: a field cannot be used; the server would refuse it.
+    """
+    asked: dict[str, Any] = {}
+    if capture:
+        given = {"run": run, "hooks": [hooks] if isinstance(hooks, str) else hooks, "id": id}
+        asked["capture"] = {name: value for name, value in given.items() if value is not None}
+        asked["capture"] |= {"positions": positions, **more}
+    elif run is not None or hooks is not None or id is not None or more or positions != "all":
+        raise InvalidInput("capture=False, but run, hooks, positions, id or another field of a capture is given")
+    if intervene:
+        asked["intervene"] = list(intervene)
+    if not asked:
+        raise InvalidInput("capture=False and no interventions: nothing is asked for")
+    try:
+        checked = RequestArgs.model_validate(asked)
+    except ValidationError as error:
+        raise InvalidInput(first_problem(error)) from error
+    if http:
+        return {"millpond": checked.model_dump_json(exclude_unset=True)}
+    return {"millpond": checked.model_dump(mode="json", exclude_unset=True)}

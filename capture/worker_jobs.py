@@ -1,0 +1,178 @@
+"""`millpond worker`: a running engine that takes capture jobs from a queue, one after the other."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from millpond.capture.admission import model_hooks
+from millpond.capture.engine import CaptureEngine
+from millpond.capture.interrupts import held_back
+from millpond.capture.job import CaptureSummary, run_capture
+from millpond.capture.plan import CapturePlan, plan_capture, read_model_facts
+from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
+from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
+from millpond.store.hooks import summarize_hooks
+from millpond.store.queue import JobQueue, QueuedJob
+
+KIND = "capture"
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker's engine can do; jobs that need anything else are failed with the reason."""
+
+    model: ModelSection
+    lake: Path
+    hooks: tuple[str, ...]
+    """Names or globs of the hook points that are tapped; jobs may keep fewer."""
+    engine: dict[str, Any]
+    """Further vLLM engine arguments."""
+    max_adapters: int = 0
+    """LoRA adapters in one batch; 0 refuses jobs with adapters."""
+    max_rank: int = 16
+    lease_seconds: float = 60.0
+    poll_seconds: float = 1.0
+
+
+def work(
+    queue: JobQueue, config: WorkerConfig, *, until_empty: bool = False, told: Callable[[str], None] = print
+) -> int:
+    """Take jobs until interrupted, or until there are none; returns how many ended well.
+
+    A job whose worker was killed is claimed again when its lease has run out, and goes on where its runs
+    stopped. A worker that lost its lease stops the job at once and lets the other one have it.
+
+    Raises:
+        InvalidInput: the configuration cannot be used.
+        CaptureFailed: the engine died; the job under way is left for another worker.
+    """
+    job = CaptureJob.model_validate(
+        {
+            "model": config.model,
+            "capture": {"hooks": config.hooks},
+            "prompts": {"path": ""},
+            "destination": {"lake": str(config.lake), "run": "none"},
+            "engine": config.engine,
+        }
+    )
+    facts = read_model_facts(job)
+    hooks = model_hooks(config.hooks, facts.n_layers, f"hooks: model {config.model.path!r} offers")
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    engine = CaptureEngine(
+        config.model,
+        config.lake,
+        hooks,
+        facts.context,
+        config.engine,
+        max_adapters=config.max_adapters,
+        max_rank=config.max_rank,
+    )
+    told(f"worker {name}: {facts.architecture} is ready")
+    ended = 0
+    try:
+        with held_back() as check:
+            while True:
+                check()
+                claimed = queue.claim(name, {KIND}, config.lease_seconds)
+                if claimed is not None:
+                    ended += _run(queue, claimed, config, engine, told)
+                elif until_empty:
+                    return ended
+                else:
+                    time.sleep(config.poll_seconds)
+    finally:
+        engine.close()
+
+
+def _run(
+    queue: JobQueue, claimed: QueuedJob, config: WorkerConfig, engine: CaptureEngine, told: Callable[[str], None]
+) -> bool:
+    """Run one claimed job and tell the queue; whether it ended well."""
+    told(f"job {claimed.id}: attempt {claimed.attempts}")
+    last = time.monotonic()
+
+    def beat(prompts: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > config.lease_seconds / 4:
+            last = time.monotonic()
+            queue.heartbeat(claimed, config.lease_seconds, {"prompts": prompts})
+
+    try:
+        plan = _plan(claimed, config, engine)
+        done = _capture(plan, engine, beat, 2 * config.lease_seconds)
+        queue.finish(claimed, {name: getattr(done, name) for name in ("prompts", "tokens", "rows", "bytes", "reused")})
+    except LeaseLost as error:
+        told(f"job {claimed.id}: {error}")
+        return False
+    except (InvalidInput, CaptureFailed) as error:
+        reason = " ".join(str(error).split())
+        told(f"job {claimed.id}: {reason}")
+        if isinstance(error, CaptureFailed):
+            engine.check_alive()  # a dead engine is no fault of the job: another worker goes on with it
+        with suppress(LeaseLost):
+            queue.fail(claimed, f"{type(error).__name__}: {reason}")
+        return False
+    told(f"job {claimed.id}: finished, {done.rows:,} rows of {done.prompts:,} prompts in {done.seconds:.1f} s")
+    return True
+
+
+def _capture(
+    plan: CapturePlan, engine: CaptureEngine, beat: Callable[[int], None], patience_seconds: float
+) -> CaptureSummary:
+    """Run the job, waiting a while if a worker that lost its lease still holds the run."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return run_capture(plan, resume=True, keep=True, progress=False, engine=engine, beat=beat)
+        except RunBusy:
+            if time.monotonic() > deadline:
+                raise
+            beat(0)
+            time.sleep(0.5)
+
+
+def _plan(claimed: QueuedJob, config: WorkerConfig, engine: CaptureEngine) -> CapturePlan:
+    """The claimed job, checked against this worker's engine.
+
+    Raises:
+        InvalidInput: it cannot be done here.
+    """
+    try:
+        job = CaptureJob.model_validate(claimed.spec)
+    except ValidationError as error:
+        raise InvalidInput(first_problem(error)) from error
+    if job.engine:
+        raise InvalidInput(f"engine.{min(job.engine)} cannot be set for a running worker; leave [engine] out")
+    if Path(job.model.path).resolve() != Path(config.model.path).resolve() or job.model.dtype != config.model.dtype:
+        raise InvalidInput(
+            f"model.path {job.model.path!r} with dtype {job.model.dtype!r}: this worker runs {config.model.path!r} with "
+            f"{config.model.dtype!r}; start a worker for that model"
+        )
+    if _folder(job.destination.lake) != config.lake.resolve():
+        raise InvalidInput(f"destination.lake is {job.destination.lake!r}; this worker writes {str(config.lake)!r}")
+    plan = plan_capture(job.model_copy(update={"engine": config.engine}), resume=True)
+    missing = [hook for hook in plan.taps if hook not in engine.hooks]
+    if missing:
+        raise InvalidInput(
+            f"capture.hooks: this worker has no tap at {missing[0]}, only at {summarize_hooks(engine.hooks)}"
+        )
+    for target in plan.targets:
+        if target.adapter is not None and target.adapter.rank > engine.max_rank:
+            raise InvalidInput(
+                f"adapter {target.adapter.name!r} has rank {target.adapter.rank}; this worker takes adapters up to rank "
+                f"{engine.max_rank}: start one with --max-adapters and --max-rank"
+            )
+    return plan
+
+
+def _folder(lake: str) -> Path:
+    return Path(lake.removeprefix("file://")).resolve()
