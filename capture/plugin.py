@@ -10,7 +10,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
-from millpond.capture import serving
+from millpond.capture import lora_cpu, serving
 from millpond.capture.versions import is_supported_vllm
 
 
@@ -21,6 +21,7 @@ def register() -> None:
     """
     if not is_supported_vllm():
         return
+    from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.parallel_sampling import ParentRequest
     from vllm.v1.request import Request
@@ -29,6 +30,8 @@ def register() -> None:
     _wrap(EngineCore, "preprocess_add_request", _admit)
     _wrap(ParentRequest, "_get_child_sampling_params", _name_child)
     serving.install()
+    if current_platform.is_cpu():
+        lora_cpu.repair()
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:

@@ -21,6 +21,7 @@ from millpond.capture.plan import CapturePlan, plan_capture, read_model_facts
 from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
 from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
 from millpond.store.hooks import summarize_hooks
+from millpond.store.lake import open_lake
 from millpond.store.queue import JobQueue, QueuedJob
 
 KIND = "capture"
@@ -66,6 +67,7 @@ def work(
     )
     facts = read_model_facts(job)
     hooks = model_hooks(config.hooks, facts.n_layers, f"hooks: model {config.model.path!r} offers")
+    open_lake(config.lake, create=True)
     name = f"{socket.gethostname()}:{os.getpid()}"
     engine = CaptureEngine(
         config.model,
