@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from millpond.analysis import BatchTopKSae as BatchTopKSae
     from millpond.analysis import LogisticProbe as LogisticProbe
     from millpond.analysis import PcaReducer as PcaReducer
+    from millpond.capture.params import capture_params as capture_params
     from millpond.store.errors import MillpondError as MillpondError
     from millpond.store.lake import Lake as Lake
     from millpond.store.lake import open_lake as open  # noqa: A004
@@ -28,10 +29,21 @@ _HOMES = {
     "PcaReducer": ("millpond.analysis", "PcaReducer"),
     "Result": ("millpond.store.result", "Result"),
     "Run": ("millpond.store.run", "Run"),
+    "capture_params": ("millpond.capture.params", "capture_params"),
     "open": ("millpond.store.lake", "open_lake"),
 }
 
-__all__ = ["BatchTopKSae", "Lake", "LogisticProbe", "MillpondError", "PcaReducer", "Result", "Run", "open"]
+__all__ = [
+    "BatchTopKSae",
+    "Lake",
+    "LogisticProbe",
+    "MillpondError",
+    "PcaReducer",
+    "Result",
+    "Run",
+    "capture_params",
+    "open",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -275,6 +275,27 @@ class Verify:
 
 
 @dataclass(frozen=True)
+class Seal:
+    """Seal an open run, such as one that a server captured into: it stays as it is from then on."""
+
+    lake: Annotated[Path, tyro.conf.Positional]
+    """Folder of the lake."""
+    name: Annotated[str, tyro.conf.Positional]
+    """The run."""
+
+    def run(self) -> int:
+        """Seal the run."""
+        import millpond
+        from millpond.store.seal import seal_run
+
+        lake = millpond.open(self.lake)
+        if lake[self.name].state == "sealed":
+            raise InvalidInput(f"run {self.name!r} is sealed already")
+        print(seal_run(lake.run_folder(self.name)))
+        return 0
+
+
+@dataclass(frozen=True)
 class Rm:
     """Remove a run and everything in it."""
 
@@ -320,6 +341,7 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     "ls": Ls,
     "show": Show,
     "verify": Verify,
+    "seal": Seal,
     "rm": Rm,
     "demo": Demo,
 }

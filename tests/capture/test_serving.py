@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +16,9 @@ import pytest
 import torch
 
 import millpond as mp
-from millpond.capture.params import capture_params
+from millpond.cli import main
 from millpond.store.errors import InvalidInput
 from millpond.store.run import Run
-from millpond.store.seal import seal_run
 from millpond.store.verify import verify_run
 from tests.capture.conftest import HOOK, N_LAYERS, Reference
 from tests.capture.serving import Server, make_adapter, merge_by_hand
@@ -72,7 +69,7 @@ def test_a_mixed_crowd_gets_its_own_rows(server: Server, reference: Reference, p
         async def one(number: int, ids: list[int]) -> tuple[str, str, Any, list[int], list[list[int]], dict[str, Any]]:
             run, positions = [("live", "all"), ("crowd-last", "last"), ("crowd-generated", "generated")][number % 3]
             n, stream = 1 + number % 2, number % 4 == 0
-            extra = {"vllm_xargs": capture_params(run, id=f"c{number}", positions=positions, http=True)}
+            extra = {"vllm_xargs": mp.capture_params(run, id=f"c{number}", positions=positions, http=True)}
             if number % 5 == 4:
                 extra = {}
             response: Any = await client.completions.create(
@@ -196,7 +193,7 @@ def test_an_id_is_taken_once_and_beams_are_refused(server: Server) -> None:
 
 def test_an_aborted_stream_leaves_nothing(server: Server) -> None:
     body = {"model": "base", "prompt": "x = 1", "max_tokens": 400, "ignore_eos": True, "stream": True}
-    body["vllm_xargs"] = capture_params("aborted", id="gone", http=True)
+    body["vllm_xargs"] = mp.capture_params("aborted", id="gone", http=True)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
         next(response.iter_lines())
     assert told(server.post({"prompt": "y"}, millpond={"run": "aborted", "id": "stays"}))["status"] == "committed"
@@ -210,7 +207,7 @@ def test_a_failed_write_fails_its_request_and_shows_none_of_its_rows(server: Ser
     """A run that somebody seals meanwhile takes no more rows."""
     name = f"sealed-{stream}"
     told(server.post({"prompt": "x"}, millpond={"run": name, "id": "before"}))
-    seal_run(server.lake / "runs" / name, expected_rows=len(mp.open(server.lake)[name]))
+    assert main(["seal", str(server.lake), name]) == 0
     failed = server.post({"prompt": "x = 1", "stream": stream}, millpond={"run": name, "id": "after"})
     assert failed.status_code == (200 if stream else 500)
     assert "sealed" in failed.text
@@ -232,7 +229,9 @@ def test_adapters_and_the_base_share_batches_and_keep_their_rows(
                         model=model,
                         prompt=ids,
                         max_tokens=1,
-                        extra_body={"vllm_xargs": capture_params(f"lora-{model}", id=f"p{number}-{model}", http=True)},
+                        extra_body={
+                            "vllm_xargs": mp.capture_params(f"lora-{model}", id=f"p{number}-{model}", http=True)
+                        },
                     )
                     for number, ids in enumerate(prompts)
                     for model in ("base", "first", "second")
@@ -259,57 +258,8 @@ def test_adapters_and_the_base_share_batches_and_keep_their_rows(
     assert (wrong.status_code, "adapter" in wrong.text) == (400, True)
 
 
-def test_a_killed_server_loses_no_acknowledged_request(tmp_path: Path, reference: Reference) -> None:
-    """SIGKILL while requests are under way; the same folder is served again."""
-    first = Server(tmp_path)
-    prompt = list(range(2, 60))
-
-    async def hammer() -> list[str]:
-        acknowledged: list[str] = []
-        async with httpx.AsyncClient(timeout=60) as client:
-
-            async def one(number: int) -> None:
-                body = {"model": "base", "prompt": [number + 2, *prompt], "max_tokens": 2}
-                body["vllm_xargs"] = capture_params(id=f"k{number}", http=True)
-                try:
-                    response = await client.post(f"{first.url}/v1/completions", json=body)
-                    if response.status_code == 200:
-                        acknowledged.append(response.json()["kv_transfer_params"]["millpond"]["id"])
-                except httpx.TransportError:
-                    return
-
-            tasks = [asyncio.create_task(one(number)) for number in range(400)]
-            while len(acknowledged) < 40:
-                await asyncio.sleep(0.01)
-            os.killpg(first.process.pid, signal.SIGKILL)
-            await asyncio.gather(*tasks)
-        return acknowledged
-
-    acknowledged = asyncio.run(hammer())
-    first.stop(signal.SIGKILL)
-    assert 40 <= len(acknowledged) < 400
-    held = mp.open(tmp_path / "lake")["live"].prompts["id"].tolist()
-    assert len(held) == len(set(held))
-    assert set(acknowledged) <= set(held)
-    second = Server(tmp_path)
-    try:
-        missing = next(number for number in range(400) if f"k{number}" not in held)
-        told(second.post({"prompt": [missing + 2, *prompt], "max_tokens": 2}, millpond={"id": f"k{missing}"}))
-        again = second.post({"prompt": [2, *prompt]}, millpond={"id": acknowledged[0]})
-        assert (again.status_code, "already" in again.text) == (400, True)
-    finally:
-        second.stop()
-    run = mp.open(tmp_path / "lake")["live"]
-    assert sorted(run.prompts["id"]) == sorted([*held, f"k{missing}"])
-    assert verify_run(run).problems == []
-    for name in (acknowledged[0], acknowledged[-1], f"k{missing}"):
-        _, tokens, rows = prompt_rows(run, name)
-        assert tokens[:-1] == [int(name[1:]) + 2, *prompt]
-        assert_rows(rows, reference.residuals(tokens))
-
-
 def test_parameters_are_checked_where_they_are_built() -> None:
-    offline = capture_params("r", hooks="blocks.*.hook_resid_post", positions=[0, -1], id="x", first_position=1)
+    offline = mp.capture_params("r", hooks="blocks.*.hook_resid_post", positions=[0, -1], id="x", first_position=1)
     assert offline == {
         "millpond": {
             "capture": {
@@ -321,10 +271,10 @@ def test_parameters_are_checked_where_they_are_built() -> None:
             }
         }
     }
-    over_http = capture_params(
+    over_http = mp.capture_params(
         "r", hooks="blocks.*.hook_resid_post", positions=[0, -1], id="x", first_position=1, http=True
     )
     assert json.loads(over_http["millpond"]) == offline["millpond"]
     for wrong in ({"positions": "some"}, {"nonsense": 1}, {"capture": False}, {"capture": False, "run": "r"}):
         with pytest.raises(InvalidInput):
-            capture_params(**wrong)
+            mp.capture_params(**wrong)

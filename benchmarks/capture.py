@@ -1,0 +1,410 @@
+"""What capturing costs: the same prompts through vLLM without the plugin, with it idle, and with it capturing.
+
+The model is a Llama of about 126 M parameters with random weights, which the script makes. Times are the CPU
+seconds of the process that runs the model, writing thread included, because wall time on a shared machine says
+little; wall-time ratios are printed beside them. Each comparison is made in ABBA blocks; the table shows medians
+over the blocks with the range of the middle half. Rows land in a lake in the folder `--out`.
+
+    python benchmarks/capture.py [--quick] [--eager] [--out DIR]
+
+The last line is JSON; `idle`, `one_hook` and `all_hooks` are time with the plugin over time without. vllm-lens is
+installed without its dependencies into a folder of its own; where that fails, its key is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LAYERS, D_MODEL, VOCAB = 12, 768, 8192
+LENS = "vllm-lens==1.3.0"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Prompts of one round, and how many tokens follow each."""
+
+    prompts: list[list[int]]
+    new_tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of one hook: the last token has none."""
+        return sum(len(prompt) + self.new_tokens - 1 for prompt in self.prompts)
+
+
+def make_work(n_prompts: int, new_tokens: int) -> Work:
+    """Prompts of 64 to 192 tokens."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(64, 193, n_prompts)
+    return Work([rng.integers(0, VOCAB, int(length)).tolist() for length in lengths], new_tokens)
+
+
+def make_model(folder: Path, device: str) -> int:
+    """A Llama with random weights, about 126 M parameters on a CPU and 1.2 B on a GPU; returns their number."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    size = (
+        {"hidden_size": D_MODEL, "intermediate_size": 3072, "num_hidden_layers": LAYERS, "num_attention_heads": 12}
+        if device == "cpu"
+        else {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    )
+    config = LlamaConfig(
+        vocab_size=VOCAB, num_key_value_heads=size["num_attention_heads"], max_position_embeddings=1024, **size
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Engine:
+    """vLLM with Millpond's worker and some taps, or without Millpond."""
+
+    def __init__(self, model: Path, *, lake: Path | None, hooks: list[str], eager: bool) -> None:
+        from vllm import EngineArgs, LLMEngine
+
+        millpond = {
+            "worker_cls": "millpond.capture.worker.TapWorker",
+            "additional_config": {"millpond": {"lake": str(lake), "hooks": hooks}},
+        }
+        before = set(descendants(os.getpid()))
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=str(model),
+                dtype="bfloat16",
+                skip_tokenizer_init=True,
+                enforce_eager=eager,
+                enable_prefix_caching=False,
+                async_scheduling=False,
+                max_model_len=256,
+                max_num_seqs=32,
+                max_num_batched_tokens=1024,
+                kv_cache_memory_bytes=1 << 29,
+                disable_log_stats=True,
+                **(millpond if lake is not None else {}),
+            )
+        )
+        started = [pid for pid in descendants(os.getpid()) if pid not in before]
+        # the process that runs the model: the worker's own where there is one
+        self._pids = [pid for pid in started if "Worker" in name_of(pid)] or started
+        self._round = 0
+
+    def measure(self, work: Work, run: str | None) -> tuple[float, float]:
+        """CPU and wall seconds of one round; with `run`, until every row is durable in it."""
+        cpu, wall = sum(map(cpu_seconds, self._pids)), time.perf_counter()
+        self._drive(work, run)
+        return sum(map(cpu_seconds, self._pids)) - cpu, time.perf_counter() - wall
+
+    def _drive(self, work: Work, run: str | None) -> None:
+        from vllm import SamplingParams
+
+        self._round += 1
+        for number, prompt in enumerate(work.prompts):
+            name = f"{run}-{self._round}-{number}"
+            wish = {"millpond": {"capture": {"id": name, "run": run}}} if run else None
+            parameters = SamplingParams(
+                temperature=0.0, max_tokens=work.new_tokens, ignore_eos=True, detokenize=False, extra_args=wish
+            )
+            self._engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        finished = []
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    finished.append((output.request_id, len(output.prompt_token_ids) + work.new_tokens))
+            if run and (len(finished) >= 16 or not self._engine.has_unfinished_requests()):
+                (answers,) = self._engine.collective_rpc("millpond_confirm", args=(finished,))
+                assert all(answer["status"] == "kept" for answer in answers.values())
+                finished = []
+        if run:
+            ((_, _, problem),) = self._engine.collective_rpc("millpond_commit")
+            assert problem is None, problem
+
+    def statistics(self) -> dict[str, float]:
+        """The worker's counters."""
+        (found,) = self._engine.collective_rpc("millpond_statistics")
+        return dict(found)
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        self._engine.engine_core.shutdown()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def name_of(pid: int) -> str:
+    """How the process calls itself."""
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system seconds of all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time with over time without, over ABBA blocks."""
+
+    cpu: list[float]
+    wall: list[float]
+
+    @staticmethod
+    def of(values: list[float]) -> tuple[float, float, float]:
+        """Median and quartiles."""
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return middle, low, high
+
+
+def abba(without: Callable[[], tuple[float, float]], with_: Callable[[], tuple[float, float]], blocks: int) -> Ratio:
+    """Ratios of `blocks` blocks, each without, with, with, without."""
+    cpu, wall = [], []
+    for _ in range(blocks):
+        a, b, c, d = without(), with_(), with_(), without()
+        cpu.append((b[0] + c[0]) / (a[0] + d[0]))
+        wall.append((b[1] + c[1]) / (a[1] + d[1]))
+    return Ratio(cpu, wall)
+
+
+def hugging_face(model_folder: Path, work: Work, out: Path) -> None:
+    """Peer: transformers with output_hidden_states, padded batches of prompts of like length, rows written to files."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval().to(device)
+    batches = np.array_split(np.argsort([len(prompt) for prompt in work.prompts]), max(len(work.prompts) // 16, 1))
+
+    def one_round() -> int:
+        rows = 0
+        for number, batch in enumerate(batches):
+            prompts = [work.prompts[int(index)] for index in batch]
+            longest = max(map(len, prompts))
+            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+            with torch.no_grad():
+                generated = model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=work.new_tokens,
+                    min_new_tokens=work.new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                    output_hidden_states=True,
+                    return_dict_in_generate=True,
+                )
+            for layer in range(len(generated.hidden_states[0]) - 1):
+                states = torch.cat([step[layer + 1] for step in generated.hidden_states], 1).cpu()
+                kept = [states[k, longest - len(prompt) :] for k, prompt in enumerate(prompts)]
+                joined = torch.cat(kept).view(torch.uint16).numpy()
+                rows += len(joined) if layer == 0 else 0
+                with (out / f"{number}-{layer}.npy").open("wb") as handle:
+                    np.save(handle, joined)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+        return rows
+
+    timed(one_round, work)
+
+
+def lens(model_folder: Path, work: Work, out: Path) -> None:
+    """Peer: vllm-lens, whose activations come back to the client and are written to files there."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(model_folder),
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        max_num_seqs=32,
+        max_num_batched_tokens=1024,
+        kv_cache_memory_bytes=1 << 29,
+        enable_prefix_caching=False,
+    )
+    parameters = SamplingParams(
+        temperature=0.0,
+        max_tokens=work.new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"output_residual_stream": list(range(LAYERS))},
+    )
+
+    def one_round() -> int:
+        rows = 0
+        outputs = llm.generate([{"prompt_token_ids": p} for p in work.prompts], parameters, use_tqdm=False)
+        for number, output in enumerate(outputs):
+            stream = output.activations["residual_stream"]
+            rows += stream.shape[1]
+            with (out / f"{number}.bin").open("wb") as handle:
+                handle.write(stream.contiguous().view(-1).view(dtype=stream.dtype).float().numpy().tobytes())
+                handle.flush()
+                os.fsync(handle.fileno())
+        return rows
+
+    timed(one_round, work)
+
+
+def timed(one_round: Callable[[], int], work: Work) -> None:
+    """Print rows and the seconds of the better of two rounds after a warm-up, as JSON."""
+    one_round()
+    best = (float("inf"), float("inf"))
+    for _ in range(2):
+        pids = [os.getpid(), *descendants(os.getpid())]
+        pids = [pid for pid in pids if "EngineCore" not in name_of(pid)]  # it spins while the worker computes
+        cpu, wall = sum(map(cpu_seconds, pids)), time.perf_counter()
+        rows = one_round()
+        best = min(best, (sum(map(cpu_seconds, pids)) - cpu, time.perf_counter() - wall))
+    assert rows >= work.rows, (rows, work.rows)
+    print(json.dumps({"rows": rows, "cpu": best[0], "wall": best[1]}))
+
+
+def peer(name: str, arguments: argparse.Namespace, model: Path, folder: Path, environment: dict[str, str]) -> Any:
+    """Run a peer in a process of its own; None if it fails."""
+    command = [sys.executable, __file__, "--peer", name, "--model", str(model), "--out", str(folder)]
+    command += ["--quick"] if arguments.quick else []
+    (folder / name).mkdir()
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        print(f"{name} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def install_lens(folder: Path) -> bool:
+    """vllm-lens without its dependencies: it asks for another vLLM and Python than the ones it runs with here."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--ignore-requires-python"]
+    return subprocess.run([*command, "--target", str(folder), LENS], capture_output=True, check=False).returncode == 0
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 blocks of 16 prompts in place of 9 of 32")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile (and CUDA graphs)")
+    parser.add_argument("--out", type=Path, help="folder of the lake and the peers' files; a temporary one by default")
+    parser.add_argument("--threads", type=int, default=1, help="of the model's arithmetic on a CPU")
+    parser.add_argument("--peer", choices=["hugging-face", "vllm-lens"], help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    work = make_work(16, 8) if arguments.quick else make_work(32, 16)
+    if arguments.peer:
+        run_peer = {"hugging-face": hugging_face, "vllm-lens": lens}[arguments.peer]
+        run_peer(arguments.model, work, arguments.out / arguments.peer)
+        return
+    blocks = 3 if arguments.quick else 9
+    os.environ |= {
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    }
+    from millpond.capture.versions import set_environment
+
+    set_environment()
+    folder = Path(tempfile.mkdtemp(prefix="millpond-benchmark-", dir=arguments.out))
+    try:
+        measure(arguments, work, blocks, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path) -> None:
+    """Every comparison, the table and the JSON line."""
+    from vllm.platforms import current_platform
+
+    import millpond
+
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    parameters = make_model(folder / "model", device)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    layers, d_model = config["num_hidden_layers"], config["hidden_size"]
+    every = [f"blocks.{layer}.hook_resid_post" for layer in range(layers)]
+    one = [every[layers // 2]]
+    lake = millpond.open(folder / "lake", create=True)
+    for name, hooks in {"one": one, "all": every}.items():
+        lake.create_run(name, hooks=tuple(hooks), d_model=d_model, dtype="bfloat16")
+    tokens = sum(map(len, work.prompts))
+    print(
+        f"{parameters / 1e6:.0f} M parameters, bfloat16, {'eager' if arguments.eager else 'compiled'}, {device}, "
+        f"{arguments.threads} thread; a round is {len(work.prompts)} prompts, {tokens} tokens and {work.new_tokens} more each"
+    )
+    engines = {
+        "base": Engine(folder / "model", lake=None, hooks=[], eager=arguments.eager),
+        "one": Engine(folder / "model", lake=folder / "lake", hooks=one, eager=arguments.eager),
+        "all": Engine(folder / "model", lake=folder / "lake", hooks=every, eager=arguments.eager),
+    }
+
+    def measured(engine: str, run: str | None) -> Callable[[], tuple[float, float]]:
+        return lambda: engines[engine].measure(work, run)
+
+    variants = {"idle": ("all", None), "one_hook": ("one", "one"), "all_hooks": ("all", "all")}
+    base = measured("base", None)
+    record: dict[str, Any] = {}
+    try:
+        for run in [base, *(measured(*variant) for variant in variants.values())]:
+            run()  # warm
+        print(f"{'':12}{'CPU, with / without':>28}{'wall':>28}")
+        print(f"{'A/A':12}" + line(abba(base, base, blocks)))
+        for name, variant in variants.items():
+            ratio = abba(base, measured(*variant), blocks)
+            print(f"{name:12}" + line(ratio), flush=True)
+            record[name] = round(Ratio.of(ratio.cpu)[0], 4)
+        before, started = engines["all"].statistics(), time.perf_counter()
+        cpu, wall = min(engines["all"].measure(work, "all") for _ in range(3))
+        after, elapsed = engines["all"].statistics(), time.perf_counter() - started
+    finally:
+        for engine in engines.values():
+            engine.close()
+    changed = {name: after[name] - before[name] for name in after}
+    rows, size = work.rows * layers, work.rows * layers * d_model * 2
+    print(
+        f"all_hooks: {rows / wall:,.0f} rows/s, {size / wall / 1e6:.0f} MB/s; share of its rounds' wall time: planning and "
+        f"taking rows {(changed['plan_seconds'] + changed['take_seconds']) / elapsed:.1%}, writing thread busy "
+        f"{changed['writer_seconds'] / elapsed:.1%}, engine waiting for the lake {changed['wait_seconds'] / elapsed:.1%}"
+    )
+    record |= {"rows_per_s": round(rows / wall), "mb_per_s": round(size / wall / 1e6, 1)}
+    found = {"hugging-face": peer("hugging-face", arguments, folder / "model", folder, {})}
+    environment = {"PYTHONPATH": f"{folder / 'lens'}:{os.environ.get('PYTHONPATH', '')}", "VLLM_PLUGINS": "activations"}
+    installed = device == "cpu" and install_lens(folder / "lens")
+    found["vllm-lens"] = peer("vllm-lens", arguments, folder / "model", folder, environment) if installed else None
+    for name, result in found.items():
+        speedup = None if result is None else round(result["cpu"] / cpu, 2)
+        record["speedup_vs_" + {"hugging-face": "hf", "vllm-lens": "vllm_lens"}[name]] = speedup
+        told = (
+            "could not be run"
+            if result is None
+            else f"{speedup}x its CPU time, {result['wall'] / wall:.2f}x its wall time"
+        )
+        print(f"all_hooks against {name}: {told}")
+    print(json.dumps(record))
+
+
+def line(ratio: Ratio) -> str:
+    """Medians with quartiles."""
+    return "".join(f"{m:14.3f} [{low:.3f}, {high:.3f}]" for m, low, high in map(Ratio.of, (ratio.cpu, ratio.wall)))
+
+
+if __name__ == "__main__":
+    main()
