@@ -303,6 +303,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="3 blocks of 16 prompts in place of 9 of 32")
+    parser.add_argument("--blocks", type=int, help="ABBA blocks a comparison")
     parser.add_argument("--eager", action="store_true", help="without torch.compile (and CUDA graphs)")
     parser.add_argument("--out", type=Path, help="folder of the lake and the peers' files; a temporary one by default")
     parser.add_argument("--threads", type=int, default=1, help="of the model's arithmetic on a CPU")
@@ -314,7 +315,7 @@ def main() -> None:
         run_peer = {"hugging-face": hugging_face, "vllm-lens": lens}[arguments.peer]
         run_peer(arguments.model, work, arguments.out / arguments.peer)
         return
-    blocks = 3 if arguments.quick else 9
+    blocks = arguments.blocks or (3 if arguments.quick else 9)
     os.environ |= {
         "OMP_NUM_THREADS": str(arguments.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -36,6 +36,8 @@ class Admitted:
     extra: dict[str, Any]
     """What takes the place of the client's `millpond` argument."""
     run: ServedRun
+    id: str
+    """The prompt's id in the run, as the client knows it."""
     ids: tuple[str, ...]
     """Capture ids, one a sample."""
     prompts: tuple[str, ...]
@@ -105,10 +107,10 @@ class CaptureFrontend:
                 f"{max_tokens} are generated, and the last one has no activations"
             )
         run = self._run(wish, asked, adapter)
-        capture_id = wish.id or uuid.uuid4().hex
+        capture_id = uuid.uuid4().hex  # the engine's own: two runs may hold prompts of one id
+        prompt = wish.prompt or wish.id or capture_id
         ids, prompts = (
-            (name,) if n == 1 else tuple(f"{name}/{number}" for number in range(n))
-            for name in (capture_id, wish.prompt or capture_id)
+            (name,) if n == 1 else tuple(f"{name}/{number}" for number in range(n)) for name in (capture_id, prompt)
         )
         for name in prompts:
             if name in run.ids:
@@ -116,11 +118,12 @@ class CaptureFrontend:
                     f"millpond.capture.id: {name!r} is in run {run.spec.name!r} already, or is being captured; give every "
                     "prompt its own id, or leave it out"
                 )
-        filled = asked.model_copy(update={"capture": wish.model_copy(update={"id": capture_id, "run": run.spec.name})})
+        names = {"id": capture_id, "prompt": prompt, "run": run.spec.name}
+        filled = asked.model_copy(update={"capture": wish.model_copy(update=names)})
         self.facts.check(filled, n_prompt, max_tokens)
         run.ids.update(prompts)
         return Admitted(
-            filled.model_dump(mode="json", exclude_none=True), run, ids, prompts, n_prompt, [0] * n, [None] * n
+            filled.model_dump(mode="json", exclude_none=True), run, prompt, ids, prompts, n_prompt, [0] * n, [None] * n
         )
 
     async def follow(
@@ -174,17 +177,18 @@ class CaptureFrontend:
         )
         rows: dict[str, int] = {}
         failures: list[str] = []
+        prompts = dict(zip(admitted.ids, admitted.prompts, strict=True))
         for capture_id, result in zip(whole, results, strict=True):
             if isinstance(result, BaseException):
                 failures.append(str(result))
                 self._release(admitted, [capture_id])
             else:
-                rows[capture_id] = result
+                rows[prompts[capture_id]] = result
         if failures:
             kept = f"; of its samples, {', '.join(rows)} are stored" if rows else ""
             raise CaptureFailed(f"capture failed: {failures[0]}{kept}")
         told = {
-            "id": admitted.extra["capture"]["id"],
+            "id": admitted.id,
             "run": admitted.run.spec.name,
             "status": "committed" if len(rows) == len(admitted.ids) else "aborted",
             "rows": sum(rows.values()),

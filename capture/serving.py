@@ -67,8 +67,12 @@ def served_facts(vllm_config: Any) -> tuple[EngineFacts, dict[str, Any]] | None:
     if "millpond" not in (vllm_config.additional_config or {}):
         return None
     facts = EngineFacts.of(vllm_config)
-    if vllm_config.parallel_config._api_process_count > 1:
-        raise InvalidInput("--api-server-count above 1 cannot be combined with capture; start one API server")
+    parallel = vllm_config.parallel_config
+    if parallel._api_process_count > 1 or parallel.data_parallel_size > 1:
+        raise InvalidInput(
+            "--api-server-count and --data-parallel-size above 1 cannot be combined with capture: vLLM gives a server "
+            "the answers of one engine only; start several servers, which may share the lake"
+        )
     folder = Path(vllm_config.model_config.model)
     if not (folder / "config.json").is_file():
         raise InvalidInput(

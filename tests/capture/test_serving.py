@@ -229,9 +229,7 @@ def test_adapters_and_the_base_share_batches_and_keep_their_rows(
                         model=model,
                         prompt=ids,
                         max_tokens=1,
-                        extra_body={
-                            "vllm_xargs": mp.capture_params(f"lora-{model}", id=f"p{number}-{model}", http=True)
-                        },
+                        extra_body={"vllm_xargs": mp.capture_params(f"lora-{model}", id=f"p{number}", http=True)},
                     )
                     for number, ids in enumerate(prompts)
                     for model in ("base", "first", "second")
@@ -246,7 +244,7 @@ def test_adapters_and_the_base_share_batches_and_keep_their_rows(
             merge_by_hand(truth.model, adapters[model])
         run = mp.open(server.lake)[f"lora-{model}"]
         for number, ids in enumerate(prompts):
-            _, token_ids, rows = prompt_rows(run, f"p{number}-{model}")
+            _, token_ids, rows = prompt_rows(run, f"p{number}")
             assert token_ids == ids
             assert_rows(rows, truth.residuals(ids))
             values[model, number] = rows
