@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from millpond.store.hooks import summarize_hooks
 from millpond.store.lake import open_lake
 from millpond.store.queue import JobQueue, QueuedJob
 
+logger = logging.getLogger(__name__)
 KIND = "capture"
 
 
@@ -100,17 +103,10 @@ def _run(
 ) -> bool:
     """Run one claimed job and tell the queue; whether it ended well."""
     told(f"job {claimed.id}: attempt {claimed.attempts}")
-    last = time.monotonic()
-
-    def beat(prompts: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > config.lease_seconds / 4:
-            last = time.monotonic()
-            queue.heartbeat(claimed, config.lease_seconds, {"prompts": prompts})
-
     try:
-        plan = _plan(claimed, config, engine)
-        done = _capture(plan, engine, beat, 2 * config.lease_seconds)
+        with _heartbeats(queue, claimed, config.lease_seconds) as beat:
+            plan = _plan(claimed, config, engine)
+            done = _capture(plan, engine, beat, 2 * config.lease_seconds)
         queue.finish(claimed, {name: getattr(done, name) for name in ("prompts", "tokens", "rows", "bytes", "reused")})
     except LeaseLost as error:
         told(f"job {claimed.id}: {error}")
@@ -125,6 +121,40 @@ def _run(
         return False
     told(f"job {claimed.id}: finished, {done.rows:,} rows of {done.prompts:,} prompts in {done.seconds:.1f} s")
     return True
+
+
+@contextmanager
+def _heartbeats(queue: JobQueue, claimed: QueuedJob, lease_seconds: float) -> Iterator[Callable[[int], None]]:
+    """Renew the lease in the background; hashing weights and sealing may take longer than it lasts.
+
+    The function that is yielded takes the prompts done so far, and raises LeaseLost once the lease is lost.
+    """
+    done, ended = 0, threading.Event()
+    lost: list[LeaseLost] = []
+
+    def renew() -> None:
+        while not ended.wait(lease_seconds / 4):
+            try:
+                queue.heartbeat(claimed, lease_seconds, {"prompts": done})
+            except LeaseLost as error:
+                lost.append(error)
+                return
+            except Exception as error:  # a queue that cannot be reached may come back before the lease runs out
+                logger.warning("job %s: no heartbeat: %s", claimed.id, error)
+
+    def beat(prompts: int) -> None:
+        nonlocal done
+        done = prompts
+        if lost:
+            raise lost[0]
+
+    thread = threading.Thread(target=renew, name="millpond-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield beat
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _capture(
