@@ -7,7 +7,10 @@ MillpondError
 │   ├── RunNotFound       the lake holds no run of that name
 │   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
-│   └── PromptTooLong     a prompt does not fit the model's context
+│   ├── PromptTooLong     a prompt does not fit the model's context
+│   └── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
+├── BudgetSpent           more bytes would leave than a cap allows; nothing was charged
+├── LedgerCorrupt         the ledger was changed by something else than the ledger
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
 └── RunOpen               the operation needs a sealed run
@@ -64,3 +67,20 @@ class LakeCorrupt(MillpondError):
 
 class RunOpen(MillpondError):
     """The operation needs a sealed run."""
+
+
+class GraphRefused(InvalidInput):
+    """A graph has an operator, a shape or a cost that is not allowed."""
+
+
+class BudgetSpent(MillpondError):
+    """More bytes would leave than a cap allows; nothing was charged."""
+
+    def __init__(self, message: str, *, account: str) -> None:
+        super().__init__(message)
+        self.account = account
+        """The budget's name in the ledger."""
+
+
+class LedgerCorrupt(MillpondError):
+    """The ledger was changed by something else than the ledger."""

@@ -1,0 +1,420 @@
+"""Text that leaves is coded with an arithmetic coder under a small model that both sides build from one public dictionary.
+
+Only the coded bytes are new to the receiver (Greenblatt, 2024). The model mixes predictions of the next bit, as lpaq
+does (Mahoney, 2005): how often each bit followed the last one to seven bytes, the word, and the line in the dictionary
+and in the text so far, and what followed the longest earlier match. Every step is integer arithmetic, so both sides get
+the same bits on any machine. Texts
+that the model would lengthen are sent as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal, localcontext
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from millpond.store.errors import InvalidInput
+
+MAX_TEXT = 1 << 20
+"""Bytes of one text."""
+MAX_DICTIONARY = 4 << 20
+_ORDERS = (1, 2, 3, 4, 5, 6, 7)
+_CONTEXTS = len(_ORDERS) + 5  # and order 0, the word, with one and two words before it, and the two bytes before the last
+_TABLE_BITS = 22
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIER = 0x2C1B3C6D
+_TRAIN = 12_000
+"""The dictionary's last bytes, on which the weights are learned while they are not in the counts."""
+_MATCH_MIN = 6
+_MAPS = 16 * 16
+_RARE, _END = 1024, 256
+"""Of 65536: the chance that no text follows (or that texts are plain), and that a text ends before the next byte."""
+
+
+def encode(texts: Sequence[str], model: TextModel) -> bytes:
+    """`texts` as one string of bytes to send: never more than `most_bytes` of their UTF-8, usually far fewer.
+
+    Raises:
+        InvalidInput: they are longer than `MAX_TEXT` together.
+    """
+    plain = [text.encode() for text in texts]
+    if sum(map(len, plain)) > MAX_TEXT:
+        raise InvalidInput(f"the texts have {sum(map(len, plain)):,} bytes of at most {MAX_TEXT:,}; send them in parts")
+    coded = _Encoder(model).run(plain, modelled=True)
+    return coded if len(coded) < most_bytes(plain) else _Encoder(model).run(plain, modelled=False)
+
+
+def most_bytes(texts: Sequence[bytes]) -> int:
+    """The most bytes that texts of these lengths can take: their own, and the marks of their ends."""
+    return sum(map(len, texts)) + -(-(len(texts) * 10 + sum(map(len, texts)) // 64) // 8) + 6
+
+
+def decode(data: bytes, model: TextModel) -> list[str]:
+    """The texts that `encode` was given, with a model of the same dictionary.
+
+    Raises:
+        InvalidInput: `data` is not what `encode` gives for any texts with this dictionary.
+    """
+    try:
+        texts = [text.decode() for text in _Decoder(model).run(data)]
+    except ValueError as error:
+        raise InvalidInput(
+            f"these {len(data):,} bytes are no texts coded with this dictionary ({error}); use the sender's"
+        ) from error
+    if encode(texts, model) != data:
+        raise InvalidInput(f"these {len(data):,} bytes are not the canonical code of texts; use the sender's dictionary")
+    return texts
+
+
+class TextModel:
+    """The state that both sides start a text from, made once from the dictionary (about 2 s) and then only read."""
+
+    def __init__(self, dictionary: bytes = b"") -> None:
+        if len(dictionary) > MAX_DICTIONARY:
+            raise InvalidInput(f"the dictionary has {len(dictionary):,} bytes of at most {MAX_DICTIONARY:,}; cut it")
+        self.dictionary = dictionary
+        cut = max(0, len(dictionary) - _TRAIN) if len(dictionary) > 2 * _TRAIN else len(dictionary)
+        self.maps = [[_first_guess(state) for state in range(_MAPS)] for _ in range(_CONTEXTS)]
+        self.match_map = [49152] * 32
+        self.weights = [[14000] * (_CONTEXTS + 1) for _ in range(9 * 8 + 256)]
+        self.counts, self.matches = _count(dictionary[:cut])
+        if cut < len(dictionary):
+            state = _State(self, dictionary[:cut])
+            for byte in dictionary[cut:]:
+                for shift in range(7, -1, -1):
+                    state.predict()
+                    state.update(byte >> shift & 1)
+            self.maps, self.match_map, self.weights = state.maps, state.match_map, state.weights
+            self.counts, self.matches = _count(dictionary)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The dictionary's; client and vault compare it when they connect."""
+        import hashlib
+
+        return hashlib.sha256(self.dictionary).hexdigest()
+
+
+def _logistic() -> tuple[list[int], list[int]]:
+    """65536 / (1 + exp(-x / 256)) for x from -2047 to 2047, and its inverse over 4096 levels; exact, hence decimal."""
+    with localcontext() as context:
+        context.prec = 30
+        squash = [int(65536 / (1 + (Decimal(-x) / 256).exp())) for x in range(-2047, 2048)]
+    stretch, x = [], 0
+    for level in range(4096):
+        while x < 4094 and squash[x] < level * 16 + 8:
+            x += 1
+        stretch.append(x - 2047)
+    return squash, stretch
+
+
+_SQUASH, _STRETCH = _logistic()
+_LEVEL = [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8, 8, 9, 9, 9] + [10] * 8 + [11] * 16 + [12] * 24 + [13] * 64 + [14] * 64 + [15] * 64
+_SEEN = [min(15, value) for value in _LEVEL]
+
+
+def _first_guess(state: int) -> int:
+    """Of the chance (of 65536) that the next bit is 1, from the levels of both counts."""
+    zeros, ones = state >> 4, state & 15
+    return (2 * ones + 1) * 65535 // (2 * (zeros + ones + 1))
+
+
+def _count(text: bytes) -> tuple[list[memoryview], dict[int, int]]:
+    """How often a 0 and a 1 followed each context (high and low byte), and where each six bytes were last seen."""
+    size = 1 << _TABLE_BITS
+    data = np.frombuffer(text, np.uint8)
+    if not len(data):
+        return [memoryview(np.zeros(size, np.uint16)) for _ in range(_CONTEXTS)], {}
+    keys = _all_hashes(data)
+    tables = []
+    bits = [(data >> np.uint8(7 - level)) & 1 for level in range(8)]
+    nodes = [(np.uint32(1) << np.uint32(level)) | (data.astype(np.uint32) >> np.uint32(8 - level)) for level in range(8)]
+    for key in keys:
+        pairs = np.zeros(2 * size, np.int64)
+        for bit, node in zip(bits, nodes, strict=True):
+            slot = _slots(key, node).astype(np.int64)
+            pairs += np.bincount(2 * slot + bit, minlength=2 * size)
+        zeros, ones = pairs[0::2], pairs[1::2]
+        over = np.maximum(zeros, ones)
+        scale = np.maximum(over, 255)
+        packed = (zeros * 255 // scale) << 8 | (ones * 255 // scale)
+        tables.append(memoryview(np.ascontiguousarray(packed.astype(np.uint16))))
+    last = _hash_of_last(data, _MATCH_MIN)
+    places = range(_MATCH_MIN, len(text) + 1)
+    ends = np.append(last[_MATCH_MIN:], _next_hash(data, _MATCH_MIN))
+    return tables, dict(zip(ends.tolist(), places, strict=True))
+
+
+def _slots(key: NDArray[Any], node: NDArray[Any]) -> NDArray[Any]:
+    mixed = (key.astype(np.uint64) + node.astype(np.uint64) * np.uint64(0x9E3779B1)) & np.uint64(_MASK32)
+    mixed = (mixed ^ (mixed >> np.uint64(15))) * np.uint64(_MULTIPLIER) & np.uint64(_MASK32)
+    return np.asarray(mixed >> np.uint64(32 - _TABLE_BITS))
+
+
+def _hash_of_last(data: NDArray[np.uint8], order: int) -> NDArray[np.uint64]:
+    """For each place the hash of the `order` bytes before it (zeros before the beginning)."""
+    total = np.full(len(data), order, np.uint64)
+    padded = np.concatenate([np.zeros(order, np.uint8), data]).astype(np.uint64)
+    for back in range(order, 0, -1):
+        total = ((total + padded[order - back : order - back + len(data)] + np.uint64(1)) * np.uint64(_MULTIPLIER)) & np.uint64(
+            _MASK32
+        )
+    return total
+
+
+def _next_hash(data: NDArray[np.uint8], order: int) -> np.uint64:
+    return np.uint64(_hash(bytes(data[-order:]).rjust(order, b"\0"), order))
+
+
+def _hash(tail: bytes, order: int) -> int:
+    total = order
+    for byte in tail:
+        total = (total + byte + 1) * _MULTIPLIER & _MASK32
+    return total
+
+
+def _is_word(byte: int) -> bool:
+    return 48 <= byte <= 57 or 65 <= byte <= 90 or 97 <= byte <= 122 or byte == 95 or byte > 127
+
+
+def _all_hashes(data: NDArray[np.uint8]) -> list[NDArray[np.uint64]]:
+    keys = [np.zeros(len(data), np.uint64)] + [_hash_of_last(data, order) for order in _ORDERS]
+    words = np.zeros((3, len(data)), np.uint64)
+    tracker = _Words()
+    for place, byte in enumerate(data.tolist()):
+        words[:, place] = tracker.word, tracker.pair, tracker.triple
+        tracker.add(byte)
+    padded = np.concatenate([np.zeros(3, np.uint8), data]).astype(np.uint64)
+    skip = np.full(len(data), 9, np.uint64)
+    for offset in (0, 1):
+        skip = (skip + padded[offset : offset + len(data)] + np.uint64(1)) * np.uint64(_MULTIPLIER) & np.uint64(_MASK32)
+    return [*keys, *words, skip]
+
+
+class _Words:
+    """Hashes of the word being written, and of it with the word before."""
+
+    def __init__(self) -> None:
+        self.current = self.previous = 0
+        self.before = 0
+        self.word = self.pair = self.triple = 77
+
+    def add(self, byte: int) -> None:
+        if _is_word(byte):
+            self.current = (self.current + byte + 1) * _MULTIPLIER & _MASK32
+        elif self.current:
+            self.before, self.previous, self.current = self.previous, self.current, 0
+        self.word = (self.current + 77) if _is_word(byte) else (self.previous * 3 + byte + 991) & _MASK32
+        self.pair = (self.word * 0x2545F491 + self.previous) & _MASK32
+        self.triple = (self.pair * 0x2545F491 + self.before) & _MASK32
+
+
+class _State:
+    """The model while a text goes through it: predictions bit by bit, learning from each."""
+
+    def __init__(self, model: TextModel, before: bytes) -> None:
+        self.tables = model.counts
+        self.new: list[dict[int, int]] = [{} for _ in range(_CONTEXTS)]
+        self.matches, self.new_matches = model.matches, dict[int, int]()
+        self.maps = [list(values) for values in model.maps]
+        self.match_map = list(model.match_map)
+        self.weights = [list(values) for values in model.weights]
+        self.text = bytearray(before)
+        self.words = _Words()
+        for byte in before[-256:]:
+            self.words.add(byte)
+        self.node = 1
+        self.match_at = self.match_length = 0
+        self._next_byte()
+
+    def _next_byte(self) -> None:
+        text = self.text
+        self.keys = [0]
+        tail = bytes(text[-7:]).rjust(7, b"\0")
+        for order in _ORDERS:
+            self.keys.append(_hash(tail[7 - order :], order))
+        self.keys += [self.words.word, self.words.pair, self.words.triple, _hash(tail[4:6], 9)]
+        if self.match_length and self.match_at < len(text) - 1 and text[self.match_at] == text[-1]:
+            self.match_at += 1
+            self.match_length += 1
+        else:
+            self.match_length = 0
+        if len(text) >= _MATCH_MIN:
+            key = self.keys[_MATCH_MIN]
+            if not self.match_length:
+                found = self.new_matches.get(key) or self.matches.get(key)
+                if found is not None and found < len(text):
+                    self.match_at = found
+                    while self.match_length < 32 and self.match_length < found and text[found - 1 - self.match_length] == text[-1 - self.match_length]:
+                        self.match_length += 1
+            self.new_matches[key] = len(text)
+
+    def predict(self) -> int:
+        """The chance of a 1, from 32 to 65504 of 65536."""
+        node = self.node
+        mix = node * 0x9E3779B1
+        slots, states, inputs, longest = [], [], [], 0
+        for number in range(_CONTEXTS):
+            slot = (self.keys[number] + mix) & _MASK32
+            slot = ((slot ^ (slot >> 15)) * _MULTIPLIER & _MASK32) >> (32 - _TABLE_BITS)
+            counts = self.new[number].get(slot)
+            if counts is None:
+                counts = self.tables[number][slot]
+            slots.append(slot)
+            state = _SEEN[counts >> 8] << 4 | _SEEN[counts & 255]
+            states.append((counts, state))
+            if counts:
+                inputs.append(_STRETCH[self.maps[number][state] >> 4])
+                if number < 8:
+                    longest = number
+            else:
+                inputs.append(0)
+        self.expected = -1
+        if self.match_length:
+            byte = self.text[self.match_at] | 256
+            level = node.bit_length() - 1
+            if byte >> (8 - level) == node:
+                self.expected = byte >> (7 - level) & 1
+                self.match_slot = min(31, self.match_length)
+                guess = _STRETCH[self.match_map[self.match_slot] >> 4]
+                inputs.append(guess if self.expected else -guess)
+            else:
+                self.match_length = 0
+                inputs.append(0)
+        else:
+            inputs.append(0)
+        self.chosen = (self.weights[longest * 8 + node.bit_length() - 1], self.weights[72 + node])
+        self.chances = []
+        both = 0
+        for chosen in self.chosen:
+            total = 0
+            for weight, value in zip(chosen, inputs, strict=True):
+                total += weight * value
+            total = min(2047, max(-2047, total >> 16))
+            both += total
+            self.chances.append(_SQUASH[total + 2047])
+        total = both >> 1
+        self.slots, self.states, self.inputs = slots, states, inputs
+        self.chance = min(65504, max(32, _SQUASH[min(2047, max(-2047, total)) + 2047]))
+        return self.chance
+
+    def update(self, bit: int) -> None:
+        """Learn that the bit just predicted was `bit`."""
+        target = 65535 if bit else 0
+        for chosen, chance in zip(self.chosen, self.chances, strict=True):
+            error = (bit << 16) - chance
+            for place, value in enumerate(self.inputs):
+                chosen[place] += (value * error + (1 << 15)) >> 16
+        for number in range(_CONTEXTS):
+            counts, state = self.states[number]
+            if counts:
+                values = self.maps[number]
+                values[state] += (target - values[state]) >> 6
+            zeros, ones = counts >> 8, counts & 255
+            if bit:
+                ones = min(255, ones + 1)
+                if zeros > 2:
+                    zeros = (zeros + 3) >> 1
+            else:
+                zeros = min(255, zeros + 1)
+                if ones > 2:
+                    ones = (ones + 3) >> 1
+            self.new[number][self.slots[number]] = zeros << 8 | ones
+        if self.expected >= 0:
+            hit = 65535 if self.expected == bit else 0
+            self.match_map[self.match_slot] += (hit - self.match_map[self.match_slot]) >> 6
+        self.node = self.node << 1 | bit
+        if self.node > 255:
+            byte = self.node & 255
+            self.node = 1
+            self.text.append(byte)
+            self.words.add(byte)
+            self._next_byte()
+
+
+class _Encoder:
+    """A carryless binary arithmetic coder with 32-bit bounds."""
+
+    def __init__(self, model: TextModel) -> None:
+        self.state = _State(model, model.dictionary)
+        self.low, self.high = 0, _MASK32
+        self.out = bytearray()
+
+    def _bit(self, bit: int, chance: int) -> None:
+        middle = self.low + ((self.high - self.low) * chance >> 16)
+        if bit:
+            self.high = middle
+        else:
+            self.low = middle + 1
+        while (self.low ^ self.high) >> 24 == 0:
+            self.out.append(self.high >> 24)
+            self.low = self.low << 8 & _MASK32
+            self.high = (self.high << 8 & _MASK32) | 255
+
+    def run(self, texts: Sequence[bytes], *, modelled: bool) -> bytes:
+        self._bit(int(not modelled), _RARE)
+        for text in texts:
+            self._bit(0, _RARE)  # not the last
+            for byte in text:
+                self._bit(0, _END)
+                for shift in range(7, -1, -1):
+                    bit = byte >> shift & 1
+                    self._bit(bit, self.state.predict() if modelled else 32768)
+                    if modelled:
+                        self.state.update(bit)
+            self._bit(1, _END)
+        self._bit(1, _RARE)
+        # the shortest bytes inside the last interval; the decoder reads zeros after them
+        for length in range(5):
+            keep = 32 - 8 * length
+            value = -(-self.low >> keep) << keep
+            if value <= self.high:
+                return bytes(self.out) + value.to_bytes(4, "big")[:length]
+        raise AssertionError("four bytes always reach inside the interval")
+
+
+class _Decoder:
+    def __init__(self, model: TextModel) -> None:
+        self.state = _State(model, model.dictionary)
+        self.low, self.high = 0, _MASK32
+
+    def _bit(self, chance: int) -> int:
+        middle = self.low + ((self.high - self.low) * chance >> 16)
+        bit = int(self.value <= middle)
+        if bit:
+            self.high = middle
+        else:
+            self.low = middle + 1
+        while (self.low ^ self.high) >> 24 == 0:
+            self.low = self.low << 8 & _MASK32
+            self.high = (self.high << 8 & _MASK32) | 255
+            following = self.data[self.place] if self.place < len(self.data) else 0
+            self.place += 1
+            self.value = (self.value << 8 & _MASK32) | following
+        return bit
+
+    def run(self, data: bytes) -> list[bytes]:
+        self.data, self.place = data, 4
+        self.value = int.from_bytes((data + b"\0\0\0\0")[:4], "big")
+        modelled = not self._bit(_RARE)
+        texts: list[bytes] = []
+        total = 0
+        while not self._bit(_RARE):
+            text = bytearray()
+            while not self._bit(_END):
+                byte = 0
+                for _ in range(8):
+                    bit = self._bit(self.state.predict() if modelled else 32768)
+                    if modelled:
+                        self.state.update(bit)
+                    byte = byte << 1 | bit
+                text.append(byte)
+            total += len(text) + 1
+            if total > 2 * MAX_TEXT or self.place > len(data) + 8:
+                raise ValueError("the code does not end")
+            texts.append(bytes(text))
+        return texts
