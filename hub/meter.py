@@ -22,6 +22,7 @@ Exit codes: 0 stopped by a signal, 2 wrong arguments or ledger, 3 the cap is rea
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
 import selectors
@@ -76,19 +77,22 @@ class Ledger:
     def spend(self, count: int) -> None:
         """Count `count` bytes; when this returns they may leave."""
         if self.spent + count > self.cap:
+            self._reserve(self.cap - self.reserved)  # closed for good
             raise CapReached
         if count > self.left:
-            block = self.block(count - self.left)
-            if self.left + block < count:
-                raise CapReached
-            line = b"%d\n" % (self.reserved + block)
-            if os.write(self._file, line) != len(line):
-                raise SystemExit("meter: the ledger's disk is full")
-            os.fdatasync(self._file)
-            self.reserved += block
-            self.left += block
+            self._reserve(self.block(count - self.left))
         self.left -= count
         self.spent += count
+
+    def _reserve(self, block: int) -> None:
+        if not block:
+            return
+        line = b"%d\n" % (self.reserved + block)
+        if os.write(self._file, line) != len(line):
+            raise SystemExit("meter: the ledger's disk is full")
+        os.fdatasync(self._file)
+        self.reserved += block
+        self.left += block
 
 
 class Bucket:
@@ -153,8 +157,11 @@ class Meter:
             client.close()
             return
         client.setblocking(False)
-        pipe = Pipe(client, _dial(self.target))
-        self.pipes.add(pipe)
+        try:
+            self.pipes.add(Pipe(client, _dial(self.target)))
+        except OSError:  # the vault's doing, so it costs
+            client.close()
+            self.ledger.spend(EVENT_BYTES)
 
     def _watch(self, pipe: Pipe, paused: bool) -> None:
         """Say which events matter for both ends of `pipe`."""
@@ -215,7 +222,10 @@ class Meter:
             pipe.vault.shutdown(socket.SHUT_WR)
 
     def _take_from_vault(self, pipe: Pipe) -> None:
-        count = pipe.vault.recv_into(self.buffer)
+        room = self.ledger.cap - self.ledger.spent - EVENT_BYTES
+        if room <= 0:
+            self.ledger.spend(1 + EVENT_BYTES)  # says that the cap is reached
+        count = pipe.vault.recv_into(self.buffer[: min(CHUNK, room)])
         if not count:
             pipe.vault_ended = True
             if not pipe.outward:
@@ -263,7 +273,10 @@ def _dial(target: str) -> socket.socket:
         host, port = _address(target)
         vault, where = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET), (host, port)
     vault.setblocking(False)
-    vault.connect_ex(where)  # what is wrong with it shows when it is first written to
+    error = vault.connect_ex(where)
+    if error not in (0, errno.EINPROGRESS):
+        vault.close()
+        raise OSError(error, "the vault refused")
     return vault
 
 
