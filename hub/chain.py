@@ -27,6 +27,11 @@ def read_head(connection: sa.Connection) -> tuple[int, str]:
     return int(seq), str(digest)
 
 
+def pairs(connection: sa.Connection, query: sa.Select[Any]) -> dict[str, int]:
+    """The rows of a query for a name and a number."""
+    return {str(name): int(number) for name, number in connection.execute(query)}
+
+
 def verify_chain(engine: sa.Engine, anchors: Mapping[int, str]) -> tuple[int, int]:
     """Entries and bytes charged, if everything in the database agrees with the chain; see `Ledger.verify`.
 
@@ -82,7 +87,7 @@ class _Totals:
         accounts = {name: (total, closed) for name, total, closed in connection.execute(sa.select(ACCOUNTS))}
         expected = {name: (total, self.closed.get(name)) for name, total in self.spent.items()}
         _compare("account", accounts, expected)
-        _compare("cap of", dict(connection.execute(sa.select(CAPS)).tuples().all()), self.caps)
+        _compare("cap of", pairs(connection, sa.select(CAPS)), self.caps)
         bodies = {key: (seq, _sha256(body)) for key, seq, body in connection.execute(sa.select(BODIES))}
         _compare("body kept for", bodies, self.bodies)
         shown = {seq: _sha256(cohorts) for seq, _, cohorts in connection.execute(sa.select(SHOWN))}

@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from millpond.hub.chain import entry_hash, read_head, verify_chain
+from millpond.hub.chain import entry_hash, pairs, read_head, verify_chain
 from millpond.hub.database import open_database
 from millpond.hub.policy import SCOPES, Policy
 from millpond.hub.tables import ACCOUNTS, BODIES, CAPS, ENTRIES, HEAD, SHOWN
@@ -165,7 +165,7 @@ class Ledger:
         rows = connection.execute(sa.select(ACCOUNTS).where(ACCOUNTS.c.name.in_(names)))
         spent = {name: (total, closed_at) for name, total, closed_at in rows}
         scopes = [f"{account.scope}:{account.model}" for account in accounts]
-        caps = dict(connection.execute(sa.select(CAPS).where(CAPS.c.account.in_(names + scopes))).tuples().all())
+        caps = pairs(connection, sa.select(CAPS).where(CAPS.c.account.in_(names + scopes)))
         return tuple(
             Balance(
                 account,
@@ -328,7 +328,7 @@ class Writer:
         """The cap in force: the account's own, else its scope's."""
         scope = ":".join(account.split(":")[:2])
         query = sa.select(CAPS).where(CAPS.c.account.in_((account, scope)))
-        caps = dict(self._connection.execute(query).tuples().all())
+        caps = pairs(self._connection, query)
         return caps.get(account, caps[scope])
 
     def set_cap(self, account: str, count: int, by: Sequence[str], **more: int) -> None:
@@ -344,7 +344,7 @@ class Writer:
 
     def adopt(self, caps: Mapping[str, int]) -> None:
         """Put those of `caps` into force that are new or lower than what is in force and not two people's decision."""
-        now = dict(self._connection.execute(sa.select(CAPS)).tuples().all())
+        now = pairs(self._connection, sa.select(CAPS))
         by_two = _by_two(self._connection)
         for account, cap in caps.items():
             if account not in now or (cap < now[account] and account not in by_two):
@@ -407,6 +407,6 @@ def _by_two(connection: sa.Connection) -> set[str]:
 
 def _changes(connection: sa.Connection, asked: Mapping[str, int]) -> list[tuple[int, int]]:
     """What is asked for and in force, of each of `asked`; in force beyond measure where nothing is yet."""
-    now = dict(connection.execute(sa.select(CAPS)).tuples().all())
+    now = pairs(connection, sa.select(CAPS))
     by_two = _by_two(connection)
     return [(cap, now.get(account, cap + 1)) for account, cap in asked.items() if account not in by_two]

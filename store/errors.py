@@ -9,7 +9,7 @@ MillpondError
 │   ├── RunExists         the lake already holds a run of that name
 │   ├── PromptTooLong     a prompt does not fit the model's context
 │   └── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
-├── BudgetSpent           more bytes would leave than a cap allows; nothing was charged
+├── BudgetSpent           more bytes would leave than a cap allows; none did
 ├── LedgerCorrupt         the ledger was changed by something else than the ledger
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
@@ -74,12 +74,7 @@ class GraphRefused(InvalidInput):
 
 
 class BudgetSpent(MillpondError):
-    """More bytes would leave than a cap allows; nothing was charged."""
-
-    def __init__(self, message: str, *, account: str) -> None:
-        super().__init__(message)
-        self.account = account
-        """The budget's name in the ledger."""
+    """More bytes would leave than a cap allows; none did."""
 
 
 class LedgerCorrupt(MillpondError):
