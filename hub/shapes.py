@@ -178,7 +178,8 @@ class Direction:
         out.write(given.ndim - 1, 1)
         _write_shape(out, rows.shape)
         out.write(bits, 3)
-        step, mantissa = _write_numbers(out, top, None, context.rules.digits)
+        # two digits: with more, the largest coordinate would be known better than the others
+        step, mantissa = _write_numbers(out, 1.05 * top, None, 2)
         scales, most = _value(step, mantissa), 2 ** (bits - 1) - 1
         codes = np.clip(np.rint(rows / scales[:, None] * most), -most, most).astype(np.int64)
         out.write(codes + most, bits)

@@ -186,7 +186,7 @@ handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 print("ready", flush=True)
 try:
     while True:
-        sent = ledger.charge(Payer(rng.choice("ab"), "p", ("tiny",)), rng.randrange(1, 60), what="x")
+        sent = ledger.charge(Payer(rng.choice("ab"), "p", ("tiny",)), rng.randrange(20, 200), what="x")
         os.write(handle, b"%d %d\\n" % (sent.seq, sent.charged))   # what leaves
 except BudgetSpent:
     print("closed", flush=True)
@@ -203,7 +203,7 @@ def test_processes_killed_at_random_never_send_above_the_cap_or_without_a_record
             files.append(tmp_path / f"sent-{len(files)}")
             command = [sys.executable, "-c", WORKER, database, files[-1], str(len(files))]
             processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        time.sleep(rng.uniform(0.5, 1.5) if len(files) < 8 else 3)
+        time.sleep(rng.uniform(0.5, 2) if len(files) < 5 else 2)
         victim = processes.pop(rng.randrange(3))
         victim.send_signal(signal.SIGKILL)
         closed += "closed" in victim.communicate()[0]
