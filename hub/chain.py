@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,19 @@ def pairs(connection: sa.Connection, query: sa.Select[Any]) -> dict[str, int]:
     return {str(name): int(number) for name, number in connection.execute(query)}
 
 
-def verify_chain(engine: sa.Engine, anchors: Mapping[int, str]) -> tuple[int, int]:
-    """Entries and bytes charged, if everything in the database agrees with the chain; see `Ledger.verify`.
+@dataclass(frozen=True)
+class Whole:
+    """What a ledger holds that agrees with its chain."""
+
+    entries: int
+    charged: int
+    """Bytes."""
+    head: str
+    """Hash of the last entry."""
+
+
+def verify_chain(engine: sa.Engine, anchors: Mapping[int, str]) -> Whole:
+    """Check that everything in the database agrees with the chain; see `Ledger.verify`.
 
     Raises:
         LedgerCorrupt: something does not.
@@ -52,11 +64,15 @@ def verify_chain(engine: sa.Engine, anchors: Mapping[int, str]) -> tuple[int, in
             previous = digest
             totals.add(seq, kind, json.loads(detail))
         if noted:
-            raise LedgerCorrupt(f"the ledger ends at entry {count}; entry {max(noted)} was noted earlier; restore a copy")
+            raise LedgerCorrupt(
+                f"the ledger ends at entry {count}; entry {max(noted)} was noted earlier; restore a copy"
+            )
         if read_head(connection) != (count, previous):
-            raise LedgerCorrupt(f"the ledger's head is not entry {count}, its last; entries were removed; restore a copy")
+            raise LedgerCorrupt(
+                f"the ledger's head is not entry {count}, its last; entries were removed; restore a copy"
+            )
         totals.check(connection)
-    return count, totals.charged
+    return Whole(count, totals.charged, previous)
 
 
 class _Totals:

@@ -13,13 +13,15 @@ _MIGRATION_LOCK = 7_061_998
 """Any number: two processes that open a new PostgreSQL database must not both migrate it."""
 
 
-def open_database(url: str) -> sa.Engine:
-    """An engine for `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME`, migrated.
+def open_database(url: str, *, create: bool = True) -> sa.Engine:
+    """An engine for `sqlite:///FILE` or `postgresql+psycopg://USER@HOST/NAME`.
+
+    With `create`, the database is made or migrated to the newest schema; without, it is left as it is.
 
     With SQLite, a transaction takes the write lock when it begins, unless its engine has the option `write=False`.
 
     Raises:
-        InvalidInput: the URL is neither.
+        InvalidInput: the URL is neither, or without `create` the file is not there.
     """
     try:
         parsed = sa.make_url(url)
@@ -29,10 +31,13 @@ def open_database(url: str) -> sa.Engine:
     if backend == "postgresql":
         engine = sa.create_engine(parsed, isolation_level="READ COMMITTED", pool_pre_ping=True)
     elif backend == "sqlite" and parsed.database not in (None, "", ":memory:"):
+        if not create and not Path(parsed.database or "").is_file():
+            raise InvalidInput(f"there is no database {parsed.database}; give the gateway's")
         engine = _sqlite(parsed)
     else:
         raise InvalidInput(f"database {url!r} is not supported; give sqlite:///FILE or postgresql+psycopg://...")
-    _migrate(engine)
+    if create:
+        _migrate(engine)
     return engine
 
 

@@ -24,18 +24,22 @@ ROLES = ("loss", "reconstruction", "codes", "scores", "statistic")
 INPUTS = ("activations", "labels")
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
-_NAMES = """
-abs.default add.Scalar add.Tensor addmm.default amax.default amin.default argmax.default bmm.default cat.default
-clamp.default clamp_min.default cos.default cumsum.default div.Scalar div.Tensor elu.default eq.Scalar eq.Tensor
-erf.default exp.default expand.default expm1.default full.default full_like.default gather.default ge.Scalar ge.Tensor
-gelu.default gt.Scalar gt.Tensor hardtanh.default le.Scalar le.Tensor leaky_relu.default log.default log1p.default
-logical_and.default logical_not.default logical_or.default lt.Scalar lt.Tensor maximum.default mean.default mean.dim
-minimum.default mm.default mul.Scalar mul.Tensor native_layer_norm.default ne.Scalar ne.Tensor neg.default permute.default
-pow.Tensor_Scalar reciprocal.default relu.default rsqrt.default scatter.src scatter.value select.int sigmoid.default
-sign.default sin.default slice.Tensor sort.default split_with_sizes.default sqrt.default squeeze.dims sub.Scalar
-sub.Tensor sum.default sum.dim_IntList sym_size.int tanh.default topk.default unsqueeze.default var.correction
-view.default where.self _log_softmax.default _softmax.default _to_copy.default
-""".split()
+_NAMES = (
+    "abs.default", "add.Scalar", "add.Tensor", "addmm.default", "amax.default", "amin.default", "argmax.default",
+    "bmm.default", "cat.default", "clamp.default", "clamp_min.default", "cos.default", "cumsum.default",
+    "div.Scalar", "div.Tensor", "elu.default", "eq.Scalar", "eq.Tensor", "erf.default", "exp.default",
+    "expand.default", "expm1.default", "full.default", "full_like.default", "gather.default", "ge.Scalar",
+    "ge.Tensor", "gelu.default", "gt.Scalar", "gt.Tensor", "hardtanh.default", "le.Scalar", "le.Tensor",
+    "leaky_relu.default", "log.default", "log1p.default", "logical_and.default", "logical_not.default",
+    "logical_or.default", "lt.Scalar", "lt.Tensor", "maximum.default", "mean.default", "mean.dim",
+    "minimum.default", "mm.default", "mul.Scalar", "mul.Tensor", "native_layer_norm.default", "ne.Scalar",
+    "ne.Tensor", "neg.default", "permute.default", "pow.Tensor_Scalar", "reciprocal.default", "relu.default",
+    "rsqrt.default", "scatter.src", "scatter.value", "select.int", "sigmoid.default", "sign.default", "sin.default",
+    "slice.Tensor", "sort.default", "split_with_sizes.default", "sqrt.default", "squeeze.dims", "sub.Scalar",
+    "sub.Tensor", "sum.default", "sum.dim_IntList", "sym_size.int", "tanh.default", "topk.default",
+    "unsqueeze.default", "var.correction", "view.default", "where.self", "_log_softmax.default", "_softmax.default",
+    "_to_copy.default",
+)  # fmt: skip
 
 
 def _overload(name: str) -> Any:
@@ -135,7 +139,9 @@ class _Reader:
                 raise GraphRefused(f"node {number}: getitem takes a node and a place")
             return name, (self.value(number, arguments[0]), arguments[1]), {}
         if not isinstance(name, str) or name not in OPERATORS:
-            raise GraphRefused(f"node {number}: its operator is not allowed; allowed are getitem, {', '.join(OPERATORS)}")
+            raise GraphRefused(
+                f"node {number}: its operator is not allowed; allowed are getitem, {', '.join(OPERATORS)}"
+            )
         known = {argument.name for argument in OPERATORS[name]._schema.arguments} - _DEVICE
         if len(arguments) > 8 or not set(named) <= known:
             raise GraphRefused(f"node {number}: {name} takes {', '.join(sorted(known))}")
@@ -183,7 +189,9 @@ def _parameters(found: Any, limits: GraphLimits) -> tuple[tuple[tuple[int, ...],
         raise GraphRefused(f"parameters must be a list of at most {limits.nodes}")
     parameters, total = [], 0
     for number, entry in enumerate(found):
-        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list) and isinstance(entry[1], bool)):
+        if not (
+            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list) and isinstance(entry[1], bool)
+        ):
             raise GraphRefused(f"parameter {number} is not [shape, whether it is trained]")
         shape = entry[0]
         if len(shape) > 4 or not all(_is_int(size) and 0 < size <= limits.parameters for size in shape):
@@ -204,7 +212,9 @@ class GraphModule(torch.nn.Module):
         flat = np.frombuffer(values, "<f4") if len(values) % 4 == 0 else np.empty(0)
         expected = sum(math.prod(shape) for shape, _ in graph.parameters)
         if len(flat) != expected or not np.isfinite(flat).all():
-            raise GraphRefused(f"the parameters' values must be {expected:,} finite float32 numbers, {4 * expected:,} bytes")
+            raise GraphRefused(
+                f"the parameters' values must be {expected:,} finite float32 numbers, {4 * expected:,} bytes"
+            )
         self.values = torch.nn.ParameterList()
         at = 0
         for shape, trained in graph.parameters:
@@ -293,7 +303,9 @@ class _DryRun:
                 name = self.graph.nodes[min(number + 1, len(self.graph.nodes) - 1)][0]
                 raise GraphRefused(f"node {number + 1}, {name}, cannot be computed on {self.rows} rows") from error
         if counter.get_total_flops() > self.limits.flops:
-            raise GraphRefused(f"a batch costs {counter.get_total_flops():,} operations of at most {self.limits.flops:,}")
+            raise GraphRefused(
+                f"a batch costs {counter.get_total_flops():,} operations of at most {self.limits.flops:,}"
+            )
         for role, at in self.graph.outputs.items():
             self.check_output(role, results[at])
 
@@ -310,7 +322,11 @@ class _DryRun:
         if isinstance(result, torch.Tensor):
             self.shapes[here] = tuple(result.shape)
         source = arguments[0] if arguments and isinstance(arguments[0], _Ref) else None
-        given = dict(zip((a.name for a in OPERATORS[name]._schema.arguments), arguments, strict=False)) if name != "getitem" else {}
+        given = (
+            dict(zip((a.name for a in OPERATORS[name]._schema.arguments), arguments, strict=False))
+            if name != "getitem"
+            else {}
+        )
         given |= named
         if name == "getitem" and source is not None and source.kind == "n":
             maker, made_from, _ = self.graph.nodes[source.number]
@@ -324,7 +340,9 @@ class _DryRun:
         elif name in _INDEX_USED:
             bound = self.bounds.get(given["index"]) if isinstance(given.get("index"), _Ref) else None
             if bound is None or bound > self._size(given["self"], given["dim"]):
-                raise GraphRefused(f"node {at}, {name}: index with what topk, sort or argmax found along as long a dimension")
+                raise GraphRefused(
+                    f"node {at}, {name}: index with what topk, sort or argmax found along as long a dimension"
+                )
 
     def check_output(self, role: str, value: Any) -> None:
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None

@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from millpond.hub.chain import entry_hash, pairs, read_head, verify_chain
+from millpond.hub.chain import Whole, entry_hash, pairs, read_head, verify_chain
 from millpond.hub.database import open_database
 from millpond.hub.policy import SCOPES, Policy
 from millpond.hub.tables import ACCOUNTS, BODIES, CAPS, ENTRIES, HEAD, SHOWN
@@ -224,8 +224,8 @@ class Ledger:
         with self._reader.connect() as connection:
             return read_head(connection)
 
-    def verify(self, anchors: Mapping[int, str] | None = None) -> tuple[int, int]:
-        """Check the chain, the totals, the caps and what was kept; returns the number of entries and the bytes charged.
+    def verify(self, anchors: Mapping[int, str] | None = None) -> Whole:
+        """Check the chain, and the totals, the caps and what was kept against it.
 
         `anchors` are heads noted earlier. Only they can show that the end of the ledger, or all of it, was replaced.
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The egress meter: relays TCP connections into the vault, counts every byte that comes out, and closes at a cap.
+r"""The egress meter: relays TCP connections into the vault, counts every byte that comes out, and closes at a cap.
 
 It is a program of its own: standard library only, imports nothing of Millpond, takes no commands from anywhere. Run it
 as a user of its own, in a network namespace of its own, with the ledger in a folder that only this user may enter; the
 vault's namespace gets no other way out. docs/gate.md gives the set-up.
 
-    python3 meter.py --listen 10.0.0.2:443 --to unix:/run/millpond/gateway.sock \\
+    python3 meter.py --listen 10.0.0.2:443 --to unix:/run/millpond/gateway.sock \
         --ledger /var/lib/millpond-meter/ledger --cap 400000000 --rate 2000000
 
 Counting. A chunk read from the vault costs its length and 16 bytes, and so does the end of a connection that the vault
@@ -52,7 +52,7 @@ class Ledger:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise SystemExit(f"meter: another meter holds {path}") from None
-        with open(path, "rb") as handle:  # noqa: PTH123 - a file descriptor's own name
+        with open(path, "rb") as handle:
             data = handle.read()
         lines = data.split(b"\n")
         torn = lines.pop()  # a line cut short by a crash: nothing of its block had left
@@ -66,7 +66,7 @@ class Ledger:
         self.left = 0
         """Of the last block."""
         self.spent = self.reserved
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)  # noqa: PTH120, PTH100
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
@@ -293,7 +293,9 @@ def main() -> int:
     parser.add_argument("--listen", required=True, metavar="HOST:PORT", help="where clients connect")
     parser.add_argument("--to", required=True, metavar="unix:PATH|HOST:PORT", help="where the gateway listens")
     parser.add_argument("--ledger", required=True, metavar="FILE")
-    parser.add_argument("--cap", required=True, type=_whole, metavar="BYTES", help="that may leave for ever, by this ledger")
+    parser.add_argument(
+        "--cap", required=True, type=_whole, metavar="BYTES", help="that may leave for ever, by this ledger"
+    )
     parser.add_argument("--rate", default=10_000_000, type=_whole, metavar="BYTES", help="that may leave a second")
     arguments = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from millpond.store.errors import InvalidInput
 
-
 SCOPES = ("user_week", "project", "lifetime")
 """The budgets of each model: of a user in a week, of a project, of everybody for ever."""
 
@@ -92,7 +91,9 @@ class ModelPolicy(_Section):
     @model_validator(mode="after")
     def _floor(self) -> ModelPolicy:
         if self.secret > -(-self.parameters // 2):
-            raise ValueError(f"secret_bytes is {self.secret:,}; at most half a byte a parameter, {self.parameters // 2:,}")
+            raise ValueError(
+                f"secret_bytes is {self.secret:,}; at most half a byte a parameter, {self.parameters // 2:,}"
+            )
         for scope in SCOPES:
             asked = getattr(self, f"{scope}_bytes")
             most = int(_highest(scope) * self.secret)

@@ -147,5 +147,3 @@ def _pack(evidence: Evidence) -> bytes:
 def _unpack(data: bytes) -> Earlier:
     label_set, cohorts = json.loads(data)
     return Earlier(tuple(dict(cohort) for cohort in cohorts), label_set)
-
-

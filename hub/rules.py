@@ -251,7 +251,11 @@ _Table = tuple[tuple[Rule, Literal["review", "refuse"], Callable[[_Case], bool]]
 _ALWAYS: _Table = (
     (Rule.ACTIVATION_TARGET, "refuse", lambda c: c.evidence.target == "activation"),
     (Rule.TOO_FEW_ROWS, "refuse", lambda c: c.vector and c.evidence.rows < c.limits.min_rows),
-    (Rule.NO_EVIDENCE, "refuse", lambda c: c.vector and None in (c.evidence.variance_ratio, c.evidence.identical_share)),
+    (
+        Rule.NO_EVIDENCE,
+        "refuse",
+        lambda c: c.vector and None in (c.evidence.variance_ratio, c.evidence.identical_share),
+    ),
     (Rule.NO_VARIANCE, "refuse", _spread),
     (Rule.IDENTICAL_ROWS, "refuse", _identical),
     (Rule.INTERVENED, "review", lambda c: c.evidence.intervened),

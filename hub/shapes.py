@@ -91,17 +91,21 @@ class Numbers:
     """An array of floats, each like `Number`; its interval is in the values `NAME_low` and `NAME_high`."""
 
     name: str
+    bounded: bool = True
+    """Whether there are intervals."""
     vector = False
 
     def write(self, out: BitWriter, result: Result, context: Context) -> None:
         """A flag, the length, then 18 or 40 bits an element."""
         values = _vector(self.name, result.values[self.name])
-        bounds = [result.values.get(f"{self.name}_{side}") for side in ("low", "high")]
+        bounds = [result.values.get(f"{self.name}_{side}") if self.bounded else None for side in ("low", "high")]
         intervals = None
         if all(bound is not None for bound in bounds):
             intervals = np.stack([_vector(f"{self.name} bounds", bound) for bound in bounds], axis=1)
             if len(intervals) != len(values):
-                raise InvalidInput(f"{self.name} has {len(values)} values and {len(intervals)} intervals; give one each")
+                raise InvalidInput(
+                    f"{self.name} has {len(values)} values and {len(intervals)} intervals; give one each"
+                )
         out.write(int(intervals is not None), 1)
         out.write(len(values), 16)
         _write_numbers(out, values, intervals, context.rules.digits)
@@ -116,8 +120,8 @@ class Numbers:
             result.values[f"{self.name}_high"] = intervals[:, 1]  # type: ignore[index]
 
     def bits(self, shape: tuple[int, ...]) -> int:
-        """Their width, with intervals."""
-        return 17 + _size(shape) * (NUMBER_BITS + INTERVAL_BITS)
+        """Their width, with intervals if they have any."""
+        return 17 + _size(shape) * (NUMBER_BITS + INTERVAL_BITS * self.bounded)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,9 @@ class Counts:
         """The shape, then 40 bits each."""
         given = np.asarray(result.values[self.name] if self.name in result.values else result.evidence[self.name])
         if given.ndim != self.ndim or given.dtype.kind not in "iu" or (given < 0).any():
-            raise InvalidInput(f"{self.name} has data type {given.dtype} and {given.ndim} dimensions; give counts in {self.ndim}")
+            raise InvalidInput(
+                f"{self.name} has data type {given.dtype} and {given.ndim} dimensions; give counts in {self.ndim}"
+            )
         counts = given.astype(np.int64)
         if context.restricted:
             base = context.rules.count_base
@@ -165,7 +171,9 @@ class Direction:
         """The shape, the bits a coordinate, the scales, the coordinates."""
         given = np.asarray(result.values[self.name])
         if given.dtype.kind != "f" or given.ndim not in (1, 2) or not given.size or not np.isfinite(given).all():
-            raise InvalidInput(f"{self.name} has shape {given.shape} and type {given.dtype}; give finite floats (d) or (k, d)")
+            raise InvalidInput(
+                f"{self.name} has shape {given.shape} and type {given.dtype}; give finite floats (d) or (k, d)"
+            )
         rows = np.atleast_2d(given).astype(np.float64)
         top = np.abs(rows).max(axis=1)
         if (top < _POWERS[0]).any():
@@ -239,7 +247,7 @@ KINDS: dict[str, tuple[Field, ...]] = {
         *map(Number, ("l0", "fvu", "explained_variance", "mse", "cosine", "dead_latents", "ce_loss_recovered")),
         *_COUNTED[:2],
     ),
-    "curve": (Numbers("x"), Numbers("y"), *_COUNTED[:2]),
+    "curve": (Numbers("x", bounded=False), Numbers("y"), *_COUNTED[:2]),
     "histogram": (Counts("counts", 1), Number("low"), Number("high"), *_COUNTED[:2]),
     "direction": (Direction("direction"), Number("bias"), *_COUNTED),
     "mean": (Direction("mean"), *_COUNTED[:2]),
@@ -247,8 +255,8 @@ KINDS: dict[str, tuple[Field, ...]] = {
     "group-means": (Numbers("means"), *_COUNTED[:2]),
     "rates": (Numbers("rates"), *_COUNTED[:2]),
     "latent": (
-        Number("density"), Number("mean_active"), Number("maximum"), Counts("counts", 1),
-        References("contexts"), Numbers("activations"), *_COUNTED[:2],
+        Number("density"), Number("mean_active"), Number("maximum"), Numbers("histogram", bounded=False),
+        References("contexts"), Numbers("activations", bounded=False), *_COUNTED[:2],
     ),
 }  # fmt: skip
 """Every kind of result that may leave, with its fields in the order sent. The place in this table is the kind's code,
@@ -262,9 +270,13 @@ def write_result(out: BitWriter, result: Result, context: Context) -> None:
         InvalidInput: its kind is not in `KINDS`, or a value is not one of the kind's fields.
     """
     fields = fields_of(result.kind)
-    sent = {field.name for field in fields} | {f"{field.name}_{end}" for field in fields for end in ("low", "high", "se")}
+    sent = {field.name for field in fields} | {
+        f"{field.name}_{end}" for field in fields for end in ("low", "high", "se")
+    }
     if unknown := set(result.values) - sent:
-        raise InvalidInput(f"a {result.kind} has no {', '.join(sorted(unknown))}; it may have {', '.join(sorted(sent))}")
+        raise InvalidInput(
+            f"a {result.kind} has no {', '.join(sorted(unknown))}; it may have {', '.join(sorted(sent))}"
+        )
     out.write(list(KINDS).index(result.kind), 8)
     for field in fields:
         present = field.name in result.values or (isinstance(field, Counts) and field.name in result.evidence)
@@ -336,7 +348,9 @@ def _scalar(name: str, value: Any) -> float:
 def _vector(name: str, value: Any) -> Floats:
     array = np.asarray(value)
     if array.ndim != 1 or array.dtype.kind not in "fiu" or len(array) > MAX_LENGTH:
-        raise InvalidInput(f"{name} has shape {array.shape} and type {array.dtype}; give up to {MAX_LENGTH:,} numbers in one dimension")
+        raise InvalidInput(
+            f"{name} has shape {array.shape} and type {array.dtype}; give up to {MAX_LENGTH:,} numbers in one dimension"
+        )
     return array.astype(np.float64)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import Decimal, localcontext
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,9 @@ MAX_TEXT = 1 << 20
 """Bytes of one text."""
 MAX_DICTIONARY = 4 << 20
 _ORDERS = (1, 2, 3, 4, 5, 6, 7)
-_CONTEXTS = len(_ORDERS) + 5  # and order 0, the word, with one and two words before it, and the two bytes before the last
-_TABLE_BITS = 22
+_CONTEXTS = (
+    len(_ORDERS) + 5
+)  # and order 0, the word, with one and two words before it, and the two bytes before the last
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER = 0x2C1B3C6D
 _TRAIN = 12_000
@@ -66,7 +66,9 @@ def decode(data: bytes, model: TextModel) -> list[str]:
             f"these {len(data):,} bytes are no texts coded with this dictionary ({error}); use the sender's"
         ) from error
     if encode(texts, model) != data:
-        raise InvalidInput(f"these {len(data):,} bytes are not the canonical code of texts; use the sender's dictionary")
+        raise InvalidInput(
+            f"these {len(data):,} bytes are not the canonical code of texts; use the sender's dictionary"
+        )
     return texts
 
 
@@ -77,11 +79,13 @@ class TextModel:
         if len(dictionary) > MAX_DICTIONARY:
             raise InvalidInput(f"the dictionary has {len(dictionary):,} bytes of at most {MAX_DICTIONARY:,}; cut it")
         self.dictionary = dictionary
+        self.bits = min(22, max(12, (64 * len(dictionary)).bit_length()))
+        """Of a table's index: about eight slots a byte of the dictionary."""
         cut = max(0, len(dictionary) - _TRAIN) if len(dictionary) > 2 * _TRAIN else len(dictionary)
         self.maps = [[_first_guess(state) for state in range(_MAPS)] for _ in range(_CONTEXTS)]
         self.match_map = [49152] * 32
         self.weights = [[14000] * (_CONTEXTS + 1) for _ in range(9 * 8 + 256)]
-        self.counts, self.matches = _count(dictionary[:cut])
+        self.counts, self.matches = _count(dictionary[:cut], self.bits)
         if cut < len(dictionary):
             state = _State(self, dictionary[:cut])
             for byte in dictionary[cut:]:
@@ -89,7 +93,7 @@ class TextModel:
                     state.predict()
                     state.update(byte >> shift & 1)
             self.maps, self.match_map, self.weights = state.maps, state.match_map, state.weights
-            self.counts, self.matches = _count(dictionary)
+            self.counts, self.matches = _count(dictionary, self.bits)
 
     @cached_property
     def sha256(self) -> str:
@@ -113,7 +117,15 @@ def _logistic() -> tuple[list[int], list[int]]:
 
 
 _SQUASH, _STRETCH = _logistic()
-_LEVEL = [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8, 8, 9, 9, 9] + [10] * 8 + [11] * 16 + [12] * 24 + [13] * 64 + [14] * 64 + [15] * 64
+_LEVEL = (
+    [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8, 8, 9, 9, 9]
+    + [10] * 8
+    + [11] * 16
+    + [12] * 24
+    + [13] * 64
+    + [14] * 64
+    + [15] * 64
+)
 _SEEN = [min(15, value) for value in _LEVEL]
 
 
@@ -123,36 +135,31 @@ def _first_guess(state: int) -> int:
     return (2 * ones + 1) * 65535 // (2 * (zeros + ones + 1))
 
 
-def _count(text: bytes) -> tuple[list[memoryview], dict[int, int]]:
+def _count(text: bytes, bits: int) -> tuple[list[memoryview], dict[int, int]]:
     """How often a 0 and a 1 followed each context (high and low byte), and where each six bytes were last seen."""
-    size = 1 << _TABLE_BITS
+    size = 1 << bits
     data = np.frombuffer(text, np.uint8)
     if not len(data):
         return [memoryview(np.zeros(size, np.uint16)) for _ in range(_CONTEXTS)], {}
-    keys = _all_hashes(data)
+    follows = np.stack([(data >> np.uint8(7 - level)) & 1 for level in range(8)]).astype(np.int64)
+    nodes = np.stack([(1 << level) | (data.astype(np.uint64) >> np.uint64(8 - level)) for level in range(8)])
     tables = []
-    bits = [(data >> np.uint8(7 - level)) & 1 for level in range(8)]
-    nodes = [(np.uint32(1) << np.uint32(level)) | (data.astype(np.uint32) >> np.uint32(8 - level)) for level in range(8)]
-    for key in keys:
-        pairs = np.zeros(2 * size, np.int64)
-        for bit, node in zip(bits, nodes, strict=True):
-            slot = _slots(key, node).astype(np.int64)
-            pairs += np.bincount(2 * slot + bit, minlength=2 * size)
+    for key in _all_hashes(data):
+        places = _slots(key, nodes, bits).astype(np.int64) * 2 + follows
+        pairs = np.bincount(places.ravel(), minlength=2 * size)
         zeros, ones = pairs[0::2], pairs[1::2]
-        over = np.maximum(zeros, ones)
-        scale = np.maximum(over, 255)
-        packed = (zeros * 255 // scale) << 8 | (ones * 255 // scale)
-        tables.append(memoryview(np.ascontiguousarray(packed.astype(np.uint16))))
-    last = _hash_of_last(data, _MATCH_MIN)
-    places = range(_MATCH_MIN, len(text) + 1)
-    ends = np.append(last[_MATCH_MIN:], _next_hash(data, _MATCH_MIN))
-    return tables, dict(zip(ends.tolist(), places, strict=True))
+        most = np.maximum(np.maximum(zeros, ones), 255)
+        tables.append(memoryview(((zeros * 255 // most) << 8 | (ones * 255 // most)).astype(np.uint16)))
+    if len(text) < _MATCH_MIN:
+        return tables, {}
+    ends = np.append(_hash_of_last(data, _MATCH_MIN)[_MATCH_MIN:], _next_hash(data, _MATCH_MIN))
+    return tables, dict(zip(ends.tolist(), range(_MATCH_MIN, len(text) + 1), strict=True))
 
 
-def _slots(key: NDArray[Any], node: NDArray[Any]) -> NDArray[Any]:
-    mixed = (key.astype(np.uint64) + node.astype(np.uint64) * np.uint64(0x9E3779B1)) & np.uint64(_MASK32)
+def _slots(key: NDArray[np.uint64], node: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:
+    mixed = (key + node * np.uint64(0x9E3779B1)) & np.uint64(_MASK32)
     mixed = (mixed ^ (mixed >> np.uint64(15))) * np.uint64(_MULTIPLIER) & np.uint64(_MASK32)
-    return np.asarray(mixed >> np.uint64(32 - _TABLE_BITS))
+    return np.asarray(mixed >> np.uint64(32 - bits))
 
 
 def _hash_of_last(data: NDArray[np.uint8], order: int) -> NDArray[np.uint64]:
@@ -160,9 +167,9 @@ def _hash_of_last(data: NDArray[np.uint8], order: int) -> NDArray[np.uint64]:
     total = np.full(len(data), order, np.uint64)
     padded = np.concatenate([np.zeros(order, np.uint8), data]).astype(np.uint64)
     for back in range(order, 0, -1):
-        total = ((total + padded[order - back : order - back + len(data)] + np.uint64(1)) * np.uint64(_MULTIPLIER)) & np.uint64(
-            _MASK32
-        )
+        total = (
+            (total + padded[order - back : order - back + len(data)] + np.uint64(1)) * np.uint64(_MULTIPLIER)
+        ) & np.uint64(_MASK32)
     return total
 
 
@@ -218,6 +225,7 @@ class _State:
 
     def __init__(self, model: TextModel, before: bytes) -> None:
         self.tables = model.counts
+        self.shift = 32 - model.bits
         self.new: list[dict[int, int]] = [{} for _ in range(_CONTEXTS)]
         self.matches, self.new_matches = model.matches, dict[int, int]()
         self.maps = [list(values) for values in model.maps]
@@ -249,8 +257,7 @@ class _State:
                 found = self.new_matches.get(key) or self.matches.get(key)
                 if found is not None and found < len(text):
                     self.match_at = found
-                    while self.match_length < 32 and self.match_length < found and text[found - 1 - self.match_length] == text[-1 - self.match_length]:
-                        self.match_length += 1
+                    self.match_length = _common_end(text, found)
             self.new_matches[key] = len(text)
 
     def predict(self) -> int:
@@ -260,7 +267,7 @@ class _State:
         slots, states, inputs, longest = [], [], [], 0
         for number in range(_CONTEXTS):
             slot = (self.keys[number] + mix) & _MASK32
-            slot = ((slot ^ (slot >> 15)) * _MULTIPLIER & _MASK32) >> (32 - _TABLE_BITS)
+            slot = ((slot ^ (slot >> 15)) * _MULTIPLIER & _MASK32) >> self.shift
             counts = self.new[number].get(slot)
             if counts is None:
                 counts = self.tables[number][slot]
@@ -334,6 +341,14 @@ class _State:
             self.text.append(byte)
             self.words.add(byte)
             self._next_byte()
+
+
+def _common_end(text: bytearray, end: int) -> int:
+    """How many bytes before `end` equal the last of `text`, up to 32."""
+    length = 0
+    while length < min(32, end) and text[end - 1 - length] == text[-1 - length]:
+        length += 1
+    return length
 
 
 class _Encoder:

@@ -42,7 +42,9 @@ def postgres():
     try:
         subprocess.run([programs / "initdb", "-D", data, "-U", "millpond", "--auth=trust", "-E", "UTF8"], **options)
         settings = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -p {port}"
-        subprocess.run([programs / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", settings, "start"], **options)
+        subprocess.run(
+            [programs / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", settings, "start"], **options
+        )
         yield f"postgresql+psycopg://millpond@/{{}}?host={folder}&port={port}"
     finally:
         subprocess.run([programs / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **options | {"check": False})

@@ -181,7 +181,9 @@ def test_shapes_sizes_and_indices_are_checked_without_storage(change, what):
 def test_an_index_from_data_is_refused():
     """Activations cast to integers would read out of range, and tell by failing."""
     graph = json.loads(GOOD)
-    values, places = (next(i for i, n in enumerate(graph["nodes"]) if n[0] == "getitem" and n[1][1] == k) for k in (0, 1))
+    values, places = (
+        next(i for i, n in enumerate(graph["nodes"]) if n[0] == "getitem" and n[1][1] == k) for k in (0, 1)
+    )
     assert values < places
     graph["nodes"][places] = ["_to_copy.default", [{"n": values}], {"dtype": {"d": "int64"}}]
     with pytest.raises(GraphRefused, match="index with"):
@@ -198,7 +200,9 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize("values", [pickle.dumps(Bomb()), b"", VALUES[:-4], VALUES + VALUES, b"\xff\xff\xff\x7f" * (len(VALUES) // 4)])
+@pytest.mark.parametrize(
+    "values", [pickle.dumps(Bomb()), b"", VALUES[:-4], VALUES + VALUES, b"\xff\xff\xff\x7f" * (len(VALUES) // 4)]
+)
 def test_parameter_values_are_raw_finite_numbers_and_nothing_else(values, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GraphRefused, match="finite float32"):
@@ -216,7 +220,18 @@ def test_the_vault_has_no_code_that_loads_or_compiles():
     for name in ("graph.py", "graph_jobs.py"):
         for found in ast.walk(ast.parse((folder / name).read_text())):
             called = getattr(found, "id", None) or getattr(found, "attr", None)
-            assert called not in ("load", "export", "eval", "exec", "compile", "pickle", "sympify", "__import__", "fx", "jit")
+            assert called not in (
+                "load",
+                "export",
+                "eval",
+                "exec",
+                "compile",
+                "pickle",
+                "sympify",
+                "__import__",
+                "fx",
+                "jit",
+            )
 
 
 def test_a_module_that_uses_something_else_is_refused_at_the_client():

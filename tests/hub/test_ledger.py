@@ -41,7 +41,12 @@ def test_a_charge_counts_in_every_budget_of_every_model_and_others_keep_theirs(d
     ledger.charge(Payer("bob", "p", ("m",)), 30, what="x")
     ledger.charge(Payer("ada", "q", ("m",)), 7, what="x")
     assert spent(ledger, Payer("ada", "p", ("m", "open"))) == [107, 130, 137, 100, 100, 100]
-    assert ledger.verify() == (6 + 3, 137)  # six caps: public models have none
+    found = ledger.verify()
+    assert (found.entries, found.charged, found.head) == (
+        6 + 3,
+        137,
+        ledger.head()[1],
+    )  # six caps: public models have none
     ledger.close()
 
 
@@ -55,7 +60,7 @@ def test_a_budget_closes_at_its_cap_and_stays_closed_for_smaller_charges(databas
         ledger.charge(ADA, 1, what="x")  # or each refusal would say how long the answer was
     assert spent(ledger)[0] == 900 + NOTICE
     assert ledger.charge(Payer("bob", "deception", ("tiny",)), 50, what="x").charged == 50
-    assert ledger.verify()[1] == 900 + NOTICE + 50
+    assert ledger.verify().charged == 900 + NOTICE + 50
     ledger.close()
 
 
@@ -119,7 +124,9 @@ def test_a_policy_file_alone_lowers_caps_and_does_not_raise_them(database, polic
         ledger.close()
 
 
-@pytest.mark.parametrize("change", ["UPDATE ledger_entries SET detail = '{}'", "DELETE FROM ledger_entries", "DELETE FROM ledger_bodies"])
+@pytest.mark.parametrize(
+    "change", ["UPDATE ledger_entries SET detail = '{}'", "DELETE FROM ledger_entries", "DELETE FROM ledger_bodies"]
+)
 def test_the_database_refuses_to_change_entries(database, policy, change):
     ledger = Ledger(database, policy)
     with ledger.writing() as writer:
@@ -170,7 +177,7 @@ def test_what_is_sent_never_exceeds_the_cap(counts, tmp_path_factory, policy):
             closed = True
     assert spent(ledger) == [total + NOTICE * closed] * 3
     assert total + NOTICE * closed <= CAP
-    assert ledger.verify()[1] == total + NOTICE * closed
+    assert ledger.verify().charged == total + NOTICE * closed
     ledger.close()
 
 
@@ -212,7 +219,7 @@ def test_processes_killed_at_random_never_send_above_the_cap_or_without_a_record
         process.communicate()
     sent = [tuple(map(int, line.split())) for file in files if file.exists() for line in file.read_text().splitlines()]
     ledger = Ledger(database, Policy(models={"tiny": ModelPolicy(parameters=80_000_000)}))
-    _, charged = ledger.verify()
+    charged = ledger.verify().charged
     engine = open_database(database)
     with engine.connect() as connection:
         rows = connection.execute(sa.text("SELECT seq, detail FROM ledger_entries WHERE kind = 'charge'")).all()
@@ -241,7 +248,9 @@ def open_for_tampering(url):
 
 
 TAMPERING = {
-    "lower a charge": ["UPDATE ledger_entries SET detail = replace(detail, '\"bytes\":300', '\"bytes\":3') WHERE kind = 'charge'"],
+    "lower a charge": [
+        "UPDATE ledger_entries SET detail = replace(detail, '\"bytes\":300', '\"bytes\":3') WHERE kind = 'charge'"
+    ],
     "lower a total": ["UPDATE ledger_accounts SET spent = 3"],
     "reopen": ["UPDATE ledger_accounts SET closed_at = 999999"],
     "raise a cap": ["UPDATE ledger_caps SET bytes = 999999999"],
@@ -290,7 +299,7 @@ def test_a_ledger_rewritten_whole_is_found_by_a_head_noted_elsewhere(database, p
             before = new
         connection.execute(sa.text("UPDATE ledger_head SET hash = :h"), {"h": before})
         connection.execute(sa.text("UPDATE ledger_accounts SET spent = 106"))
-    assert ledger.verify()[1] == 106  # by itself it looks whole
+    assert ledger.verify().charged == 106  # by itself it looks whole
     with pytest.raises(LedgerCorrupt, match="rewritten"):
         ledger.verify({seq: digest})
     with pytest.raises(LedgerCorrupt, match="was noted earlier"):

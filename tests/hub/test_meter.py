@@ -28,8 +28,10 @@ def meter(folder, *, cap, rate=10**9, serve):
         vault.listen(64)
         threading.Thread(target=accept, args=(vault, serve), daemon=True).start()
         process = subprocess.Popen(
-            [sys.executable, METER, "--listen", "127.0.0.1:0", "--to", f"unix:{path}", "--cap", str(cap)]
-            + ["--rate", str(rate), "--ledger", folder / "ledger"],
+            [
+                *(sys.executable, METER, "--listen", "127.0.0.1:0", "--to", f"unix:{path}"),
+                *("--cap", str(cap), "--rate", str(rate), "--ledger", folder / "ledger"),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -100,7 +102,9 @@ def test_bytes_pass_unchanged_both_ways_and_are_counted_with_framing(tmp_path):
 
     with meter(tmp_path, cap=10_000_000, serve=echo) as process:
         with closing(connect(process)) as client:
-            threading.Thread(target=lambda: (client.sendall(payload), client.shutdown(socket.SHUT_WR)), daemon=True).start()
+            threading.Thread(
+                target=lambda: (client.sendall(payload), client.shutdown(socket.SHUT_WR)), daemon=True
+            ).start()
             assert read_all(client) == payload
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
@@ -180,10 +184,9 @@ def test_the_rate_is_kept(tmp_path):
 
 
 def test_two_meters_do_not_share_a_ledger_and_a_spoiled_one_is_refused(tmp_path):
-    with meter(tmp_path, cap=10_000, serve=flood):
-        with meter(tmp_path, cap=10_000, serve=flood) as second:
-            assert second.wait(10) == 1
-            assert "another meter" in second.stderr.read()
+    with meter(tmp_path, cap=10_000, serve=flood), meter(tmp_path, cap=10_000, serve=flood) as second:
+        assert second.wait(10) == 1
+        assert "another meter" in second.stderr.read()
     (tmp_path / "ledger").write_text("500\n400\n")
     with meter(tmp_path, cap=10_000, serve=flood) as third:
         assert third.wait(10) == 1

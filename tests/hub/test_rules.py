@@ -19,7 +19,7 @@ VECTOR = Result("mean", {"mean": np.ones(8)})
 
 
 def some(prompts, rows=7):
-    return {prompt: rows for prompt in prompts}
+    return dict.fromkeys(prompts, rows)
 
 
 GOOD = Evidence(
@@ -87,8 +87,16 @@ def test_on_their_own_prompts_people_get_scalars_of_one_prompt_and_never_a_row()
         ([some(range(100)), some(range(60))], some(range(60, 100)), False),
         ([some(range(100)), some(range(60))], some(range(60, 99)), True),
         # three cohorts, pairwise 40 apart or more, whose sum singles out prompt 200
-        ([some([*range(40), *range(40, 80)]), some([*range(40, 80), *range(80, 120)])], some([*range(80, 120), *range(40), 200]), False),
-        ([some([*range(80)]), some([*range(40, 120)]), some([*range(80, 120), *range(40)])], some([*range(120), 200]), True),
+        (
+            [some([*range(40), *range(40, 80)]), some([*range(40, 80), *range(80, 120)])],
+            some([*range(80, 120), *range(40), 200]),
+            False,
+        ),
+        (
+            [some([*range(80)]), some([*range(40, 120)]), some([*range(80, 120), *range(40)])],
+            some([*range(120), 200]),
+            True,
+        ),
     ],
 )
 def test_differences_of_releases(earlier, now, refused):

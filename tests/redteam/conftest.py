@@ -42,14 +42,13 @@ def prompts(tokenizer, count, length):
         from corpus import read_stdlib
     finally:
         sys.path.pop(0)
-    rows, start = [], 0
+    rows = []
     for file in sorted(read_stdlib(), key=lambda file: file.path[::-1]):
         ids = tokenizer(file.text[:2000], add_special_tokens=False)["input_ids"]
         if len(ids) >= length:
             rows.append(ids[:length])
         if len(rows) == count:
             break
-    del start
     return np.array(rows)
 
 
@@ -71,7 +70,9 @@ def run_model(model, tokens, change=None):
         ),
     ]
     if change is not None:
-        handles.append(layers[LAYER].post_attention_layernorm.register_forward_pre_hook(lambda module, given: (change(given[0]),)))
+        handles.append(
+            layers[LAYER].post_attention_layernorm.register_forward_pre_hook(lambda module, given: (change(given[0]),))
+        )
     try:
         with torch.no_grad():
             model(torch.from_numpy(tokens))
@@ -112,7 +113,7 @@ def measure(vault, hook, chosen, *, prompts_are="restricted", groups=(), **more)
         prompts_are=prompts_are,
         rows=len(rows),
         prompts=len(set(clusters.tolist())),
-        class_rows=tuple(int(len(part)) for part in parts[1:]),
+        class_rows=tuple(len(part) for part in parts[1:]),
         class_prompts=tuple(len(set(clusters[part].tolist())) for part in parts[1:]),
         top_prompt_share=top,
         top_two_share=two,

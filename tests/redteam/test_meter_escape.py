@@ -40,7 +40,8 @@ HOSTILE = textwrap.dedent(
     def look(): os.listdir(folder + "/meter")
     def kill(): os.kill(meter_pid, signal.SIGKILL)
     def memory(): open(f"/proc/{meter_pid}/mem", "r+b")
-    def enter(): os.setns(os.open(f"/proc/{meter_pid}/ns/net", os.O_RDONLY), 0) if hasattr(os, "setns") else os.listdir(f"/proc/{meter_pid}/fd")
+    def enter(): os.open(f"/proc/{meter_pid}/ns/net", os.O_RDONLY)
+    def files(): os.listdir(f"/proc/{meter_pid}/fd")
     def become(): os.setuid(21000)
     for name, action in list(globals().items()):
         if callable(action) and getattr(action, "__module__", "") == "__main__" and name != "attempt":
@@ -77,7 +78,21 @@ def namespaces():
         for name in names:
             run("ip", "netns", "add", name)
             run("ip", "-n", name, "link", "set", "lo", "up")
-        run("ip", "link", "add", f"{NAME}m", "netns", names[1], "type", "veth", "peer", "name", f"{NAME}o", "netns", names[2])
+        run(
+            "ip",
+            "link",
+            "add",
+            f"{NAME}m",
+            "netns",
+            names[1],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            f"{NAME}o",
+            "netns",
+            names[2],
+        )
         for name, end, address in ((names[1], "m", "10.77.0.1/24"), (names[2], "o", "10.77.0.2/24")):
             run("ip", "-n", name, "addr", "add", address, "dev", f"{NAME}{end}")
             run("ip", "-n", name, "link", "set", f"{NAME}{end}", "up")
@@ -120,8 +135,10 @@ def outside_counter(namespace, seconds):
 
 def as_user(namespace, uid, *command, **options):
     return subprocess.Popen(
-        ["ip", "netns", "exec", namespace, "setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
-        + ["--bounding-set=-all", "--no-new-privs", "--", *map(str, command)],
+        [
+            *("ip", "netns", "exec", namespace, "setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"),
+            *("--bounding-set=-all", "--no-new-privs", "--", *map(str, command)),
+        ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/", **options,
     )  # fmt: skip
 

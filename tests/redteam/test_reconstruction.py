@@ -66,7 +66,9 @@ def test_one_hot_label_mask(vault, door):
     direction = x[mask].mean(0) - x[~mask].mean(0)
     assert correlation(direction + x[~mask].mean(0), x[7]) > 0.999
 
-    evidence = measure(vault, RESID, last_rows(vault, range(len(x))), groups=(mask, ~mask), target="label", label_set="hot")
+    evidence = measure(
+        vault, RESID, last_rows(vault, range(len(x))), groups=(mask, ~mask), target="label", label_set="hot"
+    )
     verdict, body, cost = released(door, 1, {"direction": direction}, evidence, "direction")
     assert Rule.SMALL_CLASS in verdict.rules
     assert isinstance(body, Withheld)
@@ -129,7 +131,9 @@ def test_sybil_prompts(vault, door):
 
     changed = replace(vault, tokens=copies, hooks={RESID: x[:, None].repeat(48, 1)}, clusters=distinct_prompts(copies))
     changed.variance = vault.variance
-    verdict, body, cost = released(door, 1, {"mean": x.mean(0)}, measure(changed, RESID, last_rows(changed, range(120))))
+    verdict, body, cost = released(
+        door, 1, {"mean": x.mean(0)}, measure(changed, RESID, last_rows(changed, range(120)))
+    )
     assert Rule.TOO_FEW_PROMPTS in verdict.rules
     assert Rule.DOMINANCE in verdict.rules
     assert (type(body), cost) == (Withheld, REFUSAL)
