@@ -153,7 +153,7 @@ def test_every_kind_can_be_quoted_and_the_quote_is_exact():
     )  # fmt: skip
     assert len(encode(ReleasedResult(result), OWN)) == result_bytes("latent", shapes)
     lists = "auroc accuracy balanced_accuracy f1 log_loss x y counts means rates contexts activations histogram"
-    every = {name: (4, 4) for name in ("table", "direction", "mean")} | dict.fromkeys(lists.split(), (4,))
+    every = dict.fromkeys(("table", "direction", "mean"), (4, 4)) | dict.fromkeys(lists.split(), (4,))
     for kind in KINDS:
         assert result_bytes(kind, every) > 0
     with pytest.raises(InvalidInput, match="needs the shape"):
