@@ -35,6 +35,7 @@ class ErrorCode(Enum):
     NOT_REPRODUCED = 9
     UNAVAILABLE = 10
     VERSION = 11
+    OVER_BUDGET = 12
 
 
 JOB_STATES = ("queued", "running", "done", "failed", "refused", "in_review", "cancelled")

@@ -55,6 +55,16 @@ class Door:
         with self.ledger.writing() as writer:
             return self._charge(writer, body, payer, restricted=restricted)
 
+    def admit(self, quote: int, payer: Payer) -> Sent | None:
+        """None if a job that costs at most `quote` bytes fits `payer`'s budgets now; else the error to send.
+
+        Called before a job is taken: a quote depends on shapes alone, so this refusal closes no budget.
+        """
+        room = quote + self.ledger.notice_bytes
+        if all(balance.left is None or balance.left >= room for balance in self.ledger.balances(payer)):
+            return None
+        return self.send(Failure(ErrorCode.OVER_BUDGET), payer)
+
     def again(self, question: Question, payer: Payer) -> Sent | None:
         """The bytes that answered `question` in this project before, for the fixed amount only; None if it is new."""
         with self.ledger.writing() as writer:

@@ -55,7 +55,7 @@ def test_prices_bound_what_is_really_sent():
             "latent",
             {"density": 0.01, "mean_active": 2.0, "maximum": 9.0, "histogram": np.arange(16), "activations": rng.random(10),
              "contexts": rng.integers(0, 10**6, (10, 2))},
-            {"density": (0.005, 0.015)}, counts,
+            {"density": (0.0, 0.1), "mean_active": (1.0, 3.0), "maximum": (8.0, 10.0)}, counts,
         )),
     ]  # fmt: skip
     prices = price(read_plan(DOCS / "week.toml"), charges)

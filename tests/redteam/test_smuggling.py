@@ -162,6 +162,15 @@ def test_a_closed_budget_does_not_tell_how_long_the_answer_would_have_been(door)
     assert door.ledger.balances(payer)[0].spent == 17
 
 
+def test_a_job_too_dear_is_refused_by_its_quote_and_closes_nothing(door):
+    payer = Payer("bob", "drip", ("m",))
+    assert door.admit(1_000_000 - 17, payer) is None
+    refused = door.admit(1_000_000 - 16, payer)
+    assert decode(refused.body) == Failure(ErrorCode.OVER_BUDGET)
+    assert refused.charged == 16 + 2
+    assert door.admit(1_000_000 - 17 - 18, payer) is None
+
+
 @pytest.mark.parametrize("kind", ["mean", "summary"])
 def test_two_vaults_with_other_weights_answer_alike_but_for_the_charged_payload(door, kind):
     """Non-interference: lengths, charges and everything but the numbers are a function of the question."""
