@@ -7,6 +7,7 @@ the same dictionary, both as frames and as bare blocks without a header. `python
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import random
 import socket
@@ -26,7 +27,10 @@ from millpond.hub.ledger import Ledger, Payer
 from millpond.hub.policy import ModelPolicy, Policy
 from millpond.hub.textcode import TextModel, decode, encode
 
-METER = Path(__file__).parents[1] / "hub" / "meter.py"
+ROOT = Path(__file__).parents[1]
+METER = ROOT / "hub" / "meter.py"
+EXAMPLE = ROOT / "examples" / "stdlib_llama"
+DICTIONARY = 600_000
 
 
 def milliseconds(action: Callable[[], object], count: int) -> float:
@@ -99,12 +103,19 @@ def meter(folder: Path, size: int) -> tuple[float, float]:
 
 
 def prose() -> tuple[bytes, list[str]]:
-    """A dictionary and held-out texts: the chapters of Python's language reference, split by chapter."""
-    from pydoc_data.topics import topics
+    """A dictionary and held-out texts: docstrings of the standard library, split by file as the example's corpus is."""
+    sys.path.insert(0, str(EXAMPLE))
+    from corpus import read_stdlib
 
-    chapters = [text for _, text in sorted(topics.items())]
-    random.Random(0).shuffle(chapters)
-    return "\n".join(chapters[12:]).encode(), chapters[:12]
+    parts: dict[bool, list[str]] = {False: [], True: []}
+    for file in read_stdlib():
+        for node in ast.walk(ast.parse(file.text)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                found = ast.get_docstring(node)
+                if found and len(found) > 300:
+                    parts[file.held_out].append(found)
+    random.Random(0).shuffle(parts[False])
+    return "\n".join(parts[False]).encode()[:DICTIONARY], parts[True]
 
 
 def text(characters: int, count: int, model: TextModel, held_out: list[str]) -> tuple[int, int, int, int]:
@@ -123,11 +134,11 @@ def text(characters: int, count: int, model: TextModel, held_out: list[str]) -> 
     blocks = zstandard.ZstdCompressor(dict_data=dictionary, compression_params=bare)
     rng, totals = random.Random(1), [0, 0, 0, 0]
     for _ in range(count):
-        chapter = rng.choice(held_out)
-        start = chapter.rfind(" ", 0, rng.randrange(max(1, len(chapter) - characters))) + 1
-        piece = chapter[start : start + characters]
+        whole = rng.choice(held_out)
+        start = whole.rfind(" ", 0, rng.randrange(max(1, len(whole) - characters))) + 1
+        piece = whole[start : start + characters]
         coded = encode([piece], model)
-        assert decode(coded, model) == [piece]
+        assert decode(coded, 1, model) == [piece]
         plain = piece.encode()
         for place, data in enumerate((plain, coded, framed.compress(plain), blocks.compress(plain))):
             totals[place] += len(data)

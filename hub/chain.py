@@ -22,9 +22,10 @@ def entry_hash(seq: int, at: str, kind: str, detail: str, previous: str) -> str:
     return hashlib.sha256("\n".join((str(seq), at, kind, detail, previous)).encode()).hexdigest()
 
 
-def read_head(connection: sa.Connection) -> tuple[int, str]:
-    """Number and hash of the last entry."""
-    seq, digest = connection.execute(sa.select(HEAD.c.seq, HEAD.c.hash)).one()
+def read_head(connection: sa.Connection, *, lock: bool = False) -> tuple[int, str]:
+    """Number and hash of the last entry; with `lock`, nobody else may append before the transaction ends."""
+    query = sa.select(HEAD.c.seq, HEAD.c.hash)
+    seq, digest = connection.execute(query.with_for_update() if lock else query).one()
     return int(seq), str(digest)
 
 

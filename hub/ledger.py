@@ -136,9 +136,8 @@ class Ledger:
     def writing(self) -> Iterator[Writer]:
         """A transaction that no other writer overlaps, committed durably at its end."""
         with self._engine.begin() as connection:
-            # takes the row's lock on PostgreSQL; SQLite has locked the database with BEGIN IMMEDIATE
-            connection.execute(HEAD.update().values(seq=HEAD.c.seq))
-            yield Writer(self, connection, self._now())
+            # the row's lock on PostgreSQL; SQLite has locked the database with BEGIN IMMEDIATE
+            yield Writer(self, connection, read_head(connection, lock=True), self._now())
 
     def charge(self, payer: Payer, count: int, *, what: str, body: bytes = b"") -> Sent:
         """Charge `count` bytes to all of `payer`'s budgets and return `body` to be sent.
@@ -262,9 +261,10 @@ class Ledger:
 class Writer:
     """The only writer, for the time of a transaction."""
 
-    def __init__(self, ledger: Ledger, connection: sa.Connection, now: datetime) -> None:
+    def __init__(self, ledger: Ledger, connection: sa.Connection, head: tuple[int, str], now: datetime) -> None:
         self._ledger = ledger
         self._connection = connection
+        self._head = head
         self._now = now
 
     def known(self, key: str) -> Sent | None:
@@ -314,14 +314,14 @@ class Writer:
 
     def append(self, kind: str, detail: Mapping[str, Any]) -> int:
         """Add an entry to the chain; returns its number."""
-        seq, previous = read_head(self._connection)
-        seq += 1
+        seq, previous = self._head[0] + 1, self._head[1]
         at = self._now.isoformat(timespec="milliseconds")
         text = json.dumps(detail, sort_keys=True, separators=(",", ":"))
         digest = entry_hash(seq, at, kind, text, previous)
         row = {"seq": seq, "at": at, "kind": kind, "detail": text, "previous": previous, "hash": digest}
         self._connection.execute(ENTRIES.insert().values(row))
         self._connection.execute(HEAD.update().values(seq=seq, hash=digest))
+        self._head = (seq, digest)
         return seq
 
     def cap(self, account: str) -> int:

@@ -27,12 +27,12 @@ _CONTEXTS = (
 )  # and order 0, the word, with one and two words before it, and the two bytes before the last
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER = 0x2C1B3C6D
-_TRAIN = 12_000
+_TRAIN = 24_000
 """The dictionary's last bytes, on which the weights are learned while they are not in the counts."""
 _MATCH_MIN = 6
 _MAPS = 16 * 16
-_RARE, _END = 1024, 256
-"""Of 65536: the chance that no text follows (or that texts are plain), and that a text ends before the next byte."""
+_RARE, _END = 256, 384
+"""Of 65536: the chance that texts are plain, and that a text ends before the next byte."""
 
 
 def encode(texts: Sequence[str], model: TextModel) -> bytes:
@@ -50,17 +50,17 @@ def encode(texts: Sequence[str], model: TextModel) -> bytes:
 
 def most_bytes(texts: Sequence[bytes]) -> int:
     """The most bytes that texts of these lengths can take: their own, and the marks of their ends."""
-    return sum(map(len, texts)) + -(-(len(texts) * 10 + sum(map(len, texts)) // 64) // 8) + 6
+    return sum(map(len, texts)) + -(-(len(texts) * 8 + sum(map(len, texts)) // 64) // 8) + 6
 
 
-def decode(data: bytes, model: TextModel) -> list[str]:
-    """The texts that `encode` was given, with a model of the same dictionary.
+def decode(data: bytes, count: int, model: TextModel) -> list[str]:
+    """The `count` texts that `encode` was given, with a model of the same dictionary; who asked for them knows how many.
 
     Raises:
-        InvalidInput: `data` is not what `encode` gives for any texts with this dictionary.
+        InvalidInput: `data` is not what `encode` gives for so many texts with this dictionary.
     """
     try:
-        texts = [text.decode() for text in _Decoder(model).run(data)]
+        texts = [text.decode() for text in _Decoder(model).run(data, count)]
     except ValueError as error:
         raise InvalidInput(
             f"these {len(data):,} bytes are no texts coded with this dictionary ({error}); use the sender's"
@@ -373,7 +373,6 @@ class _Encoder:
     def run(self, texts: Sequence[bytes], *, modelled: bool) -> bytes:
         self._bit(int(not modelled), _RARE)
         for text in texts:
-            self._bit(0, _RARE)  # not the last
             for byte in text:
                 self._bit(0, _END)
                 for shift in range(7, -1, -1):
@@ -382,7 +381,6 @@ class _Encoder:
                     if modelled:
                         self.state.update(bit)
             self._bit(1, _END)
-        self._bit(1, _RARE)
         # the shortest bytes inside the last interval; the decoder reads zeros after them
         for length in range(5):
             keep = 32 - 8 * length
@@ -412,13 +410,13 @@ class _Decoder:
             self.value = (self.value << 8 & _MASK32) | following
         return bit
 
-    def run(self, data: bytes) -> list[bytes]:
+    def run(self, data: bytes, count: int) -> list[bytes]:
         self.data, self.place = data, 4
         self.value = int.from_bytes((data + b"\0\0\0\0")[:4], "big")
         modelled = not self._bit(_RARE)
         texts: list[bytes] = []
         total = 0
-        while not self._bit(_RARE):
+        while len(texts) < count:
             text = bytearray()
             while not self._bit(_END):
                 byte = 0
