@@ -25,12 +25,13 @@ import zstandard
 
 from millpond.hub.ledger import Ledger, Payer
 from millpond.hub.policy import ModelPolicy, Policy
-from millpond.hub.textcode import TextModel, decode, encode
+from millpond.hub.textcode import decode, encode
+from millpond.hub.textmodel import TextModel
 
 ROOT = Path(__file__).parents[1]
 METER = ROOT / "hub" / "meter.py"
 EXAMPLE = ROOT / "examples" / "stdlib_llama"
-DICTIONARY = 600_000
+DICTIONARY = 1_200_000
 
 
 def milliseconds(action: Callable[[], object], count: int) -> float:

@@ -267,6 +267,7 @@ def _address(text: str) -> tuple[str, int]:
 
 def _dial(target: str) -> socket.socket:
     """A connection to the vault, perhaps not yet made."""
+    where: str | tuple[str, int]
     if target.startswith("unix:"):
         vault, where = socket.socket(socket.AF_UNIX), target[5:]
     else:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond.hub.textcode import TextModel, decode, encode, most_bytes
+from millpond.hub.textcode import decode, encode, most_bytes
+from millpond.hub.textmodel import TextModel
 from millpond.store.errors import InvalidInput
 
 DICTIONARY = b"".join(
@@ -65,7 +66,10 @@ def test_what_the_dictionary_holds_costs_little_and_another_dictionary_cannot_re
 def test_another_process_codes_the_same_bytes(model):
     """With another hash seed: nothing depends on the order of sets, addresses or floats."""
     texts = ["def residual(self):\n    return self.stream\n", "", "attention heads"]
-    code = f"import sys; from millpond.hub.textcode import *\nprint(encode({texts!r}, TextModel({DICTIONARY!r})).hex())"
+    code = (
+        "from millpond.hub.textcode import encode\nfrom millpond.hub.textmodel import TextModel\n"
+        f"print(encode({texts!r}, TextModel({DICTIONARY!r})).hex())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
