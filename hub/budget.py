@@ -28,9 +28,9 @@ class _Item(BaseModel):
 
     what: str
     """In your words."""
-    times: int = Field(1, ge=1)
+    times: int = Field(default=1, ge=1)
     """Jobs of this kind."""
-    seconds: float = Field(60, ge=0)
+    seconds: float = Field(default=60, ge=0)
     """That one takes: its status is watched all the time."""
 
     def answers(self, charges: Charges) -> int:
@@ -52,7 +52,7 @@ class ResultItem(_Item):
     """A kind of result, such as `probe-sweep`."""
     shapes: dict[str, tuple[int, ...]] = {}
     """Lengths of its arrays."""
-    each: int = Field(1, ge=1)
+    each: int = Field(default=1, ge=1)
     """Results of a job, such as latents looked at."""
 
     def answers(self, charges: Charges) -> int:

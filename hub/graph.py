@@ -362,7 +362,7 @@ class _DryRun:
         operator, arguments, named = self.graph.nodes[node]
         names = [argument.name for argument in OPERATORS[operator]._schema.arguments]
         found = named.get(name, dict(zip(names, arguments, strict=False)).get(name, default))
-        return found if _is_int(found) else default
+        return found if isinstance(found, int) and not isinstance(found, bool) else default
 
     def _size(self, value: Any, dim: Any) -> int:
         if not isinstance(value, _Ref) or not _is_int(dim):

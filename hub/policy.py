@@ -23,51 +23,51 @@ class _Section(BaseModel):
 class Disclosure(_Section):
     """What a result must be like to leave (`[disclosure]`)."""
 
-    vector_bits: int = Field(6, ge=2, le=6)
+    vector_bits: int = Field(default=6, ge=2, le=6)
     """Bits a coordinate of a direction, whatever its standard error."""
-    digits: int = Field(3, ge=1, le=3)
+    digits: int = Field(default=3, ge=1, le=3)
     """Significant digits of a number, where its standard error supports as many."""
-    min_rows: int = Field(100, ge=20)
+    min_rows: int = Field(default=100, ge=20)
     """Rows behind a vector, and on restricted prompts behind any number."""
-    min_variance_ratio: float = Field(0.05, ge=0.01, le=1)
+    min_variance_ratio: float = Field(default=0.05, ge=0.01, le=1)
     """Variance within a cohort over the run's at the hook; a cohort with less shows a row, not an average."""
-    max_identical_share: float = Field(0.5, gt=0, le=0.5)
+    max_identical_share: float = Field(default=0.5, gt=0, le=0.5)
     """Largest share of a vector's cohort that may be one and the same row, repeated."""
-    min_prompts: int = Field(20, ge=10)
+    min_prompts: int = Field(default=20, ge=10)
     """Distinct prompts, near-duplicates counted once (restricted prompts)."""
-    min_class: int = Field(10, ge=5)
+    min_class: int = Field(default=10, ge=5)
     """Rows and distinct prompts of each class; smaller cells of tables are shown as 0 (restricted prompts)."""
-    min_residual_dof: int = Field(10, ge=10)
+    min_residual_dof: int = Field(default=10, ge=10)
     """Rows less fitted parameters (restricted prompts)."""
-    max_parameters_per_row: float = Field(0.33, gt=0, le=0.5)
+    max_parameters_per_row: float = Field(default=0.33, gt=0, le=0.5)
     """Fitted parameters over rows (restricted prompts)."""
-    max_top_prompt_share: float = Field(0.1, gt=0, le=0.25)
+    max_top_prompt_share: float = Field(default=0.1, gt=0, le=0.25)
     """Share of a cohort's rows that one distinct prompt may hold (restricted prompts)."""
-    max_top_two_share: float = Field(0.9, gt=0, le=0.9)
+    max_top_two_share: float = Field(default=0.9, gt=0, le=0.9)
     """Share of a cohort's rows that two distinct prompts may hold (restricted prompts)."""
-    max_label_sets: int = Field(32, ge=1, le=64)
+    max_label_sets: int = Field(default=32, ge=1, le=64)
     """Different label sets released on cohorts that overlap by half or more (restricted prompts)."""
-    count_base: int = Field(5, ge=5, le=100)
+    count_base: int = Field(default=5, ge=5, le=100)
     """Counts are rounded to multiples of it (restricted prompts)."""
 
 
 class Charges(_Section):
     """What a response costs beside its encoded body (`[charges]`)."""
 
-    response_bytes: int = Field(16, ge=16)
+    response_bytes: int = Field(default=16, ge=16)
     """For what a response says without its body: its length, status code, time slot and connection."""
-    slot_ms: int = Field(100, ge=100)
+    slot_ms: int = Field(default=100, ge=100)
     """A job's state becomes visible at the ends of slots; none is shorter."""
-    slot_growth: float = Field(1 / 32, ge=1 / 64, le=1)
+    slot_growth: float = Field(default=1 / 32, ge=1 / 64, le=1)
     """A slot lasts at least this fraction of the time since the job was submitted."""
 
 
 class Budgets(_Section):
     """Caps as fractions of a model's `secret_bytes` (`[budgets]`)."""
 
-    user_week: float = Field(2.5e-4, gt=0, le=1e-3)
-    project: float = Field(0.01, gt=0, le=0.02)
-    lifetime: float = Field(0.10, gt=0, le=0.25)
+    user_week: float = Field(default=2.5e-4, gt=0, le=1e-3)
+    project: float = Field(default=0.01, gt=0, le=0.02)
+    lifetime: float = Field(default=0.10, gt=0, le=0.25)
 
 
 class ModelPolicy(_Section):
@@ -76,12 +76,12 @@ class ModelPolicy(_Section):
     parameters: int = Field(gt=0)
     public: bool = False
     """Weights anybody can download: metered, not capped."""
-    secret_bytes: int | None = Field(None, gt=0)
+    secret_bytes: int | None = Field(default=None, gt=0)
     """What there is to lose; by default half a byte a parameter, a 4-bit copy. A fine-tune of a public model declares its delta."""
-    user_week_bytes: int | None = Field(None, gt=0)
+    user_week_bytes: int | None = Field(default=None, gt=0)
     """These three replace the fractions."""
-    project_bytes: int | None = Field(None, gt=0)
-    lifetime_bytes: int | None = Field(None, gt=0)
+    project_bytes: int | None = Field(default=None, gt=0)
+    lifetime_bytes: int | None = Field(default=None, gt=0)
 
     @property
     def secret(self) -> int:

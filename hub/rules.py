@@ -206,8 +206,8 @@ def _isolates(cohorts: Sequence[Cohort], k: int) -> bool:
     if not (sizes < k).any():
         return False
     matrix = np.zeros((len(cohorts), len(atoms)), np.int64)
-    for column, where in enumerate(atoms):
-        matrix[list(where), column] = 1
+    for column, holders in enumerate(atoms):
+        matrix[list(holders), column] = 1
     reduced = _echelon(matrix)
     held = (reduced != 0) @ sizes
     return bool(((held > 0) & (held < k)).any())

@@ -42,9 +42,15 @@ class Context:
 class Field(Protocol):
     """A type of value."""
 
-    name: str
-    vector: bool
-    """Has a coordinate for each of the activations' own, so that a careless one would be a row."""
+    @property
+    def name(self) -> str:
+        """Of the value in a result."""
+        ...
+
+    @property
+    def vector(self) -> bool:
+        """Whether it has a coordinate for each of the activations' own, so that a careless one would be a row."""
+        ...
 
     def write(self, out: BitWriter, result: Result, context: Context) -> None:
         """Append the quantised value of `result`."""
@@ -333,8 +339,8 @@ def has_standard_errors(result: Result) -> bool:
             if not high > low:
                 return False
         elif isinstance(field, Numbers):
-            low, high = (np.asarray(result.values.get(f"{field.name}_{side}", 0.0)) for side in ("low", "high"))
-            if not np.all(high > low):
+            lows, highs = (np.asarray(result.values.get(f"{field.name}_{side}", 0.0)) for side in ("low", "high"))
+            if not np.all(highs > lows):
                 return False
     return True
 
