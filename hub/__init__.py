@@ -1,4 +1,4 @@
-"""What people run and look at: today the demo (`demo.py`) and the page it writes (`report.py`).
+"""What people run and look at: the demo (`demo.py`), its page (`report.py`), and the gate on what leaves (`release.py`).
 
-The gateway, its quotas and JupyterHub will live here; none of that exists yet.
+The gateway's service and JupyterHub will stand on the gate; they do not exist yet.
 """

@@ -10,6 +10,10 @@ MillpondError
 │   ├── RunBusy           another process captures into the run
 │   ├── JobNotFound       the queue holds no job of that id
 │   └── PromptTooLong     a prompt does not fit the model's context
+│   ├── PromptTooLong     a prompt does not fit the model's context
+│   └── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
+├── BudgetSpent           more bytes would leave than a cap allows; none did
+├── LedgerCorrupt         the ledger was changed by something else than the ledger
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
 ├── LeaseLost             another worker claimed the job, or it has ended
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
@@ -81,3 +85,15 @@ class LakeCorrupt(MillpondError):
 
 class RunOpen(MillpondError):
     """The operation needs a sealed run."""
+
+
+class GraphRefused(InvalidInput):
+    """A graph has an operator, a shape or a cost that is not allowed."""
+
+
+class BudgetSpent(MillpondError):
+    """More bytes would leave than a cap allows; none did."""
+
+
+class LedgerCorrupt(MillpondError):
+    """The ledger was changed by something else than the ledger."""

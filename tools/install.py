@@ -28,9 +28,13 @@ SYSTEM_PACKAGES = {
         "g++": lambda: shutil.which("g++") is not None,
         "git": lambda: shutil.which("git") is not None,
         "chromium": lambda: shutil.which("chromium") is not None,
+        "iproute2": lambda: shutil.which("ip") is not None,
+        "postgresql": lambda: (
+            any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb") is not None
+        ),
     },
 }
-EXTRAS = {"demo": "analysis", "test": "analysis,dev"}
+EXTRAS = {"demo": "analysis", "test": "analysis,hub,dev"}
 
 
 def say(text: str) -> None:
