@@ -235,7 +235,7 @@ def _sae(config: DemoConfig, example: Path, hook: str, train: Run, test: Run) ->
     from tokenizers import Tokenizer
 
     from millpond.analysis import BatchTopKSae, PcaReducer
-    from millpond.hub.latents import strongest_latents
+    from millpond.analysis.sae.latents import strongest_latents
     from millpond.hub.report import SaeFacts
 
     folder = config.out / "sae"

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from millpond.analysis import BatchTopKSae, LogisticProbe, PcaReducer
-from millpond.hub.latents import strongest_latents
+from millpond.analysis.sae.latents import strongest_latents
 from millpond.hub.report import CaptureFacts, ReportInputs, SaeFacts, render, write_report
 from millpond.store.lake import open_lake
 from millpond.store.seal import seal_run
