@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,8 +28,8 @@ class BatchGradients:
     """Scalar: squared distance of the targets from their mean, summed likewise."""
     counts: Tensor
     """Rows in which each latent was active, (d_sae,)."""
-    error: Tensor
-    """Reconstruction less target, (rows, d_out)."""
+    error: Callable[[int], Tensor]
+    """Reconstruction less target of the first so many rows, (rows, d_out)."""
     gradients: dict[str, Tensor]
 
 
@@ -66,6 +67,7 @@ class Architecture(ABC):
         self.device = device
         wide = config.encoder_dtype == "auto" and config.k is not None and sparse.has_bfloat16(device)
         self.bf16 = config.encoder_dtype == "bfloat16" or wide
+        self.scratch = sparse.Scratch()
         self.sparsity_scale = 1.0
         """Share of `config.sparsity` in force, which rises over the first steps."""
 
@@ -97,63 +99,76 @@ class SparseArchitecture(Architecture):
     """
 
     @abstractmethod
-    def select(self, pre: Tensor, centred: Tensor) -> sparse.Active:
-        """The entries that stay, with positive pre-activations."""
+    def select(self, pre: Tensor, centred: sparse.Columns) -> sparse.Active:
+        """The entries that stay, with positive pre-activations, of all `pre` (rows, d_sae)."""
 
     def pre_activations(self, centred: Tensor) -> Tensor:
         """All pre-activations (rows, d_sae), for selection."""
         w_enc, b_enc = self.parameters["w_enc"], self.parameters["b_enc"]
-        if self.bf16:
-            return torch.addmm(b_enc.bfloat16(), centred.bfloat16(), w_enc.bfloat16().T)
-        return torch.addmm(b_enc, centred, w_enc.T)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        out = self.scratch.like("pre", (len(centred), len(w_enc)), dtype, centred.device)
+        return torch.addmm(b_enc.to(dtype), centred.to(dtype), w_enc.to(dtype).T, out=out)
+
+    def exact(self, flat: Tensor, centred: sparse.Columns) -> sparse.Active:
+        """The entries with these flat indices, their pre-activations computed in float32."""
+        return sparse.entries(flat, centred, sparse.Columns(self.parameters["w_enc"]), self.parameters["b_enc"])
 
     @torch.no_grad()
     def gradients(self, x: Tensor, y: Tensor) -> BatchGradients:
         """See `Architecture.gradients`."""
         own, n, d_sae = self.parameters, len(x), self.config.d_sae
-        centred = self.centred(x)
-        active = self.select(self.pre_activations(centred), centred)
+        centred = sparse.Columns(self.centred(x))
+        active = self.select(self.pre_activations(centred.whole), centred)
+        row, col, values = active.row, active.col, active.values
+        crow, place = active.crow, row
         levels = self.config.matryoshka_prefixes
-        row = active.row
-        crow, place, col, values = active.crow, row, active.col, active.values
         if len(levels) > 1:  # entries of each level in rows of their own, level by level
             level = torch.bucketize(col, torch.tensor(levels, device=col.device), right=True)
             order = torch.argsort(level, stable=True)
             place, row, col, values = (level * n + row)[order], row[order], col[order], values[order]
             crow = torch.zeros(len(levels) * n + 1, dtype=torch.long, device=col.device)
             crow[1:] = torch.bincount(place, minlength=len(levels) * n).cumsum(0)
-        error = sparse.decode(crow, col, values, own["w_dec"])
+        w_dec = sparse.Columns(own["w_dec"])
+        target = y - x @ own["w_skip"] if "w_skip" in own else y
+        errors, first = sparse.decode(crow, col, values, w_dec), 0
+        for part in errors.parts:
+            here = slice(first, first + part.shape[1])
+            first = here.stop
+            by_level = part.view(len(levels), n, -1)
+            if len(levels) > 1:
+                by_level.cumsum_(0)
+            by_level.sub_(target[:, here]).add_(own["b_dec"][here])
+        variance = spread(y)
+        squared = torch.stack([sum_of_squares(part[-n:]) for part in errors.parts]).sum()
+        loss = squared / variance
         if len(levels) > 1:
-            error = error.view(len(levels), n, -1).cumsum_(0)
-        offset = own["b_dec"] - y
-        if "w_skip" in own:
-            offset.addmm_(x, own["w_skip"])
-        error += offset
-        last = error[-1] if len(levels) > 1 else error
-        squared = last.square().sum()
-        variance = (y - y.mean(0)).square().sum()
-        loss = (error.square().sum() / len(levels) if len(levels) > 1 else squared) / variance
-        residual = last.clone()
-        pull = error.mul_(2 / (variance * len(levels)))
-        if len(levels) > 1:  # a latent of level j is in the reconstructions of level j and all later ones
-            pull = pull.flip(0).cumsum_(0).flip(0)
-        total = pull[0] if len(levels) > 1 else pull
-        pull = pull.reshape(-1, pull.shape[-1])
-        slopes = sparse.sampled(crow, col, pull, own["w_dec"])
+            loss = torch.stack([sum_of_squares(part) for part in errors.parts]).sum() / variance / len(levels)
+        scale = 2 / (variance * len(levels))
+        for part in errors.parts:
+            part *= scale
+            if len(levels) > 1:  # a latent of a level is in the reconstructions of that level and all later ones
+                by_level = part.view(len(levels), n, -1)
+                by_level.copy_(by_level.flip(0).cumsum_(0).flip(0))
+        total = torch.cat([part[:n].sum(0) for part in errors.parts])
+        slopes = sparse.sampled(crow, col, errors, w_dec)
         by_latent = torch.sort(col.to(torch.int32), stable=True)[1]
         counts = torch.bincount(col, minlength=d_sae)
         starts = torch.zeros(d_sae + 1, dtype=torch.long, device=col.device)
         starts[1:] = counts.cumsum(0)
         bias = torch.zeros_like(own["b_enc"]).index_add_(0, col, slopes)
         gradients = {
-            "w_enc": sparse.decode(starts, row[by_latent], slopes[by_latent], centred),
-            "w_dec": sparse.decode(starts, place[by_latent], values[by_latent], pull),
+            "w_enc": sparse.decode(starts, row[by_latent], slopes[by_latent], centred).whole,
+            "w_dec": sparse.decode(starts, place[by_latent], values[by_latent], errors).whole,
             "b_enc": bias,
-            "b_dec": total.sum(0) - bias @ own["w_enc"] if self.tied else total.sum(0),
+            "b_dec": total - bias @ own["w_enc"] if self.tied else total,
         }
         if "w_skip" in own:
-            gradients["w_skip"] = x.T @ total
-        return BatchGradients(loss, squared, variance, counts, residual, gradients)
+            gradients["w_skip"] = x.T @ errors.whole[:n]
+
+        def error(rows: int) -> Tensor:  # the last level has only its own error, scaled
+            return torch.cat([part[len(part) - n : len(part) - n + rows] for part in errors.parts], dim=1) / scale
+
+        return BatchGradients(loss, squared, variance, counts, error, gradients)
 
 
 class DenseArchitecture(Architecture):
@@ -189,14 +204,26 @@ class DenseArchitecture(Architecture):
             further = self.further_error(own, x, y)
         error = rebuilt.float() - y
         squared = error.square().sum()
-        variance = (y - y.mean(0)).square().sum()
+        variance = spread(y)
         fit = squared if further is None else squared + further
         loss = fit / variance + weight * self.sparsity_scale * penalty
         found = torch.autograd.grad(loss, list(own.values()))
         return BatchGradients(
-            loss.detach(), squared.detach(), variance, (latents.detach() > 0).sum(0), error.detach(),
+            loss.detach(), squared.detach(), variance, (latents.detach() > 0).sum(0), lambda rows: error.detach()[:rows],
             dict(zip(own, (gradient.float() for gradient in found), strict=True)),
         )  # fmt: skip
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of all entries, without a copy of them."""
+    flat = x.reshape(-1)
+    return torch.dot(flat, flat)
+
+
+def spread(y: Tensor) -> Tensor:
+    """Squared distance of the rows from their mean, summed; the rows are centred nearly, so nothing cancels."""
+    mean = y.mean(0)
+    return sum_of_squares(y) - len(y) * torch.dot(mean, mean)
 
 
 def make(config: SaeConfig, d_in: int, d_out: int, *, tied: bool, skip: bool, device: torch.device) -> Architecture:

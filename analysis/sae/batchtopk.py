@@ -15,16 +15,17 @@ class BatchTopK(SparseArchitecture):
 
     _floor: float | None = None
 
-    def select(self, pre: Tensor, centred: Tensor) -> sparse.Active:
+    def select(self, pre: Tensor, centred: sparse.Columns) -> sparse.Active:
         """See `SparseArchitecture.select`."""
         k = self.config.k
         assert k is not None
         wanted = k * len(pre)
         floor = self._first_floor(pre, k) if self._floor is None else self._floor
-        flat = sparse.above(pre, floor)
-        if len(flat) < wanted and floor > 0:
-            flat = sparse.above(pre, self._lower_floor(pre, wanted))
-        active = sparse.entries(flat, centred, self.parameters["w_enc"], self.parameters["b_enc"])
+        flat = sparse.above(pre, floor, self.scratch)
+        while len(flat) < wanted and floor > 0:
+            floor = 0.8 * floor if floor > 1e-3 else 0.0
+            flat = sparse.above(pre, floor, self.scratch)
+        active = self.exact(flat, centred)
         active, cut = sparse.trim_batch(active, wanted)
         self._floor = 0.93 * max(cut, 0.0)
         return active.keep(active.values > 0) if cut <= 0 else active
@@ -33,12 +34,6 @@ class BatchTopK(SparseArchitecture):
         flat = pre.view(-1)
         sample = flat[:: max(1, len(flat) // 65536)].float()
         return max(0.0, float(sample.quantile(max(0.0, 1 - 1.5 * k / pre.shape[1]))))
-
-    def _lower_floor(self, pre: Tensor, wanted: int) -> float:
-        """A floor that lets at least `wanted` entries pass, if so many are positive."""
-        flat = pre.view(-1)
-        rank = len(flat) - min(len(flat) - 1, wanted + wanted // 5)
-        return max(0.0, 0.99 * float(flat.float().kthvalue(rank).values))
 
     def state(self) -> dict[str, Any]:
         """See `Architecture.state`."""

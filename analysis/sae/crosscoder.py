@@ -20,7 +20,6 @@ from millpond.analysis.sae.estimator import Sae, origin
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from millpond.analysis.passes import RowArray
     from millpond.analysis.sae.fit import Learner, Trained
     from millpond.store.result import Result
 
@@ -40,7 +39,7 @@ class Crosscoder(Sae):
 
     def fit(  # type: ignore[override]
         self,
-        X: Mapping[str, RowArray],
+        X: Mapping[str, Any],
         tokens: int | None = None,
         out: str | Path | None = None,
         *,
@@ -60,7 +59,7 @@ class Crosscoder(Sae):
         self._fit(list(X.values()), tokens, out, epochs, resume, [known.get(name) for name in X], client)
         return self
 
-    def evaluate(self, X: Mapping[str, RowArray]) -> Result:  # type: ignore[override]
+    def evaluate(self, X: Mapping[str, Any]) -> Result:  # type: ignore[override]
         """The values of `Sae.evaluate`, over all hooks side by side, and `fvu_<name>` of each."""
         self._weights()
         if tuple(X) != self.names_:

@@ -92,9 +92,10 @@ def read_sae(folder: Path) -> tuple[SaeWeights, dict[str, Any], NDArray[np.float
         raise InvalidInput(f"{folder} holds no cfg.json; give a folder that Sae.save or SAELens wrote")
     cfg = json.loads((folder / "cfg.json").read_text())
     name = str(cfg.get("architecture"))
+    if name in ("standard", "transcoder", "skip_transcoder"):
+        name = "relu"
     for suffix in ("_skip_transcoder", "_transcoder", "_crosscoder"):
         name = name.removesuffix(suffix)
-    name = {"standard": "relu", "transcoder": "relu", "skip_transcoder": "relu"}.get(name, name)
     if name not in _NAMES:
         raise InvalidInput(
             f"{folder} holds an autoencoder of architecture {cfg.get('architecture')!r}; "

@@ -26,7 +26,7 @@ class _Jump(torch.autograd.Function):
         return z * (z > theta)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         z, theta = ctx.saved_tensors
         window = (z - theta).abs() < ctx.epsilon / 2
         return gradient * (z > theta), (gradient * window).sum(0) * (-theta / ctx.epsilon), None
@@ -42,7 +42,7 @@ class _Step(torch.autograd.Function):
         return (z > theta).to(z.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         z, theta = ctx.saved_tensors
         window = (z - theta).abs() < ctx.epsilon / 2
         return None, (gradient * window).sum(0) * (-1 / ctx.epsilon), None

@@ -237,7 +237,7 @@ def contexts_of(
         return Context(decode(left.tolist()), decode([int(ids[at])]), decode(right.tolist()), float(row.value), name)
 
     groups = top.groupby("latent", sort=False)
-    return {int(number): tuple(context(row) for row in part.itertuples()) for number, part in groups}
+    return {int(str(number)): tuple(context(row) for row in part.itertuples()) for number, part in groups}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as nn
+from numpy.typing import NDArray
 from torch import Tensor
+
+_CACHED_ROWS, _CACHED_COLUMNS = 8192, 64
 
 
 @dataclass(frozen=True)
@@ -38,23 +42,63 @@ class Active:
         return Active(before[self.crow], self.col[mask], self.values[mask])
 
 
-def sampled(crow: Tensor, col: Tensor, left: Tensor, right: Tensor) -> Tensor:
+class Columns:
+    """A matrix whose rows are gathered at random, on a CPU in blocks of columns.
+
+    Such a gather is bound by where the matrix lies: a block of 64 columns of up to 8,192 rows fits in a
+    core's second-level cache, the whole matrix does not. On one core of a Xeon, 131,072 rows of a
+    (4096, 512) matrix are summed three times as fast.
+    """
+
+    def __init__(self, whole: Tensor) -> None:
+        self._whole: Tensor | None = whole
+        self.parts = [whole]
+        if not whole.is_cuda and len(whole) <= _CACHED_ROWS and whole.shape[1] > _CACHED_COLUMNS:
+            self.parts = [part.contiguous() for part in torch.split(whole, _CACHED_COLUMNS, dim=1)]
+
+    @classmethod
+    def of(cls, parts: list[Tensor]) -> Columns:
+        """The matrix with these blocks of columns."""
+        made = cls.__new__(cls)
+        made.parts, made._whole = parts, parts[0] if len(parts) == 1 else None
+        return made
+
+    @property
+    def whole(self) -> Tensor:
+        """The matrix."""
+        if self._whole is None:
+            self._whole = torch.cat(self.parts, dim=1)
+        return self._whole
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+
+def sampled(crow: Tensor, col: Tensor, left: Columns, right: Columns) -> Tensor:
     """The entries of `left @ right.T` at the places of a CSR pattern."""
-    size = (len(left), len(right))
-    zeros = torch.zeros(len(col), device=left.device)
+    zeros = torch.zeros(len(col), device=col.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(crow, col, zeros, size, check_invariants=False)
-    values: Tensor = torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
-    return values
+        # 32-bit indices: MKL would convert others in each product
+        pattern = torch.sparse_csr_tensor(crow.int(), col.int(), zeros, (len(left), len(right)), check_invariants=False)
+    blocked = len(left.parts) == len(right.parts)
+    pairs = zip(left.parts, right.parts, strict=True) if blocked else [(left.whole, right.whole)]
+    total: Tensor | None = None
+    for one, other in pairs:
+        values: Tensor = torch.sparse.sampled_addmm(pattern, one, other.T, beta=0.0).values()
+        total = values if total is None else total.add_(values)
+    assert total is not None
+    return total
 
 
-def decode(crow: Tensor, col: Tensor, values: Tensor, table: Tensor) -> Tensor:
+def decode(crow: Tensor, col: Tensor, values: Tensor, table: Columns) -> Columns:
     """For each row of a CSR pattern, the rows of `table` that it names, summed with `values` as weights."""
-    return nn.embedding_bag(col, table, crow[:-1], per_sample_weights=values, mode="sum")
+    return Columns.of(
+        [nn.embedding_bag(col, part, crow[:-1], per_sample_weights=values, mode="sum") for part in table.parts]
+    )
 
 
-def entries(flat: Tensor, centred: Tensor, w_enc: Tensor, b_enc: Tensor) -> Active:
+def entries(flat: Tensor, centred: Columns, w_enc: Columns, b_enc: Tensor) -> Active:
     """The entries with these ascending flat indices, their pre-activations computed in float32."""
     n, d_sae = len(centred), len(w_enc)
     row = torch.div(flat, d_sae, rounding_mode="floor")
@@ -66,19 +110,45 @@ def entries(flat: Tensor, centred: Tensor, w_enc: Tensor, b_enc: Tensor) -> Acti
     return Active(crow, col, values)
 
 
-def above(pre: Tensor, floor: float) -> Tensor:
+class Scratch:
+    """Memory that is used again by every batch: fresh pages cost as much as what is written to them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def like(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, which the next call of the same name may overwrite."""
+        held = self._held.get(name)
+        if held is None or held.shape != shape or held.dtype != dtype or held.device != device:
+            held = self._held[name] = torch.empty(shape, dtype=dtype, device=device)
+        return held
+
+
+def above(pre: Tensor, floor: float, scratch: Scratch) -> Tensor:
     """Flat indices of the entries above `floor`, which is not negative, ascending."""
     if pre.is_cuda:
         return (pre.view(-1) > floor).nonzero().view(-1)
     if pre.dtype == torch.bfloat16:
-        # not negative floats sort like their bits, and negative ones have the sign bit set; NumPy finds them
-        # four times faster than Tensor.nonzero
+        # not negative floats sort like their bits, and negative ones have the sign bit set
         bits = int(torch.tensor(floor).bfloat16().view(torch.int16))
-        return torch.from_numpy(np.flatnonzero(pre.view(torch.int16).numpy().reshape(-1) > bits))
-    return torch.from_numpy(np.flatnonzero(pre.numpy().reshape(-1) > np.float32(floor)))
+        array: NDArray[Any]
+        cut: Any
+        array, cut = pre.view(torch.int16).numpy(), np.int16(bits)
+    else:
+        array, cut = pre.numpy(), np.float32(floor)
+    mask = scratch.like("mask", tuple(pre.shape), torch.bool, pre.device).numpy()
+    return _marked(np.greater(array, cut, out=mask).reshape(-1))
 
 
-def largest_of_rows(pre: Tensor, count: int) -> Tensor:
+def _marked(mask: NDArray[np.bool_]) -> Tensor:
+    """Indices of the few marked places: by bytes of eight, six times as fast as Tensor.nonzero."""
+    packed = np.packbits(mask)
+    some = np.flatnonzero(packed)
+    found = np.flatnonzero(np.unpackbits(packed[some]))
+    return torch.from_numpy((some[found >> 3] << 3) + (found & 7))
+
+
+def largest_of_rows(pre: Tensor, count: int, scratch: Scratch) -> Tensor:
     """Flat indices, ascending, of at least the `count` largest entries of each row, of those above 0."""
     d_sae = pre.shape[1]
     if pre.is_cuda:
@@ -88,7 +158,8 @@ def largest_of_rows(pre: Tensor, count: int) -> Tensor:
     # among negative bfloat16 values the order of the bits is reversed, but those are left out anyway
     lowest = np.partition(array, d_sae - count, axis=1)[:, d_sae - count, None]
     smallest = array.dtype.type(1) if array.dtype == np.int16 else np.nextafter(np.float32(0), np.float32(1))
-    return torch.from_numpy(np.flatnonzero(array >= np.maximum(lowest, smallest)))
+    mask = scratch.like("mask", tuple(pre.shape), torch.bool, pre.device).numpy()
+    return _marked(np.greater_equal(array, np.maximum(lowest, smallest), out=mask).reshape(-1))
 
 
 def trim_rows(active: Active, k: int) -> Active:
@@ -133,6 +204,6 @@ def _trim(active: Active, cut: Tensor, limit: Tensor, segment: Tensor | None, st
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())

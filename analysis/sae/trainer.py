@@ -90,7 +90,7 @@ class Trainer:
         self.arch.sparsity_scale = min(1.0, done / self.config.sparsity_warmup) if self.config.sparsity_warmup else 1.0
         with torch.enable_grad():
             batch = self.arch.gradients(x, x if y is None else y)
-        aux_loss = self._auxiliary(self.arch.centred(x), batch)
+        aux_loss = self._auxiliary(x, batch)
         sums, counts = torch.stack([batch.squared, batch.variance, batch.loss + aux_loss]), batch.counts
         if self.group is not None:
             self.group.average(list(batch.gradients.values()))
@@ -109,7 +109,7 @@ class Trainer:
             self.fires += counts
             self.fire_rows += seen
         if self.steps % self.revive_every == 0 and self.steps < self.revive_until:
-            self._revive(batch.error)
+            self._revive(batch, len(x))
         dead = float((self.idle >= self.dead_tokens).float().mean())
         return StepStats(loss / self.workers, squared / variance, float(counts.sum()) / seen, dead, lr)
 
@@ -130,13 +130,13 @@ class Trainer:
         self.steps += 1
         return lr
 
-    def _auxiliary(self, centred: Tensor, batch: BatchGradients) -> float:
+    def _auxiliary(self, inputs: Tensor, batch: BatchGradients) -> float:
         """Weighted loss of reconstructing the residual from dead latents; adds its gradients by those latents."""
         dead = (self.idle >= self.dead_tokens).nonzero().view(-1)
         if not self.aux_weight or not len(dead):
             return 0.0
-        share = max(1, len(centred) // AUX_SHARE)
-        x, target = centred[:share], -batch.error[:share]
+        share = max(1, len(inputs) // AUX_SHARE)
+        x, target = self.arch.centred(inputs[:share]), -batch.error(share)
         w_enc, w_dec, b_enc = (self.parameters[name][dead] for name in ("w_enc", "w_dec", "b_enc"))
         pre = torch.addmm(b_enc, x, w_enc.T)
         if self.aux_k < len(dead):
@@ -152,12 +152,14 @@ class Trainer:
         batch.gradients["b_enc"][dead] += slopes.sum(0)
         return loss
 
-    def _revive(self, error: Tensor) -> None:
+    def _revive(self, batch: BatchGradients, n: int) -> None:
         """Point latents that have been dead for as long again at rows drawn by their squared error."""
-        lost = (self.idle >= 2 * self.dead_tokens).nonzero().view(-1)[: len(error)]
+        lost = (self.idle >= 2 * self.dead_tokens).nonzero().view(-1)[:n]
         if not len(lost) or not self.aux_weight or not self.arch.tied:
             return
-        residual = -error if self.group is None else self.group.from_first(-error)
+        residual = -batch.error(n)
+        if self.group is not None:
+            residual = self.group.from_first(residual)
         rows = residual.square().sum(1).cpu().multinomial(len(lost), generator=self.generator).to(self.device)
         directions = residual[rows] / residual[rows].norm(dim=1, keepdim=True).clamp_min(1e-12)
         own = self.parameters

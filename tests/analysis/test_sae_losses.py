@@ -8,6 +8,7 @@ import torch
 
 from millpond.analysis.sae import trainer as training
 from millpond.analysis.sae.config import SaeConfig
+from millpond.analysis.sae.sparse import Columns
 from millpond.analysis.sae.trainer import Trainer
 
 D, S, N, K = 24, 96, 64, 4
@@ -48,6 +49,10 @@ def make(architecture, *, d_out=None, skip=False, **options):
     x = torch.randn(N, D, generator=generator) * 1.5 + 0.2
     y = torch.randn(N, d_out, generator=generator) if d_out else x
     return trainer, x, y
+
+
+def select(trainer, x):
+    return trainer.arch.select(trainer.arch.pre_activations(x), Columns(x))
 
 
 def cut_by_rank(pre, k, by_row):
@@ -136,6 +141,18 @@ def test_loss_and_gradients_equal_autograd_on_dense_arrays(architecture, options
         np.testing.assert_allclose(batch.gradients[name].numpy(), gradient.numpy(), atol=1e-5 * scale, err_msg=name)
 
 
+def test_blocks_of_columns_are_the_matrix():
+    """Wide and narrow inputs take the two paths of `sparse.Columns`."""
+    config = SaeConfig(S, K, batch_size=N, encoder_dtype="float32")
+    trainer = Trainer(config, 150, total_steps=50)
+    x = torch.randn(N, 150, generator=torch.Generator().manual_seed(0))
+    assert len(Columns(x).parts) == 3
+    own = {name: tensor.clone().requires_grad_() for name, tensor in trainer.parameters.items()}
+    expected = torch.autograd.grad(dense_loss(trainer, own, x, x)[0], list(own.values()))
+    for gradient, (name, found) in zip(expected, trainer.arch.gradients(x, x).gradients.items(), strict=True):
+        np.testing.assert_allclose(found.numpy(), gradient.numpy(), atol=1e-5 * float(gradient.norm()), err_msg=name)
+
+
 @pytest.mark.parametrize("with_dead", [False, True])
 def test_a_step_is_a_clipped_adam_step_across_unit_decoder_rows(with_dead):
     trainer, x, _ = make("batchtopk", aux_k=5)
@@ -183,7 +200,7 @@ def test_of_exact_ties_at_the_cut_only_the_first_stay(architecture):
     x = (2 * x[: N // 2]).round().repeat(2, 1)
     pre = torch.relu(x @ own["w_enc"].T + own["b_enc"])
     expected = (cut_by_rank(pre, K, architecture == "topk") & (pre > 0)).nonzero()
-    active = trainer.arch.select(trainer.arch.pre_activations(x), x)
+    active = select(trainer, x)
     assert len(active.col) == K * N
     np.testing.assert_array_equal(torch.stack([active.row, active.col], dim=1).numpy(), expected.numpy())
     loss, _ = dense_loss(trainer, own, x, x)
@@ -196,7 +213,7 @@ def test_selection_stays_exact_while_the_scale_of_the_batches_jumps():
     own = trainer.parameters
     for seed, scale in enumerate((1.0, 1.0, 0.05, 20.0, 1.0)):
         x = torch.randn(N, D, generator=torch.Generator().manual_seed(seed)) * scale
-        active = trainer.arch.select(trainer.arch.pre_activations(x), x)
+        active = select(trainer, x)
         pre = torch.relu(x @ own["w_enc"].T + own["b_enc"])
         expected = cut_by_rank(pre, K, by_row=False).nonzero()
         np.testing.assert_array_equal(torch.stack([active.row, active.col], dim=1).numpy(), expected.numpy())
@@ -207,7 +224,7 @@ def test_selection_stays_exact_while_the_scale_of_the_batches_jumps():
 def test_rows_with_fewer_positive_entries_have_fewer_latents(architecture):
     trainer, x, _ = make(architecture)
     trainer.parameters["b_enc"][3:] = -1e3
-    active = trainer.arch.select(trainer.arch.pre_activations(x), x)
+    active = select(trainer, x)
     pre = (x @ trainer.parameters["w_enc"].T + trainer.parameters["b_enc"])[:, :3]
     assert len(active.col) == int((pre > 0).sum())
     assert float(active.values.min()) > 0
@@ -215,9 +232,9 @@ def test_rows_with_fewer_positive_entries_have_fewer_latents(architecture):
 
 def test_bfloat16_selects_almost_the_same_and_computes_values_in_float32():
     trainer, x, _ = make("topk")
-    exact = trainer.arch.select(trainer.arch.pre_activations(x), x)
+    exact = select(trainer, x)
     trainer.arch.bf16 = True
-    rough = trainer.arch.select(trainer.arch.pre_activations(x), x)
+    rough = select(trainer, x)
     one, two = (set((part.row * S + part.col).tolist()) for part in (exact, rough))
     assert len(one & two) > 0.98 * len(one)
     pre = x @ trainer.parameters["w_enc"].T + trainer.parameters["b_enc"]
