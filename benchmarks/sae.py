@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-sae-peers"
 D, S, K, BATCH, LR, WARMUP = 512, 4096, 32, 4096, 1e-3, 20
-REQUIREMENTS = ["sae-lens==6.54.12", "nnsight==0.8.1", "natsort", "simple-parsing"]
+REQUIREMENTS = ["sae-lens==6.54.12", "nnsight==0.8.1", "natsort", "schedulefree", "simple-parsing"]
 WITHOUT_DEPENDENCIES = ["dictionary-learning==0.1.0", "eai-sparsify==1.3.3"]
 """Their pins exclude each other; what they import is in the list above."""
 
@@ -286,7 +286,7 @@ def stream_rates(run: Any, x: Any, folder: Path) -> tuple[float, float]:
     )  # fmt: skip
     next(store)
     started, taken = time.process_time(), 0
-    for _ in range(16):
+    for _ in range(len(x) // BATCH - 4):  # on past its first buffer
         taken += len(next(store))
     return ours, taken / (time.process_time() - started)
 
@@ -375,7 +375,7 @@ def measure(quick: bool) -> tuple[list[str], dict[str, float]]:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    n = 131_072 if quick else 524_288
+    n = 262_144 if quick else 1_048_576
     x, test = planted(n, 1), torch.from_numpy(planted(16_384, 2))
     rows = torch.from_numpy(x)
     lines = ["| system | CPU ms/step | tokens/s/core | millpond is |", "|-|-|-|-|"]
@@ -396,7 +396,7 @@ def measure(quick: bool) -> tuple[list[str], dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         run = make_lake(Path(folder) / "lake", x)
         ratio = lake_over_ram(run, x, 24 if quick else 96, 3)
-        stream, saelens = stream_rates(run, x[:65_536], Path(folder))
+        stream, saelens = stream_rates(run, x[:262_144], Path(folder))
         one, two = worker_rates(run, 30 if quick else 100)
         points = growth(run, 5_000_000 if quick else 20_000_000)
     lines += [

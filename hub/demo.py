@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -239,7 +240,10 @@ def _sae(config: DemoConfig, example: Path, hook: str, train: Run, test: Run) ->
     from millpond.hub.report import SaeFacts
 
     folder = config.out / "sae"
-    sae = BatchTopKSae(config.d_sae, config.k, seed=config.seed).fit(train[hook], tokens=config.sae_tokens, out=folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo: fit would not train over its checkpoint
+    epochs = -(-config.sae_tokens // len(train))
+    sae = BatchTopKSae(config.d_sae, config.k, seed=config.seed)
+    sae.fit(train[hook], tokens=config.sae_tokens, out=folder, epochs=epochs)
     sae.save(folder, model_name="stdlib_llama", prepend_bos=True)
     evaluation = sae.evaluate(test[hook])
     at_k = sae.calibrate(test[hook]).evaluate(test[hook])

@@ -94,22 +94,22 @@ class ShuffledBatches:
         """Yield the batches from number `step` on."""
         rest: Batch = tuple(np.empty((0, width), np.float32) for width in self.widths)
         for group, order in self._groups(step * self.batch_size):
-            start = 0
+
+            def taken(first: int, stop: int, group: list[NDArray[Any]] = group, order: Any = order) -> Batch:
+                places = slice(first, stop) if order is None else order[first:stop]
+                return tuple(array[places].astype(np.float32, copy=False) for array in group)
+
+            start, count = 0, len(group[0] if order is None else order)
             if len(rest[0]):
-                start = min(self.batch_size - len(rest[0]), len(order))
-                rest = tuple(
-                    np.concatenate([old, new[order[:start]]], dtype=np.float32)
-                    for old, new in zip(rest, group, strict=True)
-                )
+                start = min(self.batch_size - len(rest[0]), count)
+                rest = tuple(np.concatenate(pair) for pair in zip(rest, taken(0, start), strict=True))
                 if len(rest[0]) < self.batch_size:
                     continue
                 yield rest
-            stop = start + (len(order) - start) // self.batch_size * self.batch_size
+            stop = start + (count - start) // self.batch_size * self.batch_size
             for first in range(start, stop, self.batch_size):
-                yield tuple(
-                    array[order[first : first + self.batch_size]].astype(np.float32, copy=False) for array in group
-                )
-            rest = tuple(array[order[stop:]].astype(np.float32, copy=False) for array in group)
+                yield taken(first, first + self.batch_size)
+            rest = tuple(array.copy() for array in taken(stop, count))
 
     __iter__ = batches
 
@@ -125,22 +125,21 @@ class ShuffledBatches:
             "chunks": chunks,
         }
 
-    def _groups(self, skip: int) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.int64]]]:
-        """Rows in memory and the order in which to take them, from row `skip` on."""
+    def _groups(self, skip: int) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.int64] | None]]:
+        """Rows in memory and the order in which to take them (None: as they lie), from row `skip` on."""
         if self._held is None and self._fits:
-            self._held = self._read(range(len(self._sizes)))
+            self._held = self._read(range(len(self._sizes)), None)
         if self._held is not None:
             yield from self._permutations(skip)
         schedule = self._schedule(skip)
         with ThreadPoolExecutor(1, thread_name_prefix="sae-reader") as reader:
-            entry = next(schedule)
-            coming = reader.submit(self._read, entry[1])
+            key, chunks, skipped = next(schedule)
+            coming = reader.submit(self._read, chunks, key)
             while True:
-                key, _, skipped = entry
-                group = coming.result()
-                entry = next(schedule)
-                coming = reader.submit(self._read, entry[1])
-                yield group, np.random.default_rng(key).permutation(len(group[0]))[skipped:]
+                group, first = coming.result(), skipped
+                key, chunks, skipped = next(schedule)
+                coming = reader.submit(self._read, chunks, key)
+                yield [array[first:] for array in group], None
 
     def _permutations(self, skip: int) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.int64]]]:
         assert self._held is not None
@@ -168,15 +167,21 @@ class ShuffledBatches:
                     skip = 0
             epoch += 1
 
-    def _read(self, numbers: Iterable[int]) -> list[NDArray[Any]]:
-        """The chunks one after another, of each array, checked to be finite."""
+    def _read(self, numbers: Iterable[int], key: list[int] | None) -> list[NDArray[Any]]:
+        """The chunks of each array, checked to be finite, one after another or permuted by the seed `key`."""
         numbers = list(numbers)
+        total = sum(self._sizes[number] for number in numbers)
+        place = None if key is None else np.random.default_rng(key).permutation(total)
         groups = []
-        for chunks in self._lazy:
-            parts = [chunks.take([number]).read() for number in numbers]
-            for number, part in zip(numbers, parts, strict=True):
+        for chunks, width in zip(self._lazy, self.widths, strict=True):
+            rows, filled = np.empty((total, width), np.float32), 0
+            for number in numbers:
+                part = chunks.take([number]).read()
                 _check_finite(part, f"chunk {number} of X", int(self._starts[number]))
-            groups.append(parts[0] if len(parts) == 1 else np.concatenate(parts))
+                here = slice(filled, filled + len(part))
+                rows[here if place is None else place[here]] = part
+                filled += len(part)
+            groups.append(rows)
         return groups
 
 

@@ -55,7 +55,8 @@ class SaeConfig:
     decay: float = 0.1
     """Fraction of the steps, at the end, over which the learning rate falls linearly to 0."""
     clip: float = 1.0
-    """Norm to which gradients are clipped."""
+    """Norm to which gradients are clipped, where the loss counts squared errors summed over dimensions, as other
+    libraries do: nearly always, so that steps stay as long when the error falls."""
     aux_k: int | None = None
     """Dead latents a row that the auxiliary loss uses; half the input width when not given."""
     aux_weight: float | None = None

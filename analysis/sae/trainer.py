@@ -116,7 +116,7 @@ class Trainer:
     def _update(self, gradients: dict[str, Tensor]) -> float:
         for leaf, name in zip(self._leaves, self.parameters, strict=True):
             leaf.grad = gradients[name]
-        torch.nn.utils.clip_grad_norm_(self._leaves, self.config.clip)
+        torch.nn.utils.clip_grad_norm_(self._leaves, self.config.clip / self.parameters["w_dec"].shape[1])
         done, config = self.steps / self.total_steps, self.config
         warm = (self.steps + 1) / max(1.0, config.warmup * self.total_steps)
         fall = (1 - done) / config.decay if config.decay else 1.0

@@ -11,6 +11,7 @@ from typing import Annotated, Protocol
 
 import tyro
 
+from millpond.analysis.sae.commands import SaeCommand
 from millpond.store.errors import InvalidInput, LakeCorrupt, MillpondError
 
 
@@ -179,6 +180,7 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     "verify": Verify,
     "rm": Rm,
     "demo": Demo,
+    "sae": SaeCommand,
 }
 
 

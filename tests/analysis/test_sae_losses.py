@@ -171,7 +171,7 @@ def test_a_step_is_a_clipped_adam_step_across_unit_decoder_rows(with_dead):
     loss.backward()
     with torch.no_grad():
         own["w_dec"].grad -= (own["w_dec"].grad * own["w_dec"]).sum(1, keepdim=True) * own["w_dec"]
-    torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+    torch.nn.utils.clip_grad_norm_(own.values(), 1.0 / D)
     torch.optim.Adam(own.values(), lr=trainer.lr / (0.05 * 50)).step()
     with torch.no_grad():
         own["w_dec"] /= own["w_dec"].norm(dim=1, keepdim=True)
