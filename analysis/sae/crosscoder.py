@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class Crosscoder(Sae):
         resume: bool = False,
         statistics: Mapping[str, Any] | None = None,
         client: Any = None,
-    ) -> Crosscoder:
+    ) -> Self:
         """Train on `tokens` rows of the hooks in `X`, aligned by row; see `Sae.fit`.
 
         Of two runs, give views of the same prompts; their tokens are compared if the arrays carry them.

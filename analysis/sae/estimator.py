@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,7 @@ class Sae:
         resume: bool = False,
         statistics: Any = None,
         client: Any = None,
-    ) -> Sae:
+    ) -> Self:
         """Train on `tokens` rows of `X`.
 
         Args:
@@ -183,7 +183,7 @@ class Sae:
         }
         return Result(f"{self.kind}-evaluation", values, {}, {"rows": int(sums["rows"])}, provenance)
 
-    def calibrate(self, X: RowArray, l0: float | None = None) -> Sae:
+    def calibrate(self, X: RowArray, l0: float | None = None) -> Self:
         """A copy whose threshold makes `l0` latents (by default k) active a row of `X` on average, within 0.5 %.
 
         A threshold set on the training rows gives another L0 on rows of other documents; this makes

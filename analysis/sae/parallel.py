@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,11 +46,10 @@ class Group:
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the workers."""
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        flat /= self.world
-        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for tensor, work in zip(tensors, pending, strict=True):
+            work.wait()
+            tensor /= self.world
 
     def add(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the workers."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from millpond.analysis.sae.estimator import Sae, origin
 from millpond.store.errors import InvalidInput
@@ -37,7 +37,7 @@ class Transcoder(Sae):
         resume: bool = False,
         statistics: Sequence[Any] = (None, None),
         client: Any = None,
-    ) -> Transcoder:
+    ) -> Self:
         """Train on `tokens` rows of `X` (rows, d_in) and `Y` (rows, d_out), aligned by row; see `Sae.fit`."""
         self._fit([X, Y], tokens, out, epochs, resume, statistics, client)
         return self

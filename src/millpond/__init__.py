@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millpond.analysis import BatchTopKSae as BatchTopKSae
+    from millpond.analysis import Crosscoder as Crosscoder
+    from millpond.analysis import GatedSae as GatedSae
+    from millpond.analysis import JumpReluSae as JumpReluSae
     from millpond.analysis import LogisticProbe as LogisticProbe
+    from millpond.analysis import MatryoshkaSae as MatryoshkaSae
     from millpond.analysis import PcaReducer as PcaReducer
+    from millpond.analysis import ReluSae as ReluSae
+    from millpond.analysis import Sae as Sae
+    from millpond.analysis import SkipTranscoder as SkipTranscoder
+    from millpond.analysis import TopKSae as TopKSae
+    from millpond.analysis import Transcoder as Transcoder
+    from millpond.analysis import train_together as train_together
     from millpond.store.errors import MillpondError as MillpondError
     from millpond.store.lake import Lake as Lake
     from millpond.store.lake import open_lake as open  # noqa: A004
@@ -28,10 +38,39 @@ _HOMES = {
     "PcaReducer": ("millpond.analysis", "PcaReducer"),
     "Result": ("millpond.store.result", "Result"),
     "Run": ("millpond.store.run", "Run"),
+    "Crosscoder": ("millpond.analysis", "Crosscoder"),
+    "GatedSae": ("millpond.analysis", "GatedSae"),
+    "JumpReluSae": ("millpond.analysis", "JumpReluSae"),
+    "MatryoshkaSae": ("millpond.analysis", "MatryoshkaSae"),
+    "ReluSae": ("millpond.analysis", "ReluSae"),
+    "Sae": ("millpond.analysis", "Sae"),
+    "SkipTranscoder": ("millpond.analysis", "SkipTranscoder"),
+    "TopKSae": ("millpond.analysis", "TopKSae"),
+    "Transcoder": ("millpond.analysis", "Transcoder"),
+    "train_together": ("millpond.analysis", "train_together"),
     "open": ("millpond.store.lake", "open_lake"),
 }
 
-__all__ = ["BatchTopKSae", "Lake", "LogisticProbe", "MillpondError", "PcaReducer", "Result", "Run", "open"]
+__all__ = [
+    "BatchTopKSae",
+    "Crosscoder",
+    "GatedSae",
+    "JumpReluSae",
+    "Lake",
+    "LogisticProbe",
+    "MatryoshkaSae",
+    "MillpondError",
+    "PcaReducer",
+    "ReluSae",
+    "Result",
+    "Run",
+    "Sae",
+    "SkipTranscoder",
+    "TopKSae",
+    "Transcoder",
+    "open",
+    "train_together",
+]
 
 
 def __getattr__(name: str) -> Any:
