@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -186,10 +186,10 @@ class ShuffledBatches:
 
 
 class GivenBatches:
-    """Batches that the caller made: an iterable of arrays, or of tuples of arrays aligned by row.
+    """Batches that the caller made: an iterable of arrays, or of tuples or dicts of arrays aligned by row.
 
-    Objects with a `step` attribute (`run.stream(...)`) or iterables that can be iterated again from the
-    start can be positioned, by skipping; others cannot be resumed.
+    Resuming skips what was used, so the iterable has to begin where it began before. Iterators are read
+    once; of others the first batches are read again to set the threshold.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -231,7 +231,7 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 def _as_batch(batch: Any, widths: tuple[int, ...] | None, number: int) -> Batch:
-    parts = batch if isinstance(batch, tuple) else (batch,)
+    parts = tuple(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
     found: Batch = tuple(np.asarray(part, np.float32) for part in parts)
     for position, rows in enumerate(found):
         width = None if widths is None else widths[position]

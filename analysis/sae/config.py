@@ -81,6 +81,8 @@ class SaeConfig:
     """Steps between lines of `metrics.jsonl`."""
     checkpoint_every: int = 500
     """Steps between checkpoints, when there is a folder for them."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, which must be installed."""
 
     def __post_init__(self) -> None:
         for name in ("prefixes", "betas"):  # lists, where they come from a file

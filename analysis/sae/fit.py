@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from millpond.analysis.sae.parallel import Group
 
 _CALIBRATION_ROWS = 16_384
-_FREE_FIELDS = ("n_threads", "log_every", "checkpoint_every", "device", "buffer_bytes")
+_FREE_FIELDS = ("n_threads", "log_every", "checkpoint_every", "device", "buffer_bytes", "tensorboard")
 """Fields that a resumed run may change."""
 
 
@@ -264,6 +264,10 @@ class _Log:
     def __init__(self, learners: Sequence[Learner], tokens: int, out: Path | None, start: int, progress: bool) -> None:
         self.every, self.tokens, self.start = learners[0].config.log_every, tokens, start
         self.files: list[TextIO] = []
+        self.boards = [
+            _board(out / learner.name) if out is not None and learner.config.tensorboard else None
+            for learner in learners
+        ]
         for learner in learners:
             if out is None:
                 continue
@@ -289,6 +293,9 @@ class _Log:
         self.bar.close()
         for file in self.files:
             file.close()
+        for board in self.boards:
+            if board is not None:
+                board.close()
 
     def step(self, trainers: Sequence[Trainer], stats: Sequence[StepStats]) -> None:
         """Record a step, if it is one of those to record."""
@@ -303,8 +310,20 @@ class _Log:
             f"loss {one.loss:.3f}, FVU {one.fvu:.3f}, L0 {one.l0:.1f}, dead {one.dead:.1%}", refresh=False
         )
         rate = (trainer.tokens - self.first) / (time.perf_counter() - self.started)
+        for board, learning, found in zip(self.boards, trainers, stats, strict=True):
+            if board is not None:
+                for name, value in asdict(found).items():
+                    board.add_scalar(name, value, learning.tokens)
         for file, learning, found in zip(self.files, trainers, stats, strict=False):
             line = {"step": learning.steps, "tokens": learning.tokens, **asdict(found), "tokens_per_second": rate}
             line["seconds_left"] = max(0, self.tokens - trainer.tokens) / rate
             file.write(json.dumps(line) + "\n")
             file.flush()
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InvalidInput("tensorboard is not installed; install it, or leave tensorboard off") from error
+    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]

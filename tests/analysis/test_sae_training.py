@@ -104,6 +104,12 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path):
         sae.fit(rows(), tokens=10 * 256, out=tmp_path, resume=True)
 
 
+def test_tensorboard_is_refused_where_it_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InvalidInput, match="tensorboard is not installed"):
+        BatchTopKSae(64, 3, tensorboard=True, **OPTIONS).fit(rows(), out=tmp_path)
+
+
 def test_a_finished_training_resumes_to_its_own_weights(tmp_path):
     sae = BatchTopKSae(64, 3, **OPTIONS).fit(rows(), out=tmp_path)
     again = BatchTopKSae(64, 3, **OPTIONS).fit(rows(), out=tmp_path, resume=True)
