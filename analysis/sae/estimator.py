@@ -160,9 +160,13 @@ class Sae:
         return blocks.encode(self._weights(), self._check_rows(x))
 
     def decode(self, latents: NDArray[Any]) -> Floats:
-        """Reconstructions (rows, d_out) from activations of the latents."""
+        """Reconstructions (rows, d_out) from activations of the latents, without a transcoder's skip connection."""
         weights = self._weights()
         return np.asarray(latents @ weights.w_dec + weights.b_dec)
+
+    def reconstruct(self, x: NDArray[Any]) -> Floats:
+        """Reconstructions (rows, d_out) from rows (rows, d_in); a crosscoder's hooks lie side by side."""
+        return blocks.reconstruct(self._weights(), self.encode(x), np.asarray(x))
 
     def evaluate(self, X: RowArray) -> Result:
         """L0, FVU, explained variance, mean squared error, cosine similarity, dead latents and more over the rows of `X`.

@@ -148,7 +148,10 @@ def train(
 def _trainer(learner: Learner, widths: tuple[int, ...], total_steps: int, group: Group | None) -> Trainer:
     d_in = sum(widths[number] for number in learner.inputs)
     d_out = None if learner.outputs is None else sum(widths[number] for number in learner.outputs)
-    return Trainer(learner.config, d_in, total_steps, d_out=d_out, skip=learner.skip, group=group)
+    trainer = Trainer(learner.config, d_in, total_steps, d_out=d_out, skip=learner.skip, group=group)
+    if learner.outputs == learner.inputs:  # a crosscoder's encoder starts as its decoder, like an autoencoder's
+        trainer.parameters["w_enc"].copy_(trainer.parameters["w_dec"])
+    return trainer
 
 
 def _scales(source: Source, opening: Sequence[Batch], known: Mapping[int, Scale], group: Group | None) -> list[Scale]:
