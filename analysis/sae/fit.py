@@ -119,7 +119,9 @@ def train(
             recent.extend(held["recent"])
         first = group is None or group.rank == 0
         log = stack.enter_context(_Log(learners, tokens, out if first else None, start, progress and first))
-        for batch in itertools.chain(opening, stream):
+        batches = itertools.chain(opening, stream)
+        del opening  # the chain lets go of each of its rows
+        for batch in batches:
             if trainers[0].steps >= total_steps:
                 break
             rows = _scaled(batch, every, trainers[0].device)

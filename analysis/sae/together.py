@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +150,6 @@ class _Listed:
 
 
 def _with_batch(learner: Learner, batch_size: int) -> Learner:
-    from dataclasses import replace
-
     return replace(learner, config=replace(learner.config, batch_size=batch_size))
 
 

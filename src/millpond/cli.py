@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "millpond: interrupted; an open run keeps what was committed (millpond capture --resume)", file=sys.stderr
+            "millpond: interrupted; what was committed is kept, the same command with --resume goes on", file=sys.stderr
         )
         return 130
     return code
