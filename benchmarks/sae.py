@@ -280,7 +280,7 @@ def stream_rates(run: Any, x: Any, folder: Path) -> tuple[float, float]:
     CacheActivationsRunner._consolidate_shards(out / ".tmp_shards", out, copy_files=False)
     store = ActivationsStore(
         model=None, dataset=None, streaming=False, hook_name=name, hook_head_index=None, context_size=context, d_in=D,
-        n_batches_in_buffer=32, total_training_tokens=len(x), store_batch_size_prompts=32,
+        n_batches_in_buffer=65_536 // context, total_training_tokens=len(x), store_batch_size_prompts=32,
         train_batch_size_tokens=BATCH, prepend_bos=False, normalize_activations="none", device=torch.device("cpu"),
         dtype="float32", cached_activations_path=str(out),
     )  # fmt: skip
