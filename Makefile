@@ -37,4 +37,4 @@ format: ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean: ## remove what the commands above made
-	rm -rf .venv demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-sae-peers demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

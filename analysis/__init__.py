@@ -7,16 +7,52 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from millpond.analysis.pca import PcaReducer
     from millpond.analysis.probes.logistic import LogisticProbe
-    from millpond.analysis.sae.batchtopk import BatchTopKSae
+    from millpond.analysis.sae.crosscoder import Crosscoder
+    from millpond.analysis.sae.estimator import (
+        BatchTopKSae,
+        GatedSae,
+        JumpReluSae,
+        MatryoshkaSae,
+        ReluSae,
+        Sae,
+        TopKSae,
+    )
+    from millpond.analysis.sae.together import train_together
+    from millpond.analysis.sae.transcoder import SkipTranscoder, Transcoder
     from millpond.analysis.sweep import Sweep
 
-__all__ = ["BatchTopKSae", "LogisticProbe", "PcaReducer", "Sweep"]
+__all__ = [
+    "BatchTopKSae",
+    "Crosscoder",
+    "GatedSae",
+    "JumpReluSae",
+    "LogisticProbe",
+    "MatryoshkaSae",
+    "PcaReducer",
+    "ReluSae",
+    "Sae",
+    "SkipTranscoder",
+    "Sweep",
+    "TopKSae",
+    "Transcoder",
+    "train_together",
+]
 
 _HOMES = {
-    "BatchTopKSae": "millpond.analysis.sae.batchtopk",
+    "BatchTopKSae": "millpond.analysis.sae.estimator",
+    "Crosscoder": "millpond.analysis.sae.crosscoder",
+    "GatedSae": "millpond.analysis.sae.estimator",
+    "JumpReluSae": "millpond.analysis.sae.estimator",
     "LogisticProbe": "millpond.analysis.probes.logistic",
+    "MatryoshkaSae": "millpond.analysis.sae.estimator",
     "PcaReducer": "millpond.analysis.pca",
+    "ReluSae": "millpond.analysis.sae.estimator",
+    "Sae": "millpond.analysis.sae.estimator",
+    "SkipTranscoder": "millpond.analysis.sae.transcoder",
     "Sweep": "millpond.analysis.sweep",
+    "TopKSae": "millpond.analysis.sae.estimator",
+    "Transcoder": "millpond.analysis.sae.transcoder",
+    "train_together": "millpond.analysis.sae.together",
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -235,11 +236,14 @@ def _sae(config: DemoConfig, example: Path, hook: str, train: Run, test: Run) ->
     from tokenizers import Tokenizer
 
     from millpond.analysis import BatchTopKSae, PcaReducer
-    from millpond.hub.latents import strongest_latents
+    from millpond.analysis.sae.latents import strongest_latents
     from millpond.hub.report import SaeFacts
 
     folder = config.out / "sae"
-    sae = BatchTopKSae(config.d_sae, config.k, seed=config.seed).fit(train[hook], tokens=config.sae_tokens, out=folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo: fit would not train over its checkpoint
+    epochs = -(-config.sae_tokens // len(train))
+    sae = BatchTopKSae(config.d_sae, config.k, seed=config.seed)
+    sae.fit(train[hook], tokens=config.sae_tokens, out=folder, epochs=epochs)
     sae.save(folder, model_name="stdlib_llama", prepend_bos=True)
     evaluation = sae.evaluate(test[hook])
     at_k = sae.calibrate(test[hook]).evaluate(test[hook])

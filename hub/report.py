@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from millpond.analysis.sae.latents import COMMON, RARE, Context, LatentCard
 from millpond.hub.figures import auroc_figure, frequency_figure, training_figure
-from millpond.hub.latents import COMMON, RARE, Context, LatentCard
 from millpond.store.files import write_whole
 from millpond.store.hooks import summarize_hooks
 from millpond.store.reprs import human_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -240,6 +240,27 @@ class Run:
             buffer_rows=buffer_rows,
             step=start_step,
         )
+
+    def as_data_provider(
+        self, hooks: str | Iterable[str], batch_size: int = 4096, *, seed: int = 0, buffer_rows: int = 65_536
+    ) -> Iterator[Any]:
+        """Endless shuffled batches for other libraries' trainers, as float32 tensors.
+
+        Of one hook: tensors (batch_size, d_model), as `sae_lens.SAETrainer` and
+        `dictionary_learning.trainSAE` take. Of several names, or a glob that selects several:
+        dictionaries by hook, aligned by row, as `sae_lens.MultiSAETrainer` takes.
+
+        Raises:
+            HookNotCaptured: the run does not hold a hook.
+            InvalidInput: the view has fewer rows than a batch.
+        """
+        from millpond.store.trainers import tensors, tensors_by_hook
+
+        names = self.match(hooks)
+        options = {"seed": seed, "buffer_rows": buffer_rows}
+        if isinstance(hooks, str) and len(names) == 1:
+            return tensors(self, names[0], batch_size, **options)
+        return tensors_by_hook(self, names, batch_size, **options)
 
     def check_sealed(self) -> Manifest:
         """The manifest.

@@ -1,10 +1,10 @@
-"""Shuffled training batches from a lazy array, through a bounded buffer."""
+"""Shuffled training batches, through a bounded buffer, from any step on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,68 +12,247 @@ from numpy.typing import NDArray
 from millpond.analysis.passes import LazyChunks
 from millpond.store.errors import InvalidInput
 
-Batch = NDArray[np.float32]
+Rows = NDArray[np.float32]
+Batch = tuple[Rows, ...]
+"""The same rows of each hook, (batch_size, width)."""
+
+
+class Source(Protocol):
+    """Batches of one or several hooks, aligned by row."""
+
+    batch_size: int
+    widths: tuple[int, ...]
+    """Width of each hook."""
+    repeatable: bool
+    """Whether `batches(step)` may be called again."""
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Batches from number `step` on; the same ones each time."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the batches, to be compared with that of a checkpoint."""
+        ...
 
 
 class ShuffledBatches:
-    """Endless batches (batch_size, d_model) of an array's rows, each row once an epoch.
+    """Endless batches of the rows of arrays that are aligned by row, each row once an epoch.
 
-    An array that fits in `buffer_bytes` is read once and permuted anew in each epoch. Of a larger one,
-    chunks are taken in random order, as many as fill half the buffer are mixed and permuted, and the
-    next ones are read meanwhile; at least one chunk is held, however small the buffer. Batches run on
-    over the ends of groups and epochs.
+    Arrays that fit in `buffer_bytes` are read once and permuted anew in each epoch. Of larger ones, chunks
+    are taken in random order, as many as fill half the buffer are mixed and permuted, and the next ones are
+    read meanwhile; at least one chunk is held, however small the buffer. Batches run on over the ends of
+    groups and epochs. Everything is decided by the seed and the chunks, so any step can be reached by
+    counting rows. Of several ranks each reads chunks (or, of arrays in memory, rows) of its own.
+
+    Raises:
+        InvalidInput: too few rows, arrays that do not align, or NaN or infinity, named by chunk and row.
     """
 
-    def __init__(self, array: Any, batch_size: int, *, seed: int, buffer_bytes: int) -> None:
-        data = array.data if hasattr(array, "dims") else array
-        self.n_rows, self.d_in = (int(size) for size in data.shape)
-        if self.n_rows < batch_size:
-            raise InvalidInput(f"X has {self.n_rows:,} rows, less than one batch of {batch_size:,}; lower batch_size")
-        self.batch_size, self.seed, self.buffer_bytes = batch_size, seed, buffer_bytes
-        self._lazy = LazyChunks(data) if hasattr(data, "__dask_graph__") else None
-        self._held = None if self._lazy else np.asarray(data)
+    repeatable = True
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield batches from the beginning; the same ones each time."""
-        rest = np.empty((0, self.d_in), np.float32)
-        for group, order in self._groups():
-            start = 0
-            if len(rest):
-                start = min(self.batch_size - len(rest), len(order))
-                rest = np.concatenate([rest, group[order[:start]]])
-                if len(rest) < self.batch_size:
+    def __init__(
+        self, arrays: Sequence[Any], batch_size: int, *, seed: int, buffer_bytes: int, rank: int = 0, world: int = 1
+    ) -> None:
+        plain = [getattr(array, "data", array) if hasattr(array, "dims") else array for array in arrays]
+        shapes = [tuple(int(size) for size in np.shape(array)) for array in plain]
+        for shape in shapes:
+            if len(shape) != 2:
+                raise InvalidInput(f"X has shape {shape}; give (rows, d_model)")
+            if shape[0] != shapes[0][0]:
+                raise InvalidInput(
+                    f"the arrays have {shapes[0][0]:,} and {shape[0]:,} rows; give views of the same prompts and positions"
+                )
+        self.n_rows = shapes[0][0]
+        self.widths = tuple(shape[1] for shape in shapes)
+        if self.n_rows < batch_size * world:
+            raise InvalidInput(
+                f"X has {self.n_rows:,} rows, less than one batch of {batch_size * world:,}; lower batch_size"
+            )
+        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        lazy = [hasattr(array, "__dask_graph__") for array in plain]
+        if any(lazy) and not all(lazy):
+            raise InvalidInput("some arrays are lazy and some in memory; give all of one kind")
+        self._held: list[NDArray[Any]] | None = None
+        self._lazy: list[LazyChunks] = []
+        if not lazy[0]:
+            self._held = [np.asarray(array) for array in plain]
+            for array in self._held:
+                _check_finite(array, "X", 0)
+            return
+        self._lazy = [LazyChunks(array) for array in plain]
+        for chunks in self._lazy[1:]:
+            if chunks.sizes != self._lazy[0].sizes:
+                raise InvalidInput("the arrays' row chunks differ; rechunk them alike, or give views of the same run")
+        self._sizes = self._lazy[0].sizes
+        self._starts = np.cumsum((0, *self._sizes))
+        self._fits = 4 * sum(self.widths) * self.n_rows <= buffer_bytes
+        self._group_rows = buffer_bytes // (8 * sum(self.widths))
+        if not self._fits and world > len(self._sizes):
+            raise InvalidInput(f"{world} workers share {len(self._sizes)} chunks; use as many workers at most")
+
+    def batches(self, step: int = 0) -> Iterator[Batch]:
+        """Yield the batches from number `step` on."""
+        rest: Batch = tuple(np.empty((0, width), np.float32) for width in self.widths)
+        for group, order in self._groups(step * self.batch_size):
+
+            def taken(first: int, stop: int, group: list[NDArray[Any]] = group, order: Any = order) -> Batch:
+                places = slice(first, stop) if order is None else order[first:stop]
+                return tuple(array[places].astype(np.float32, copy=False) for array in group)
+
+            start, count = 0, len(group[0] if order is None else order)
+            if len(rest[0]):
+                start = min(self.batch_size - len(rest[0]), count)
+                rest = tuple(np.concatenate(pair) for pair in zip(rest, taken(0, start), strict=True))
+                if len(rest[0]) < self.batch_size:
                     continue
                 yield rest
-            stop = start + (len(order) - start) // self.batch_size * self.batch_size
+            stop = start + (count - start) // self.batch_size * self.batch_size
             for first in range(start, stop, self.batch_size):
-                yield group[order[first : first + self.batch_size]].astype(np.float32, copy=False)
-            rest = group[order[stop:]].astype(np.float32, copy=False)
+                yield taken(first, first + self.batch_size)
+            rest = tuple(array.copy() for array in taken(stop, count))
 
-    def _groups(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
-        """Rows in memory and the order in which to take them."""
-        if self._lazy and 4 * self.d_in * self.n_rows <= self.buffer_bytes:
-            self._held = self._lazy.read()
-        rng = np.random.default_rng(self.seed)
+    __iter__ = batches
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`."""
+        chunks = None if self._held is not None and not self._lazy else list(self._sizes)
+        return {
+            "rows": self.n_rows,
+            "widths": list(self.widths),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "workers": self.world,
+            "chunks": chunks,
+        }
+
+    def _groups(self, skip: int) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.int64] | None]]:
+        """Rows in memory and the order in which to take them (None: as they lie), from row `skip` on."""
+        if self._held is None and self._fits:
+            self._held = self._read(range(len(self._sizes)), None)
         if self._held is not None:
-            while True:
-                yield self._held, rng.permutation(self.n_rows)
+            yield from self._permutations(skip)
+        schedule = self._schedule(skip)
         with ThreadPoolExecutor(1, thread_name_prefix="sae-reader") as reader:
-            loads = self._loads(rng)
-            coming = reader.submit(next(loads).read)
+            key, chunks, skipped = next(schedule)
+            coming = reader.submit(self._read, chunks, key)
             while True:
-                group = coming.result()
-                coming = reader.submit(next(loads).read)
-                yield group, rng.permutation(len(group))
+                group, first = coming.result(), skipped
+                key, chunks, skipped = next(schedule)
+                coming = reader.submit(self._read, chunks, key)
+                yield [array[first:] for array in group], None
 
-    def _loads(self, rng: np.random.Generator) -> Iterator[LazyChunks]:
-        """Chunks to read together, of epoch after epoch; the generator of their order is its own."""
-        assert self._lazy is not None
-        rng = rng.spawn(1)[0]
-        sizes = self._lazy.sizes
-        limit = self.buffer_bytes // (8 * self.d_in)
+    def _permutations(self, skip: int) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.int64]]]:
+        assert self._held is not None
+        mine = len(range(self.rank, self.n_rows, self.world))
+        epoch, skip = divmod(skip, mine)
         while True:
-            for numbers in _filled(rng.permutation(len(sizes)), sizes, limit):
-                yield self._lazy.take(numbers)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+            yield self._held, order[self.rank :: self.world][skip:]
+            epoch, skip = epoch + 1, 0
+
+    def _schedule(self, skip: int) -> Iterator[tuple[list[int], list[int], int]]:
+        """Seed of the permutation, chunks, and rows to skip, of each group from row `skip` on."""
+        epoch = 0
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self._sizes))[self.rank :: self.world]
+            if skip >= (total := sum(self._sizes[number] for number in order)):
+                skip -= total
+            else:
+                for number, chunks in enumerate(_filled(order, self._sizes, self._group_rows)):
+                    rows = sum(self._sizes[chunk] for chunk in chunks)
+                    if skip >= rows:
+                        skip -= rows
+                        continue
+                    yield [self.seed, epoch, number, self.rank], chunks, skip
+                    skip = 0
+            epoch += 1
+
+    def _read(self, numbers: Iterable[int], key: list[int] | None) -> list[NDArray[Any]]:
+        """The chunks of each array, checked to be finite, one after another or permuted by the seed `key`."""
+        numbers = list(numbers)
+        total = sum(self._sizes[number] for number in numbers)
+        place = None if key is None else np.random.default_rng(key).permutation(total)
+        groups = []
+        for chunks, width in zip(self._lazy, self.widths, strict=True):
+            rows, filled = np.empty((total, width), np.float32), 0
+            for number in numbers:
+                part = chunks.take([number]).read()
+                _check_finite(part, f"chunk {number} of X", int(self._starts[number]))
+                here = slice(filled, filled + len(part))
+                rows[here if place is None else place[here]] = part
+                filled += len(part)
+            groups.append(rows)
+        return groups
+
+
+class GivenBatches:
+    """Batches that the caller made: an iterable of arrays, or of tuples or dicts of arrays aligned by row.
+
+    Resuming skips what was used, so the iterable has to begin where it began before. Iterators are read
+    once; of others the first batches are read again to set the threshold.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._given = batches
+        self.repeatable = not isinstance(batches, Iterator)
+        opening = iter(batches)
+        first = next(opening, None)
+        if first is None:
+            raise InvalidInput("X has no batches; give at least one")
+        self._opening: Iterator[Any] | None = opening
+        self._first = first
+        checked = _as_batch(first, None, 0)
+        self.batch_size, self.widths = len(checked[0]), tuple(rows.shape[1] for rows in checked)
+
+    def batches(self, step: int = 0) -> Iterator[Batch]:
+        """See `Source.batches`."""
+        if self._opening is None:
+            if not self.repeatable:
+                raise InvalidInput(
+                    "this iterable of batches can be read once only; give an array or run[hook] to resume"
+                )
+            stream, number = iter(self._given), 0
+        else:
+            stream, number = _chain(self._first, self._opening), 0
+            self._opening = None
+        for batch in stream:
+            if number >= step:
+                yield _as_batch(batch, self.widths, number)
+            number += 1
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`."""
+        return {"widths": list(self.widths), "batch_size": self.batch_size}
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _as_batch(batch: Any, widths: tuple[int, ...] | None, number: int) -> Batch:
+    parts = tuple(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
+    found: Batch = tuple(np.asarray(part, np.float32) for part in parts)
+    for position, rows in enumerate(found):
+        width = None if widths is None else widths[position]
+        if rows.ndim != 2 or width not in (None, rows.shape[1]):
+            raise InvalidInput(f"a batch has shape {rows.shape}; give (rows, {width or 'd_model'}), the same for all")
+        _check_finite(rows, f"batch {number}", None)
+    return found
+
+
+def _check_finite(rows: NDArray[Any], where: str, first: int | None) -> None:
+    with np.errstate(all="ignore"):
+        if np.isfinite(rows.sum(dtype=np.float32)):  # a NaN or infinity would be in the sum
+            return
+        bad = ~np.isfinite(rows).all(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        total = "" if first is None else f" (row {first + row:,} of all)" if first else ""
+        raise InvalidInput(
+            f"{where} holds NaN or infinity in {int(bad.sum()):,} rows, first in its row {row:,}{total}; "
+            "leave those rows out"
+        )
 
 
 def _filled(order: NDArray[np.int64], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -86,4 +265,5 @@ def _filled(order: NDArray[np.int64], sizes: Sequence[int], limit: int) -> Itera
             group, rows = [], 0
         group.append(number)
         rows += sizes[number]
-    yield group
+    if group:
+        yield group

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millpond.analysis import BatchTopKSae as BatchTopKSae
+    from millpond.analysis import Crosscoder as Crosscoder
+    from millpond.analysis import GatedSae as GatedSae
+    from millpond.analysis import JumpReluSae as JumpReluSae
     from millpond.analysis import LogisticProbe as LogisticProbe
+    from millpond.analysis import MatryoshkaSae as MatryoshkaSae
     from millpond.analysis import PcaReducer as PcaReducer
+    from millpond.analysis import ReluSae as ReluSae
+    from millpond.analysis import Sae as Sae
+    from millpond.analysis import SkipTranscoder as SkipTranscoder
+    from millpond.analysis import TopKSae as TopKSae
+    from millpond.analysis import Transcoder as Transcoder
+    from millpond.analysis import train_together as train_together
     from millpond.capture.params import capture_params as capture_params
     from millpond.store.errors import MillpondError as MillpondError
     from millpond.store.lake import Lake as Lake
@@ -23,26 +33,46 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BatchTopKSae": ("millpond.analysis", "BatchTopKSae"),
+    "Crosscoder": ("millpond.analysis", "Crosscoder"),
+    "GatedSae": ("millpond.analysis", "GatedSae"),
+    "JumpReluSae": ("millpond.analysis", "JumpReluSae"),
     "Lake": ("millpond.store.lake", "Lake"),
     "LogisticProbe": ("millpond.analysis", "LogisticProbe"),
+    "MatryoshkaSae": ("millpond.analysis", "MatryoshkaSae"),
     "MillpondError": ("millpond.store.errors", "MillpondError"),
     "PcaReducer": ("millpond.analysis", "PcaReducer"),
+    "ReluSae": ("millpond.analysis", "ReluSae"),
     "Result": ("millpond.store.result", "Result"),
     "Run": ("millpond.store.run", "Run"),
+    "Sae": ("millpond.analysis", "Sae"),
+    "SkipTranscoder": ("millpond.analysis", "SkipTranscoder"),
+    "TopKSae": ("millpond.analysis", "TopKSae"),
+    "Transcoder": ("millpond.analysis", "Transcoder"),
     "capture_params": ("millpond.capture.params", "capture_params"),
     "open": ("millpond.store.lake", "open_lake"),
+    "train_together": ("millpond.analysis", "train_together"),
 }
 
 __all__ = [
     "BatchTopKSae",
+    "Crosscoder",
+    "GatedSae",
+    "JumpReluSae",
     "Lake",
     "LogisticProbe",
+    "MatryoshkaSae",
     "MillpondError",
     "PcaReducer",
+    "ReluSae",
     "Result",
     "Run",
+    "Sae",
+    "SkipTranscoder",
+    "TopKSae",
+    "Transcoder",
     "capture_params",
     "open",
+    "train_together",
 ]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 
 import tyro
 
+from millpond.analysis.sae.commands import SaeCommand
 from millpond.store.errors import InvalidInput, LakeCorrupt, MillpondError
 
 if TYPE_CHECKING:
@@ -494,6 +495,7 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     "seal": Seal,
     "rm": Rm,
     "demo": Demo,
+    "sae": SaeCommand,
 }
 
 
@@ -526,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "millpond: interrupted; an open run keeps what was committed (millpond capture --resume)", file=sys.stderr
+            "millpond: interrupted; what was committed is kept, the same command with --resume goes on", file=sys.stderr
         )
         return 130
     return code

@@ -18,15 +18,15 @@ def numbered(chunk=70):
 
 def rows_of(batches, count):
     taken = list(itertools.islice(batches, count))
-    return np.concatenate(taken)[:, 0]
+    return np.concatenate([batch[0] for batch in taken])[:, 0]
 
 
 @pytest.mark.parametrize("buffer_bytes", [1 << 20, 300 * 4 * D, 1], ids=["all in memory", "a few chunks", "one chunk"])
 @pytest.mark.parametrize("batch_size", [64, 100, 333])
 def test_every_row_comes_once_an_epoch(buffer_bytes, batch_size):
-    batches = ShuffledBatches(numbered(), batch_size, seed=0, buffer_bytes=buffer_bytes)
+    batches = ShuffledBatches([numbered()], batch_size, seed=0, buffer_bytes=buffer_bytes)
     rows = rows_of(batches, 3 * N // batch_size)
-    assert all(len(batch) == batch_size for batch in itertools.islice(batches, 5))
+    assert all(len(batch[0]) == batch_size for batch in itertools.islice(batches, 5))
     for epoch in range(len(rows) // N):
         np.testing.assert_array_equal(np.sort(rows[epoch * N : (epoch + 1) * N]), np.arange(N))
     assert not np.array_equal(rows[:900], np.arange(900))
@@ -34,24 +34,53 @@ def test_every_row_comes_once_an_epoch(buffer_bytes, batch_size):
 
 def test_the_seed_decides_the_order():
     def order(seed):
-        return rows_of(ShuffledBatches(numbered(), 50, seed=seed, buffer_bytes=200 * 4 * D), 40)
+        return rows_of(ShuffledBatches([numbered()], 50, seed=seed, buffer_bytes=200 * 4 * D), 40)
 
     np.testing.assert_array_equal(order(0), order(0))
     assert not np.array_equal(order(0), order(1))
 
 
 def test_a_small_buffer_mixes_several_chunks():
-    batches = ShuffledBatches(numbered(chunk=50), 50, seed=0, buffer_bytes=2 * 250 * 4 * D)
+    batches = ShuffledBatches([numbered(chunk=50)], 50, seed=0, buffer_bytes=2 * 250 * 4 * D)
     first = rows_of(batches, 1)
     assert len(np.unique(first // 50)) > 2
 
 
 def test_a_batch_may_be_larger_than_a_group():
-    batches = ShuffledBatches(numbered(chunk=10), 700, seed=0, buffer_bytes=1)
+    batches = ShuffledBatches([numbered(chunk=10)], 700, seed=0, buffer_bytes=1)
     rows = rows_of(batches, 10)
     np.testing.assert_array_equal(np.bincount(rows.astype(int), minlength=N), np.full(N, 7))
 
 
 def test_too_few_rows_for_a_batch_are_refused():
     with pytest.raises(InvalidInput, match="1,000 rows, less than one batch of 1,001"):
-        ShuffledBatches(numbered(), 1001, seed=0, buffer_bytes=1 << 20)
+        ShuffledBatches([numbered()], 1001, seed=0, buffer_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("buffer_bytes", [1 << 20, 300 * 4 * D, 1], ids=["all in memory", "a few chunks", "one chunk"])
+@pytest.mark.parametrize("step", [1, 7, 15, 16, 47])
+def test_any_step_can_be_reached(buffer_bytes, step):
+    batches = ShuffledBatches([numbered()], 64, seed=3, buffer_bytes=buffer_bytes)
+    through = rows_of(batches.batches(), step + 20)
+    np.testing.assert_array_equal(rows_of(batches.batches(step), 20), through[64 * step :])
+
+
+@pytest.mark.parametrize("buffer_bytes", [1 << 20, 1], ids=["all in memory", "one chunk"])
+def test_ranks_share_the_rows_of_an_epoch(buffer_bytes):
+    parts = []
+    for rank in range(3):
+        batches = ShuffledBatches([numbered(chunk=50)], 10, seed=0, buffer_bytes=buffer_bytes, rank=rank, world=3)
+        parts.append(rows_of(batches.batches(), 33)[: 334 if buffer_bytes > 1 else 300])
+    rows = np.concatenate(parts)
+    assert len(np.unique(rows)) == len(rows)
+
+
+def test_hooks_stay_aligned_and_others_are_refused():
+    doubled = numbered() * 2
+    source = ShuffledBatches([numbered(), doubled], 64, seed=0, buffer_bytes=300 * 4 * D)
+    for first, second in itertools.islice(source.batches(), 20):
+        np.testing.assert_array_equal(second, 2 * first)
+    with pytest.raises(InvalidInput, match="1,000 and 900 rows"):
+        ShuffledBatches([numbered(), numbered()[:900]], 64, seed=0, buffer_bytes=1)
+    with pytest.raises(InvalidInput, match="chunks differ"):
+        ShuffledBatches([numbered(), numbered(chunk=50)], 64, seed=0, buffer_bytes=1)
