@@ -7,7 +7,9 @@ MillpondError
 │   ├── RunNotFound       the lake holds no run of that name
 │   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
+│   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
 │   └── PromptTooLong     a prompt does not fit the model's context
+├── Cancelled             the caller stopped it
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
 └── RunOpen               the operation needs a sealed run
@@ -50,8 +52,16 @@ class RunExists(InvalidInput):
     """The lake already holds a run of that name."""
 
 
+class MemoryTooSmall(InvalidInput):
+    """A worker cannot hold what an analysis needs; nothing was run."""
+
+
 class PromptTooLong(InvalidInput):
     """A prompt does not fit the model's context."""
+
+
+class Cancelled(MillpondError):
+    """The caller stopped it."""
 
 
 class CaptureFailed(MillpondError):

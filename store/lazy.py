@@ -27,6 +27,10 @@ class _ReadBlock:
     def __call__(self, block: Block) -> NDArray[Any]:
         return self.plan.read(self.name, block)
 
+    def stored(self, block: Block) -> NDArray[Any]:
+        """The same rows in their stored data type, for readers that decode them where they use them."""
+        return self.plan.read_stored(self.name, block)
+
 
 def block_array(
     plan: RowPlan, read: Reader, name: str, dtype: np.dtype[Any], columns: int | None = None
