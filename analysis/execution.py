@@ -15,7 +15,6 @@ from millpond.analysis.aligned import Box, hold, read_ahead
 from millpond.analysis.passes import (
     Pass,
     Settings,
-    add,
     check_cancelled,
     check_memory,
     map_range,
@@ -49,7 +48,7 @@ def run_in_threads(
     def run(number: int, span: tuple[int, int]) -> Any:
         one = passes[number]
         blocks = read_ahead(one.rows.sources, one.rows.blocks[slice(*span)], one.rows.local_memory(), stop)
-        return map_range((one.function, one.combine, one.state), blocks, lambda: report(1))
+        return map_range(one.mapping, one.state, blocks, lambda: report(1))
 
     trees = [_Tree(one) for one in passes]
     waiting = iter(tasks)
@@ -77,7 +76,7 @@ class _Tree:
     """Combines the statistics of tasks in the binary tree over their order, as they come."""
 
     def __init__(self, one: Pass) -> None:
-        self.combine = one.combine or add
+        self.combine = one.mapping[1]
         self.widths = _widths(one.n_tasks)
         self.waiting: dict[tuple[int, int], Any] = {}
         self.total: Any = None
@@ -168,7 +167,7 @@ def _graph(client: Any, one: Pass, token: str) -> Any:
 
     spans = one.ranges()
     # as bytes: what a worker cannot import then fails in the task, and not in the worker's connection
-    what = hold(client, [(dumps((one.function, one.combine or add)), one.state)])[0]
+    what = hold(client, [(dumps(one.mapping), one.state)])[0]
     rows = one.rows.on(client)
     blocks = one.rows.blocks
     bounds = [(blocks[first].start, blocks[last - 1].stop) for first, last in spans]
@@ -196,15 +195,15 @@ def _map_task(what: Box, rows: Box, span: tuple[int, int], first_row: int, token
 
     tick = _Tick(worker, token)
     packed, state = what.value
-    function, combine = pickle.loads(packed)  # noqa: S301  # from our own client
-    total = map_range((function, combine, state), read_ahead(sources, all_blocks[slice(*span)], memory, stop), tick)
+    mapping = pickle.loads(packed)  # noqa: S301  # from our own client
+    total = map_range(mapping, state, read_ahead(sources, all_blocks[slice(*span)], memory, stop), tick)
     tick.send()
     return Box(total)
 
 
 def _combine_task(what: Box, left: Box, right: Box) -> Box:
     _limit_threads(_worker())
-    _, combine = pickle.loads(what.value[0])  # noqa: S301
+    _, combine, _ = pickle.loads(what.value[0])  # noqa: S301
     return Box(combine(left.value, right.value))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ __all__ = [
 MapFunction = Callable[..., Any]
 """`(state, *blocks) -> statistics`; picklable, pure, returns arrays, numbers, or dicts and tuples of them."""
 Combine = Callable[[Any, Any], Any]
+Mapping = tuple[MapFunction, Combine, bool]
+"""Function, how its statistics combine, and whether it accumulates."""
 
 SMALL_RESULT = 1 << 20
 """Statistics below this size (bytes) need no place in the plan."""
@@ -50,6 +53,9 @@ class Pass:
     """How two neighbouring statistics become one; `add` when not given. It must not change its arguments."""
     result_bytes: int = 0
     """Size of the statistics of one block; to be given if it may pass `SMALL_RESULT`."""
+    accumulate: bool = False
+    """`function(state)` makes an object that takes in one block after another, `update(*blocks)`, and gives the
+    statistics of a task, `result()`: for what needs more rows at once than a block has, or is large."""
     scratch_bytes: int = 0
     """What `function` needs beside the block, a copy of it and the statistics."""
 
@@ -61,6 +67,11 @@ class Pass:
         if self.result_bytes > SMALL_RESULT:
             tasks = min(tasks, max(4, RESULTS_BYTES // self.result_bytes))
         return tasks
+
+    @property
+    def mapping(self) -> Mapping:
+        """What is done with the rows."""
+        return self.function, self.combine or add, self.accumulate
 
     def ranges(self) -> list[tuple[int, int]]:
         """The first block of each task and the one after its last."""
@@ -192,16 +203,21 @@ class _Report:
             self(self.total - self.done)
 
 
-def map_range(
-    one: tuple[MapFunction, Combine | None, Any], blocks: Iterator[list[Any]], tick: Callable[[], None]
-) -> Any:
+def map_range(one: Mapping, state: Any, blocks: Iterator[list[Any]], tick: Callable[[], None]) -> Any:
     """Statistics of one task: its blocks mapped and combined one after another."""
-    function, combine, state = one
+    function, combine, accumulate = one
     total: Any = None
+    if accumulate:
+        sums = function(state)
+        for arrays in blocks:
+            sums.update(*arrays)
+            del arrays
+            tick()
+        return sums.result()
     for number, arrays in enumerate(blocks):
         found = function(state, *arrays)
         del arrays
-        total = found if number == 0 else (combine or add)(total, found)
+        total = found if number == 0 else combine(total, found)
         tick()
     return total
 
@@ -237,15 +253,24 @@ def statistics_bytes(value: Any) -> int:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Blocks already use every core; threads inside BLAS would only wait for each other.
+    """One thread for BLAS, and for PyTorch if it is loaded, in this process.
 
-    The small factorisations between passes gain little from a second thread, and lose much on a busy machine.
+    Blocks already use every core; threads inside BLAS would only wait for each other. The small factorisations
+    between passes gain little from a second thread, and lose much on a busy machine.
     """
     import scipy.linalg  # noqa: F401  # threadpool_limits sees only the BLAS copies that are loaded; SciPy brings its own
     from threadpoolctl import threadpool_limits
 
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
     with threadpool_limits(1, user_api="blas"):
-        yield
+        if torch:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if torch:
+                torch.set_num_threads(threads)
 
 
 def _active_client() -> Any:
