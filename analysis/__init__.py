@@ -7,16 +7,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from millpond.analysis.pca import PcaReducer
     from millpond.analysis.probes.logistic import LogisticProbe
+    from millpond.analysis.probes.means import LdaProbe, MassMeanProbe
+    from millpond.analysis.probes.ridge import RidgeProbe
     from millpond.analysis.sae.batchtopk import BatchTopKSae
+    from millpond.analysis.selection import select_tokens
     from millpond.analysis.sweep import Sweep
 
-__all__ = ["BatchTopKSae", "LogisticProbe", "PcaReducer", "Sweep"]
+__all__ = [
+    "BatchTopKSae",
+    "LdaProbe",
+    "LogisticProbe",
+    "MassMeanProbe",
+    "PcaReducer",
+    "RidgeProbe",
+    "Sweep",
+    "select_tokens",
+]
 
 _HOMES = {
     "BatchTopKSae": "millpond.analysis.sae.batchtopk",
+    "LdaProbe": "millpond.analysis.probes.means",
     "LogisticProbe": "millpond.analysis.probes.logistic",
+    "MassMeanProbe": "millpond.analysis.probes.means",
     "PcaReducer": "millpond.analysis.pca",
+    "RidgeProbe": "millpond.analysis.probes.ridge",
     "Sweep": "millpond.analysis.sweep",
+    "select_tokens": "millpond.analysis.selection",
 }
 
 

@@ -8,6 +8,10 @@ MillpondError
 │   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
+│   ├── OneClass          labels hold one class where two are needed
+│   ├── MissingLabels     rows or prompts have no label, or NaN
+│   ├── UnknownPrompts    labels name prompts that the run does not have
+│   ├── OverlappingGroups training and test part share prompts or groups
 │   └── PromptTooLong     a prompt does not fit the model's context
 ├── Cancelled             the caller stopped it
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
@@ -54,6 +58,20 @@ class RunExists(InvalidInput):
 
 class MemoryTooSmall(InvalidInput):
     """A worker cannot hold what an analysis needs; nothing was run."""
+class OneClass(InvalidInput):
+    """Labels hold one class where two are needed."""
+
+
+class MissingLabels(InvalidInput):
+    """Rows or prompts have no label, or NaN."""
+
+
+class UnknownPrompts(InvalidInput):
+    """Labels name prompts that the run does not have."""
+
+
+class OverlappingGroups(InvalidInput):
+    """Training and test part share prompts or groups."""
 
 
 class PromptTooLong(InvalidInput):

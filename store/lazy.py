@@ -71,6 +71,7 @@ def activations(plan: RowPlan, hook: str) -> xr.DataArray:
     data = block_array(plan, _ReadBlock(plan, hook), hook, np.dtype(np.float32), spec.d_model)
     attributes = {
         "run": spec.name,
+        "run_id": spec.id,
         "hook": hook,
         "model": spec.provenance.get("model", ""),
         "dtype": spec.dtype,

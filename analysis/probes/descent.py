@@ -2,61 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from millpond.analysis.probes.targets import Problem
+
 Vector = NDArray[np.float64]
 
-FULL_RANK = 2048
-"""Above this width the metric keeps only the largest `FULL_RANK // 2` principal directions exactly."""
 PATIENCE = 15
-"""Passes before a problem's metric becomes its Hessian; renewed after each third of that."""
-_MEMORY = 12
+"""Passes before a binary problem's metric becomes its Hessian; renewed after each third of that."""
+MEMORY = 12
 """Steps that L-BFGS remembers."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One probe to fit: a column of the labels and an inverse regularisation strength."""
-
-    label: int
-    C: float
 
 
 class Metric:
     """Solves (q K + lambda I) w = g for many q and lambda from one factorisation of K = V diag(values) V' + tail."""
 
-    def __init__(self, gram: Vector, n: int) -> None:
+    def __init__(self, values: Vector, vectors: Vector, tail: float = 0.0) -> None:
+        self.values, self.vectors, self.tail = np.maximum(values, 0.0), vectors, tail
+
+    @classmethod
+    def of(cls, covariance: Vector) -> Metric:
+        """The metric of a whole covariance matrix."""
         import scipy.linalg
 
-        d = len(gram)
-        self.n = n
-        if d <= FULL_RANK:
-            values, self.vectors = scipy.linalg.eigh(gram, driver="evd")
-            self.tail = 0.0
-        else:
-            values, self.vectors = _leading(gram, FULL_RANK // 2)
-            self.tail = max(float(np.trace(gram) - values.sum()), 0.0) / (d - len(values))
-        self.values = np.maximum(values, 0.0)
+        return cls(*scipy.linalg.eigh(covariance, driver="evd", check_finite=False))
 
-    def solve(self, columns: Vector, curvature: Sequence[float], penalty: Sequence[float]) -> Vector:
-        """Apply the inverse to each column (weights, then intercept); `curvature` is the sum of p (1 - p)."""
-        q, ridge = np.asarray(curvature) / self.n, np.asarray(penalty)
-        flat = 1 / (q * self.tail + ridge)
-        steep = 1 / (self.values[:, None] * q + ridge) - flat
+    @classmethod
+    def of_sketch(cls, sketch: Vector, probe: Vector, trace: float) -> Metric:
+        """From `sketch` = K `probe` (Nyström; Tropp, Yurtsever, Udell and Cevher, 2017, algorithm 3)."""
+        import scipy.linalg
+
+        nudge = np.sqrt(len(sketch)) * np.finfo(np.float32).eps * float(np.linalg.norm(sketch)) + 1e-300
+        core = probe.T @ sketch
+        core = (core + core.T) / 2 + nudge * (probe.T @ probe)
+        half = scipy.linalg.solve_triangular(
+            scipy.linalg.cholesky(core, lower=True), (sketch + nudge * probe).T, lower=True
+        ).T
+        vectors, roots, _ = scipy.linalg.svd(half, full_matrices=False)
+        values = np.maximum(roots**2 - nudge, 0.0)
+        return cls(values, vectors, max(trace - float(values.sum()), 0.0) / max(len(sketch) - len(values), 1))
+
+    def solve(self, columns: Vector, curvature: Vector, penalty: Vector) -> Vector:
+        """Apply the inverse to each column (weights, then intercept); each has its `curvature` q and `penalty`."""
+        flat = 1 / (curvature * self.tail + penalty)
+        steep = 1 / (self.values[:, None] * curvature + penalty) - flat
         weights = columns[:-1]
         out = np.empty_like(columns)
         out[:-1] = weights * flat + self.vectors @ (steep * (self.vectors.T @ weights))
-        out[-1] = columns[-1] / np.maximum(np.asarray(curvature), 1e-12 * self.n)
+        floor = 1e-9 * float(curvature.max())
+        out[-1] = np.where(curvature > floor, columns[-1] / np.maximum(curvature, floor), 0.0)
         return out
 
 
 class Hessian:
-    """The Hessian of one problem at one point, weights bordered by the intercept."""
+    """The Hessian of one binary problem at one point, weights bordered by the intercept."""
 
     def __init__(self, outer: Vector, first: Vector, total: float) -> None:
         self.outer, self.first, self.total = outer, first, total
@@ -70,44 +73,48 @@ class Hessian:
             schur = self.outer - np.outer(self.first, self.first) / self.total
             schur[np.diag_indices_from(schur)] += penalty
             self._factor = scipy.linalg.cho_factor(schur)
-        weights = scipy.linalg.cho_solve(self._factor, column[:-1] - self.first * (column[-1] / self.total))
-        return np.append(weights, (column[-1] - self.first @ weights) / self.total)
+        weights = scipy.linalg.cho_solve(self._factor, column[:-1, 0] - self.first * (column[-1, 0] / self.total))
+        return np.append(weights, (column[-1, 0] - self.first @ weights) / self.total)[:, None]
 
 
-def _leading(gram: Vector, rank: int) -> tuple[Vector, Vector]:
-    """The largest eigenpairs by subspace iteration (Halko, Martinsson and Tropp, 2011), to preconditioning accuracy."""
-    import scipy.linalg
+@dataclass(frozen=True)
+class Start:
+    """Where a problem starts: no weights, and the intercepts that the class frequencies give."""
 
-    basis = np.random.default_rng(0).standard_normal((len(gram), rank))
-    for _ in range(4):
-        basis, _ = scipy.linalg.qr(gram @ basis, mode="economic")
-    values, turn = scipy.linalg.eigh(basis.T @ gram @ basis)
-    return values, basis @ turn
+    point: Vector
+    """(d + 1, k): weights, then intercepts of centred rows; one column for two classes, else one a class."""
+    value: float
+    gradient: Vector
+    curvature: Vector
+    """Sum over rows of the loss's second derivative by the scores, (k, k)."""
+    n: float
+    """Sum of the rows' weights."""
 
 
 class Descent:
-    """L-BFGS for one problem, driven from outside: `trial` is evaluated in a pass and handed to `observe`."""
+    """L-BFGS for one problem, driven from outside: `trial` is evaluated in a pass and handed to `observe`.
 
-    def __init__(
-        self, problem: Problem, pull: Vector, positive: float, n: int, metric: Metric, fit_intercept: bool, tol: float
-    ) -> None:
-        self.problem, self.tol = problem, tol
+    After `stall` steps that did not get shorter than half the shortest, rounding is taken to be the limit.
+    """
+
+    def __init__(self, problem: Problem, start: Start, tol: float, stall: int, memory: int = MEMORY) -> None:
+        self.problem, self.tol, self.stall, self.memory = problem, tol, stall, memory
+        self.penalty = 1 / problem.strength
         self.n_iter, self.backtracks = 0, 0
         self.converged = self.finished = False
         self.pairs: list[tuple[Vector, Vector, float]] = []
         self.hessian: Hessian | None = None
         self.renew_at = PATIENCE
         self.shortest, self.stalled = np.inf, 0
-        rate = positive / n if fit_intercept else 0.5
-        self.point = np.append(np.zeros(len(pull)), np.log(rate / (1 - rate)) if fit_intercept else 0.0)
-        self.value = -n * (rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
-        self.gradient = np.append(-pull, 0.0)
-        self.curvature = n * rate * (1 - rate)
-        direction = metric.solve(-self.gradient[:, None], [self.curvature], [1 / problem.C])[:, 0]
-        # the least-squares step, lengthened to the discriminant's: within-class instead of total covariance
-        explained = float(direction[:-1] @ pull) / n
-        self.direction = direction / max(1 - explained, 0.1)
-        self.step = 1.0
+        self.start = start
+        self.point, self.value, self.gradient = start.point, start.value, start.gradient
+        self.curvature = start.curvature
+        self.direction, self.step = np.zeros_like(self.point), 1.0
+
+    @property
+    def k(self) -> int:
+        """Score columns."""
+        return int(self.point.shape[1])
 
     @property
     def trial(self) -> Vector:
@@ -117,23 +124,32 @@ class Descent:
     @property
     def stale(self) -> bool:
         """Whether the metric should become the Hessian at `point`."""
-        return self.n_iter >= self.renew_at and self.step == 1.0
+        return self.k == 1 and self.n_iter >= self.renew_at and self.step == 1.0
+
+    def begin(self, direction: Vector) -> None:
+        """Take the first direction, the least-squares step, lengthened to the discriminant's.
+
+        That has the covariance within classes in place of the total one.
+        """
+        weights = max(self.k - 1, 1)
+        explained = -float(np.vdot(direction[:-1], self.gradient[:-1])) / self.start.n / weights
+        self.direction = direction / max(1 - explained, 0.1)
 
     def renew(self, hessian: Hessian) -> None:
         """Go on from `point` with `hessian` as the metric."""
         self.hessian, self.pairs = hessian, []
         self.renew_at = self.n_iter + max(1, PATIENCE // 3)
-        self.two_loop_second(hessian.solve(self.two_loop_first(), 1 / self.problem.C))
+        self.two_loop_second(hessian.solve(self.two_loop_first(), self.penalty))
 
-    def observe(self, loss: float, gradient: Vector, curvature: float) -> bool:
+    def observe(self, loss: float, gradient: Vector, curvature: Vector) -> bool:
         """Take the trial point or shorten the step; True when a new direction is wanted."""
         self.n_iter += 1
         trial = self.trial
-        penalty = 1 / self.problem.C
-        value = loss + 0.5 * penalty * float(trial[:-1] @ trial[:-1])
-        gradient = gradient + penalty * np.append(trial[:-1], 0.0)
-        slope = float(self.gradient @ self.direction)
-        new_slope = float(gradient @ self.direction)
+        value = loss + 0.5 * self.penalty * float(np.vdot(trial[:-1], trial[:-1]))
+        gradient = gradient.copy()
+        gradient[:-1] += self.penalty * trial[:-1]
+        slope = float(np.vdot(self.gradient, self.direction))
+        new_slope = float(np.vdot(gradient, self.direction))
         falls = value <= self.value + 1e-4 * self.step * slope
         # near the optimum the loss is rounded more coarsely than it falls; its slope is not
         flat = value <= self.value + 1e-6 * abs(self.value) and abs(new_slope) <= 0.9 * abs(slope)
@@ -145,18 +161,18 @@ class Descent:
                 self.finished = True
             return False
         moved, turned = trial - self.point, gradient - self.gradient
-        if (bend := float(moved @ turned)) > 0:
-            self.pairs = [*self.pairs, (moved, turned, 1 / bend)][-_MEMORY:]
+        if (bend := float(np.vdot(moved, turned))) > 0:
+            self.pairs = [*self.pairs, (moved, turned, 1 / bend)][-self.memory :]
         self.point, self.value, self.gradient, self.curvature = trial, value, gradient, curvature
         self.backtracks = 0
         return True
 
     def two_loop_first(self) -> Vector:
-        """The column to which the inverse metric is to be applied."""
+        """The columns to which the inverse metric is to be applied."""
         q = self.gradient.copy()
         self._alphas = []
         for moved, turned, rho in reversed(self.pairs):
-            alpha = rho * float(moved @ q)
+            alpha = rho * float(np.vdot(moved, q))
             self._alphas.append(alpha)
             q -= alpha * turned
         return q
@@ -165,12 +181,13 @@ class Descent:
         """Take a new direction, or the last step, from what the inverse metric gave."""
         r = r.copy()
         for (moved, turned, rho), alpha in zip(self.pairs, reversed(self._alphas), strict=True):
-            r += moved * (alpha - rho * float(turned @ r))
+            r += moved * (alpha - rho * float(np.vdot(turned, r)))
         self.direction, self.step = -r, 1.0
         size, weights = float(np.linalg.norm(r[:-1])), float(np.linalg.norm(self.point[:-1]))
-        length = max(size / max(weights, 1e-300), abs(float(r[-1])) / max(1.0, abs(float(self.point[-1]))))
+        intercept = float(np.abs(r[-1]).max()) / max(1.0, float(np.abs(self.point[-1]).max()))
+        length = max(size / max(weights, 1e-300), intercept)
         self.stalled = 0 if length < self.shortest / 2 else self.stalled + 1
         self.shortest = min(self.shortest, length)
-        if length <= self.tol or (length <= 1e-4 and self.stalled >= 6):
+        if length <= self.tol or (length <= 1e-4 and self.stalled >= self.stall):
             self.point = self.trial
             self.converged = self.finished = True
