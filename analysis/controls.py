@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from millpond.analysis.passes import Pass, run_passes
 from millpond.analysis.probes.linear import Linear
-from millpond.analysis.probes.moments import shifted
+from millpond.analysis.probes.moments import parts
 from millpond.analysis.probes.targets import Design, Layout
+from millpond.analysis.tiles import Rows, decoded
 
 Vector = NDArray[np.float64]
 
@@ -35,14 +36,14 @@ def random_directions(
     The direction is Gaussian in activations divided by their standard deviations (of the first rows).
     Scores are oriented by the class means of the training rows, or for numbers regressed on them.
     """
-    looks = [Pass(design.targets.align(design.X).head(4096), _deviation) for design in designs]
+    looks = [Pass(design.rows.head(4096), _deviation) for design in designs]
     todo, directions = [], []
     for design, shift, deviation in zip(designs, shifts, run_passes(looks, progress=False), strict=True):
         rng = np.random.default_rng([seed, zlib.crc32(design.name.encode())])
         direction = rng.standard_normal(len(shift)) / np.where(deviation > 0, deviation, 1.0)
         directions.append(direction / np.linalg.norm(direction))
         state = {"shift": shift, "exact": False, "layout": design.targets.layout, "direction": directions[-1]}
-        todo.append(Pass(design.targets.align(design.X), _project, state))
+        todo.append(Pass(design.rows, _project, state))
     found = run_passes(todo, description="random directions", progress=progress)
     return [
         [_oriented(direction, shift, sums, design.targets.layout, label) for label in labels]
@@ -50,16 +51,17 @@ def random_directions(
     ]
 
 
-def _deviation(state: None, x: NDArray[Any], *_: NDArray[Any]) -> Vector:
-    return np.asarray(shifted(x, {"shift": np.zeros(x.shape[1]), "exact": True}).std(axis=0))
+def _deviation(state: None, x: Rows, *_: NDArray[Any]) -> Vector:
+    return np.asarray(decoded(x).std(axis=0, dtype=np.float64))
 
 
-def _project(state: dict[str, Any], x: NDArray[Any], *blocks: NDArray[Any]) -> tuple[Vector, Vector, float]:
+def _project(state: dict[str, Any], x: Rows, *blocks: NDArray[Any]) -> tuple[Vector, Vector, float]:
     """Sums of the indicators of all labels, of them times the projection, and of the projection squared."""
     layout: Layout = state["layout"]
     columns, _, _ = layout.unpack(blocks)
-    part = shifted(x, state)
-    z = (part @ state["direction"].astype(part.dtype)).astype(np.float64)
+    z = np.empty(len(x))
+    for where, part in parts(x, state):
+        z[where] = part @ state["direction"].astype(part.dtype)
     indicators = layout.indicators(columns, np.float64)
     return indicators.sum(axis=0), z @ indicators, float(z @ z)
 

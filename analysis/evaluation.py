@@ -13,6 +13,7 @@ from millpond.analysis.metrics import Evaluation, Tally, Task, check_scores, gro
 from millpond.analysis.passes import AlignedRows, InMemory, Pass, run_pass
 from millpond.analysis.probes import inputs
 from millpond.analysis.probes.linear import Linear, scores, stack
+from millpond.analysis.tiles import Rows
 from millpond.store.errors import InvalidInput, OneClass, OverlappingGroups
 from millpond.store.result import Result
 
@@ -152,13 +153,13 @@ def judge(
         ]
         exact = any(one.task.kind == "regression" for one in some)
         state = (stack([one.linear for one in some], exact=exact), jobs)
-        rows = AlignedRows(X, of_group, *(held[number] for number in wanted))
+        rows = AlignedRows(X, of_group, *(held[number] for number in wanted), stored=True)
         tallies = run_pass(Pass(rows, _tally, state, merge_all), description="evaluation", progress=progress)
         out += [tally.finish(n_bootstrap=n_bootstrap, seed=seed, fpr=fpr) for tally in tallies]
     return out
 
 
-def _tally(state: Any, x: NDArray[Any], group: NDArray[Any], *columns: NDArray[Any]) -> list[Tally]:
+def _tally(state: Any, x: Rows, group: NDArray[Any], *columns: NDArray[Any]) -> list[Tally]:
     linear, jobs = state
     z = scores(linear, x)
     check_scores(z)

@@ -58,6 +58,8 @@ class RunExists(InvalidInput):
 
 class MemoryTooSmall(InvalidInput):
     """A worker cannot hold what an analysis needs; nothing was run."""
+
+
 class OneClass(InvalidInput):
     """Labels hold one class where two are needed."""
 

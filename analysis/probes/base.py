@@ -16,6 +16,7 @@ from millpond.analysis.passes import AlignedRows, Pass, join, run_pass
 from millpond.analysis.probes import inputs
 from millpond.analysis.probes.linear import Linear, scores, stack
 from millpond.analysis.probes.targets import Design, Problem, Targets
+from millpond.analysis.tiles import Rows
 from millpond.store.errors import InvalidInput, OneClass
 from millpond.store.result import Result
 
@@ -231,7 +232,7 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
         """Scores (rows, k)."""
         check_is_fitted(self)
         X = self._check_rows(X, reset=False)
-        one = Pass(AlignedRows(X), _score, stack([self._linear], exact=not self.predicts_classes), join)
+        one = Pass(AlignedRows(X, stored=True), _score, stack([self._linear], exact=not self.predicts_classes), join)
         return np.concatenate(run_pass(one, description="probe scores", progress=self.progress))
 
     def _cv(self) -> int:
@@ -353,12 +354,12 @@ def cross_validate(
     """Mean loss of each problem on the rows of the fold it has not seen, in one pass."""
     linear = stack(found, exact=not probe.predicts_classes)
     state = (linear, [len(one.coef) for one in found], list(problems), design.targets.layout, probe.held_out_loss)
-    one = Pass(design.targets.align(design.X), _held_out, state)
+    one = Pass(design.rows, _held_out, state)
     loss, weight = run_pass(one, description="cross-validation", progress=probe.progress)
     return np.asarray(loss / weight)
 
 
-def _held_out(state: Any, x: NDArray[Any], *blocks: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _held_out(state: Any, x: Rows, *blocks: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     linear, widths, problems, layout, loss_of = state
     columns, weights, folds = layout.unpack(blocks)
     z = scores(linear, x).astype(np.float64)
@@ -372,7 +373,7 @@ def _held_out(state: Any, x: NDArray[Any], *blocks: NDArray[Any]) -> tuple[NDArr
     return loss, weight
 
 
-def _score(state: Any, x: NDArray[Any]) -> list[NDArray[Any]]:
+def _score(state: Any, x: Rows) -> list[NDArray[Any]]:
     return [scores(state, x)]
 
 

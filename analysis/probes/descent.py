@@ -8,21 +8,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from millpond.analysis.gram import whole
 from millpond.analysis.probes.targets import Problem
 
 Vector = NDArray[np.float64]
 
 PATIENCE = 15
 """Passes before a binary problem's metric becomes its Hessian; renewed after each third of that."""
-MEMORY = 12
+_MEMORY = 12
 """Steps that L-BFGS remembers."""
 
 
 class Metric:
-    """Solves (q K + lambda I) w = g for many q and lambda from one factorisation of K = V diag(values) V' + tail."""
+    """Solves (q K + lambda I) w = g for many q and lambda from one factorisation of K = V diag(values) V'."""
 
-    def __init__(self, values: Vector, vectors: Vector, tail: float = 0.0) -> None:
-        self.values, self.vectors, self.tail = np.maximum(values, 0.0), vectors, tail
+    def __init__(self, values: Vector, vectors: Vector) -> None:
+        self.values, self.vectors = np.maximum(values, 0.0), vectors
 
     @classmethod
     def of(cls, covariance: Vector) -> Metric:
@@ -31,31 +32,67 @@ class Metric:
 
         return cls(*scipy.linalg.eigh(covariance, driver="evd", check_finite=False))
 
-    @classmethod
-    def of_sketch(cls, sketch: Vector, probe: Vector, trace: float) -> Metric:
-        """From `sketch` = K `probe` (Nyström; Tropp, Yurtsever, Udell and Cevher, 2017, algorithm 3)."""
-        import scipy.linalg
+    def solve(self, columns: Vector, curvature: Vector, penalty: Vector) -> Vector:
+        """Apply the inverse to each column (weights, then intercept); each has its `curvature` q and `penalty`."""
+        out = np.empty_like(columns)
+        out[:-1] = self.vectors @ ((self.vectors.T @ columns[:-1]) / (self.values[:, None] * curvature + penalty))
+        out[-1] = _intercepts(columns[-1], curvature)
+        return out
 
-        nudge = np.sqrt(len(sketch)) * np.finfo(np.float32).eps * float(np.linalg.norm(sketch)) + 1e-300
-        core = probe.T @ sketch
-        core = (core + core.T) / 2 + nudge * (probe.T @ probe)
-        half = scipy.linalg.solve_triangular(
-            scipy.linalg.cholesky(core, lower=True), (sketch + nudge * probe).T, lower=True
-        ).T
-        vectors, roots, _ = scipy.linalg.svd(half, full_matrices=False)
-        values = np.maximum(roots**2 - nudge, 0.0)
-        return cls(values, vectors, max(trace - float(values.sum()), 0.0) / max(len(sketch) - len(values), 1))
+
+class CoarseMetric:
+    """As `Metric`, for wide rows: the Cholesky factor in float32 of a sample's covariance from bfloat16 products.
+
+    With g d rows in the sample, the preconditioned Hessian has eigenvalues between (1 + g^-1/2)^-2 and
+    (1 - g^-1/2)^-2 (Marchenko and Pastur, 1967) times what p (1 - p) varies. One factor serves all: that of the
+    first problem's q and lambda, beside which others differ little over many rows.
+    """
+
+    def __init__(self, tiles: tuple[NDArray[np.float32], ...], n: float, center: Vector, scale: Vector) -> None:
+        d = len(center)
+        covariance = whole(tiles, d, symmetric=False)
+        covariance /= np.float32(n)
+        low = center.astype(np.float32)
+        for start in range(0, d, 1024):  # a whole outer product would be another matrix
+            covariance[start : start + 1024] -= np.outer(low[start : start + 1024], low)
+        variance = np.maximum(np.diag(covariance).astype(np.float64), 0.0)
+        self.turn = 1 / np.sqrt(np.maximum(variance, 1e-6 * float(variance.max()) or 1.0))
+        low = self.turn.astype(np.float32)
+        covariance *= low
+        covariance *= low[:, None]
+        self.scale = scale
+        self.correlation: NDArray[np.float32] | None = covariance
+        self.factor: Any = None
+        share = d / max(n, d + 1)
+        # the inverse of a sample covariance is too long by this much in the middle of its spectrum
+        self.shrink = (1 - share) ** 2 / (1 + share)
 
     def solve(self, columns: Vector, curvature: Vector, penalty: Vector) -> Vector:
         """Apply the inverse to each column (weights, then intercept); each has its `curvature` q and `penalty`."""
-        flat = 1 / (curvature * self.tail + penalty)
-        steep = 1 / (self.values[:, None] * curvature + penalty) - flat
-        weights = columns[:-1]
-        out = np.empty_like(columns)
-        out[:-1] = weights * flat + self.vectors @ (steep * (self.vectors.T @ weights))
+        import scipy.linalg
+
+        turn = (self.turn * self.scale)[:, None]
         floor = 1e-9 * float(curvature.max())
-        out[-1] = np.where(curvature > floor, columns[-1] / np.maximum(curvature, floor), 0.0)
+        if self.factor is None:
+            assert self.correlation is not None
+            first = int(np.argmax(curvature))
+            ridge = penalty[first] / curvature[first] * turn[:, 0] ** 2
+            # bfloat16 rounding of the products, which must not make a direction negative
+            self.correlation[np.diag_indices_from(self.correlation)] += (ridge + 2e-3).astype(np.float32)
+            self.factor = scipy.linalg.cholesky(self.correlation.T, lower=True, overwrite_a=True, check_finite=False)
+            self.correlation = None
+        out = np.empty_like(columns)
+        solved = scipy.linalg.cho_solve((self.factor, True), (columns[:-1] * turn).astype(np.float32), check_finite=False)
+        steep = solved * turn * (self.shrink / np.maximum(curvature, floor))
+        out[:-1] = np.where(curvature > floor, steep, columns[:-1] / penalty)
+        out[-1] = _intercepts(columns[-1], curvature)
         return out
+
+
+def _intercepts(row: Vector, curvature: Vector) -> Vector:
+    """The step of the intercepts; a softmax does not feel the sum of its own, whose curvature is 0."""
+    floor = 1e-9 * float(curvature.max())
+    return np.where(curvature > floor, row / np.maximum(curvature, floor), 0.0)
 
 
 class Hessian:
@@ -97,8 +134,8 @@ class Descent:
     After `stall` steps that did not get shorter than half the shortest, rounding is taken to be the limit.
     """
 
-    def __init__(self, problem: Problem, start: Start, tol: float, stall: int, memory: int = MEMORY) -> None:
-        self.problem, self.tol, self.stall, self.memory = problem, tol, stall, memory
+    def __init__(self, problem: Problem, start: Start, tol: float, stall: int) -> None:
+        self.problem, self.tol, self.stall = problem, tol, stall
         self.penalty = 1 / problem.strength
         self.n_iter, self.backtracks = 0, 0
         self.converged = self.finished = False
@@ -162,7 +199,7 @@ class Descent:
             return False
         moved, turned = trial - self.point, gradient - self.gradient
         if (bend := float(np.vdot(moved, turned))) > 0:
-            self.pairs = [*self.pairs, (moved, turned, 1 / bend)][-self.memory :]
+            self.pairs = [*self.pairs, (moved, turned, 1 / bend)][-_MEMORY:]
         self.point, self.value, self.gradient, self.curvature = trial, value, gradient, curvature
         self.backtracks = 0
         return True

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from millpond.analysis.tiles import Rows, tile_rows, tiles
+
 Vector = NDArray[np.float64]
 
 
@@ -46,13 +48,22 @@ def stack(linears: Sequence[Linear], *, exact: bool = False) -> tuple[Any, ...]:
     )
 
 
-def scores(state: tuple[Any, ...], x: NDArray[Any]) -> NDArray[Any]:
+def scores(state: tuple[Any, ...], x: Rows) -> NDArray[Any]:
     """Scores (rows, columns) of one block in the data type of its rows; with `exact` sums are float64.
 
     Predicted numbers may be far from 0, where float32 is coarse; log-odds are not.
     """
     shift, weights, intercepts, exact = state
-    dtype = np.float32 if x.dtype in (np.float32, np.float16) else np.float64
-    part = np.subtract(x, shift.astype(dtype), dtype=dtype) if shift.any() else x.astype(dtype, copy=False)
-    z = part @ weights.astype(dtype)
-    return np.asarray(z + (intercepts if exact else intercepts.astype(dtype)))
+    rows = tile_rows(x.shape[1], weights.shape[1])
+    out = np.empty((len(x), weights.shape[1]), np.float64 if exact or is_double(x) else np.float32)
+    low: Any = None
+    for where, tile in tiles(x, shift if shift.any() else None, rows=rows):
+        if low is None:
+            low = weights.astype(tile.dtype)
+        np.add(tile @ low, intercepts.astype(out.dtype), out=out[where])
+    return out
+
+
+def is_double(x: Rows) -> bool:
+    """Whether rows are float64, and so are their scores."""
+    return isinstance(x, np.ndarray) and x.dtype == np.float64

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.probes.moments import shifted, slices
+from millpond.analysis.probes.moments import gram_rows, parts
 from millpond.analysis.probes.targets import Layout, Problem
+from millpond.analysis.tiles import Rows
 
 Vector = NDArray[np.float64]
-
-_FEW_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Columns:
         return out
 
 
-def gradients(state: dict[str, Any], x: NDArray[Any], *blocks: NDArray[Any]) -> dict[str, Any]:
+def gradients(state: dict[str, Any], x: Rows, *blocks: NDArray[Any]) -> dict[str, Any]:
     """Loss of each problem; gradient by weights (d, P) and intercepts (P,), and second derivative by scores."""
     where_of: Columns = state["columns"]
     weights_DP, intercepts = state["weights"], state["intercepts"]
@@ -53,8 +52,7 @@ def gradients(state: dict[str, Any], x: NDArray[Any], *blocks: NDArray[Any]) -> 
         "multinomial": tuple(_nothing(where_of.layout.n_classes[p.label]) for p in multinomial),
     }  # fmt: skip
     low = None
-    for where in slices(x, wide=weights_DP.shape[1] > _FEW_COLUMNS):
-        part = shifted(x[where], state)
+    for where, part in parts(x, state, weights_DP.shape[1]):
         if low is None:
             low = weights_DP.astype(part.dtype), intercepts.astype(part.dtype)
         z = part @ low[0]
@@ -70,11 +68,11 @@ def gradients(state: dict[str, Any], x: NDArray[Any], *blocks: NDArray[Any]) -> 
             _multinomial(z[:, start : start + k], codes[where, problem.label], rows, sums["multinomial"][number])
             start += k
         sums["residual"] += z.sum(axis=0, dtype=np.float64)
-        sums["gradient"] += part.T @ z
+        sums["gradient"] += (z.T @ part).T
     return sums
 
 
-def hessians(state: dict[str, Any], x: NDArray[Any], *blocks: NDArray[Any]) -> tuple[Vector, Vector, Vector]:
+def hessians(state: dict[str, Any], x: Rows, *blocks: NDArray[Any]) -> tuple[Vector, Vector, Vector]:
     """For each binary problem: sums of q x x', q x and q over a sample of the rows, where q = weight p (1 - p)."""
     where_of: Columns = state["columns"]
     stride, mean = state["stride"], state["mean"]
@@ -83,9 +81,9 @@ def hessians(state: dict[str, Any], x: NDArray[Any], *blocks: NDArray[Any]) -> t
     codes, sample, folds = where_of.layout.unpack(blocks)
     d, count = weights_DP.shape
     outer, first, total = np.zeros((count, d, d)), np.zeros((count, d)), np.zeros(count)
-    for where in slices(x, wide=True, least=stride):
-        some = slice(where.start, where.stop, stride)
-        part = shifted(x[some], centered)
+    x, codes = x[::stride], codes[::stride]
+    sample, folds = (None if rows is None else rows[::stride] for rows in (sample, folds))
+    for some, part in parts(x, centered, size=gram_rows(d)):
         z = part @ weights_DP.astype(part.dtype)
         z += (intercepts + mean @ weights_DP).astype(part.dtype)
         small = np.exp(-np.abs(z))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from millpond.analysis.passes import Pass, one_blas_thread, run_passes
 from millpond.analysis.probes import moments as statistics
-from millpond.analysis.probes.descent import MEMORY, Descent, Hessian, Metric, Start
+from millpond.analysis.probes.descent import CoarseMetric, Descent, Hessian, Metric, Start
 from millpond.analysis.probes.linear import Linear
 from millpond.analysis.probes.losses import Columns, gradients, hessians
 from millpond.analysis.probes.targets import Design, Problem, training_sums
@@ -32,8 +32,6 @@ Vector = NDArray[np.float64]
 
 _HESSIANS = 4
 _STALL = 6
-WIDE_MEMORY = 40
-"""Steps that L-BFGS remembers where the metric is a sketch and there is no Hessian to fall back on."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,24 @@ class Options:
     progress: bool = True
 
 
-@one_blas_thread()
 def solve(designs: Sequence[Design], problems: Sequence[Problem], options: Options) -> list[list[Linear]]:
     """Fit every problem on every design in shared passes; one list a design, in the order of `problems`.
 
     A problem has converged when its next quasi-Newton step is shorter than `tol` times its weights, or
     is within 1e-4 of them and rounding keeps it from getting shorter.
-    Held per design of width d with P score columns: the metric (d * min(d, 512 if wide) float64), 2 * 12
+    Held per design of width d with P score columns: the metric (d * d float64, or float32 if wide), 2 * 12
     vectors a column, and another metric for each problem that needs its Hessian.
 
     Raises:
         InvalidInput: a row holds NaN or an infinity.
     """
+    if any(int(design.X.shape[1]) > statistics.FULL_RANK for design in designs):
+        import torch  # noqa: F401  # before the threads are limited, so that its own are too
+    with one_blas_thread():
+        return _solve(designs, problems, options)
+
+
+def _solve(designs: Sequence[Design], problems: Sequence[Problem], options: Options) -> list[list[Linear]]:
     progress = options.progress
     states = statistics.first_looks(designs, options.fit_intercept)
     found = statistics.take_moments(designs, states, "sample", progress=progress)
@@ -68,12 +72,12 @@ def solve(designs: Sequence[Design], problems: Sequence[Problem], options: Optio
             stale = [descent for descent in fit.active if descent.stale] if fit.may_renew else []
             for first in range(0, len(stale), _HESSIANS):
                 some = stale[first : first + _HESSIANS]
-                one = Pass(fit.rows, hessians, fit.state([(descent, descent.point) for descent in some]))
+                one = fit.pass_over(hessians, [(descent, descent.point) for descent in some])
                 fit.renew(some, run_passes([one], description="probe curvature", progress=progress)[0])
         active = [fit for fit in fits if fit.active]
         if not active:
             break
-        todo = [Pass(fit.rows, gradients, fit.state([(d, d.trial) for d in fit.active])) for fit in active]
+        todo = [fit.pass_over(gradients, [(d, d.trial) for d in fit.active]) for fit in active]
         sums = run_passes(todo, description=f"probe pass {number + 1}", progress=progress)
         for fit, of_fit in zip(active, sums, strict=True):
             fit.advance(of_fit)
@@ -91,7 +95,7 @@ class _Fit:
         problems: Sequence[Problem],
         options: Options,
     ) -> None:
-        self.rows, self.layout = design.targets.align(design.X), design.targets.layout
+        self.rows, self.layout = design.rows, design.targets.layout
         self.base, self.shift = state | {"stride": 1}, state["shift"]
         self.fit_intercept = options.fit_intercept
         weight = float(sums["totals"][:, 0].sum())
@@ -104,24 +108,20 @@ class _Fit:
         self.may_renew = len(mean) <= statistics.FULL_RANK
         n = int(sums["rows"].sum())
         self.base["stride"] = max(1, n // max(8 * len(mean), statistics.GRAM_ROWS))
-        self.metric = self._metric(sums, variance)
-        stall = options.max_iter if state["exact"] else (_STALL if self.may_renew else 2 * _STALL)
-        memory = MEMORY if self.may_renew else WIDE_MEMORY
+        self.metric = self._metric(sums)
+        stall = options.max_iter if state["exact"] else _STALL
         self.descents = [
-            Descent(problem, self._start(problem, sums), options.tol, stall, memory) for problem in problems
+            Descent(problem, self._start(problem, sums), options.tol, stall) for problem in problems
         ]
         # a binary problem has one score column and comes first: that is how `losses` lays them out
         self._turn(self.descents, [descent.gradient for descent in self.descents], begin=True)
 
-    def _metric(self, sums: dict[str, Any], variance: Vector) -> Metric:
+    def _metric(self, sums: dict[str, Any]) -> Metric | CoarseMetric:
         center = sums["gram_sum"] / sums["gram_n"] if self.fit_intercept else np.zeros_like(self.mean)
-        gram = sums["gram"] / sums["gram_n"]
         if self.may_renew:
-            return Metric.of((gram - np.outer(center, center)) / np.outer(self.scale, self.scale))
-        probe = np.random.default_rng(0).standard_normal(gram.shape)
-        sketch = (gram - np.outer(center, center @ probe)) / self.scale[:, None]
-        spread = variance if self.fit_intercept else variance + (sums["sums"][:, :, 0].sum(axis=0)) ** 2
-        return Metric.of_sketch(sketch, probe * self.scale[:, None], float((spread / self.scale**2).sum()))
+            covariance = sums["gram"] / sums["gram_n"] - np.outer(center, center)
+            return Metric.of(covariance / np.outer(self.scale, self.scale))
+        return CoarseMetric(sums.pop("gram"), float(sums["gram_n"]), center, self.scale)
 
     def _start(self, problem: Problem, sums: dict[str, Any]) -> Start:
         weight = self.layout.weight_of(problem.label)
@@ -158,6 +158,12 @@ class _Fit:
         )
         intercepts = columns[-1] - self.mean @ weights
         return self.base | {"mean": self.mean, "weights": weights, "intercepts": intercepts, "columns": where}
+
+    def pass_over(self, function: Any, points: list[tuple[Descent, Vector]]) -> Pass:
+        """A pass that computes `gradients` or `hessians` at points of descents."""
+        d, columns = len(self.mean), sum(descent.k for descent, _ in points)
+        size = 8 * d * columns * (d if function is hessians else 1)
+        return Pass(self.rows, function, self.state(points), result_bytes=size, scratch_bytes=4 * d * columns)
 
     def renew(self, descents: list[Descent], sums: tuple[Vector, Vector, Vector]) -> None:
         """Give each descent the Hessian at its point as metric, and a direction by it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,8 +65,9 @@ class Targets:
         )
 
     def align(self, X: RowArray) -> AlignedRows:
-        """`X` with the columns, weights and folds of its rows, for a pass."""
-        return AlignedRows(X, self.columns, *(held for held in (self.weights, self.folds) if held is not None))
+        """`X` with the columns, weights and folds of its rows, for passes; stored rows are decoded there."""
+        more = (held for held in (self.weights, self.folds) if held is not None)
+        return AlignedRows(X, self.columns, *more, stored=True)
 
     @property
     def layout(self) -> Layout:
@@ -80,6 +82,11 @@ class Design:
     name: str
     X: Any
     targets: Targets
+
+    @cached_property
+    def rows(self) -> AlignedRows:
+        """The rows with their targets, planned once for all passes."""
+        return self.targets.align(self.X)
 
 
 @dataclass(frozen=True)

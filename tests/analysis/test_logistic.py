@@ -128,7 +128,6 @@ def test_without_intercept():
 
 def test_wide_rows_use_a_low_rank_metric(monkeypatch):
     monkeypatch.setattr(moments, "FULL_RANK", 16)
-    monkeypatch.setattr(moments, "SKETCH_RANK", 24)
     x, y = problem(d=48)
     coef, _ = optimum(x, y, 1.0)
     found = LogisticProbe().fit(x, y)
