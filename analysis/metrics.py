@@ -97,7 +97,7 @@ class Tally:
                 truth = target == (1 if task.kind == "binary" else i)
                 every = RankTable.of(scores[:, i], truth, np.zeros(len(code)), task.limits[0])
                 tables.append((every, RankTable.of(scores[:, i], truth, group, task.limits[1])))
-        return cls(task, groups.astype(np.int64), sums, tuple(tables))
+        return cls(task, groups.astype(np.int64), sums.astype(np.float64), tuple(tables))
 
     def merge(self, other: Tally) -> Tally:
         """The tally of both blocks."""

@@ -47,9 +47,10 @@ class RankTable:
         """Positive and negative rows by ascending score, (bins, 1) each."""
         _, bins = np.unique(self.key, return_inverse=True)
         count = int(bins.max()) + 1 if len(bins) else 0
-        return tuple(  # type: ignore[return-value]
+        positive, negative = (
             np.bincount(bins, weights=rows, minlength=count)[:, None] for rows in (self.positive, self.negative)
         )
+        return positive, negative
 
     def by_group(self, n_groups: int, most_bins: int) -> tuple[Any, Any]:
         """Positive and negative rows as sparse matrices (bins, groups), in at most `most_bins` bins of equal rows."""
@@ -61,10 +62,11 @@ class RankTable:
             coarse = np.minimum((total - 1) * most_bins // total[-1], most_bins - 1).astype(np.int64)
             bins = coarse[bins]
         shape = (int(bins.max()) + 1, n_groups)
-        return tuple(  # type: ignore[return-value]
+        made = [
             scipy.sparse.csr_matrix((rows.astype(np.float64), (bins, self.group)), shape=shape)
             for rows in (self.positive, self.negative)
-        )
+        ]
+        return made[0], made[1]
 
 
 def area(positive: Floats, negative: Floats) -> Floats:

@@ -270,7 +270,7 @@ class _ReadPiece:
         stops = np.append(piece.starts[1:], len(rows))
         if self.pool == "mean":
             sums = np.add.reduceat(rows.astype(np.float64), piece.starts, axis=0)
-            return (sums / (stops - piece.starts)[:, None]).astype(np.float32)
+            return np.asarray(sums / (stops - piece.starts)[:, None], np.float32)
         if self.pool == "max":
             return np.asarray(np.maximum.reduceat(rows, piece.starts, axis=0))
         return np.asarray(rows[piece.starts if self.pool == "first" else stops - 1])
@@ -301,7 +301,7 @@ def _at(positions: Positions, place: NDArray[Any], lengths: NDArray[np.int64]) -
         if not positions or not all(isinstance(one, int) for one in positions):
             raise InvalidInput(f"positions is {positions}; give at least one integer")
         hits = [place == (one + lengths if one < 0 else one) for one in positions]
-        return np.logical_or.reduce(hits)
+        return np.asarray(np.logical_or.reduce(hits))
     rules: dict[str, Callable[[], Any]] = {
         "all": lambda: np.ones(len(place), bool),
         "prompt": lambda: place < lengths,

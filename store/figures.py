@@ -20,7 +20,7 @@ def _shown() -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    class ShownFigure(Figure):  # type: ignore[misc]
+    class ShownFigure(Figure):
         """A figure with an HTML repr of its own; Matplotlib's needs a backend that draws in browsers."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -73,7 +73,7 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
     def held_out_loss(self, z: NDArray[Any], target: NDArray[Any]) -> NDArray[Any]:
         """Loss of each row by which strengths are chosen: log-loss of scores (rows, k) for class codes."""
         if z.shape[1] == 1:
-            return np.logaddexp(0, np.where(target == 1, -z[:, 0], z[:, 0]))
+            return np.asarray(np.logaddexp(0, np.where(target == 1, -z[:, 0], z[:, 0])))
         top = z.max(axis=1)
         norm = top + np.log(np.exp(z - top[:, None]).sum(axis=1))
         return np.asarray(norm - z[np.arange(len(z)), target])

@@ -50,7 +50,7 @@ class CoarseMetric:
 
     def __init__(self, tiles: tuple[NDArray[np.float32], ...], n: float, center: Vector, scale: Vector) -> None:
         d = len(center)
-        covariance = whole(tiles, d, symmetric=False)
+        covariance = whole(tiles, d)
         covariance /= np.float32(n)
         low = center.astype(np.float32)
         for start in range(0, d, 1024):  # a whole outer product would be another matrix
@@ -61,8 +61,8 @@ class CoarseMetric:
         covariance *= low
         covariance *= low[:, None]
         self.scale = scale
-        self.correlation: NDArray[np.float32] | None = covariance
-        self.factor: Any = None
+        self.factor, self.factored = covariance, False
+        """The correlation matrix, and then its factor in the upper triangle."""
         share = d / max(n, d + 1)
         # the inverse of a sample covariance is too long by this much in the middle of its spectrum
         self.shrink = (1 - share) ** 2 / (1 + share)
@@ -73,20 +73,41 @@ class CoarseMetric:
 
         turn = (self.turn * self.scale)[:, None]
         floor = 1e-9 * float(curvature.max())
-        if self.factor is None:
-            assert self.correlation is not None
+        if not self.factored:
             first = int(np.argmax(curvature))
-            ridge = penalty[first] / curvature[first] * turn[:, 0] ** 2
-            # bfloat16 rounding of the products, which must not make a direction negative
-            self.correlation[np.diag_indices_from(self.correlation)] += (ridge + 2e-3).astype(np.float32)
-            self.factor = scipy.linalg.cholesky(self.correlation.T, lower=True, overwrite_a=True, check_finite=False)
-            self.correlation = None
+            self._factor(penalty[first] / curvature[first] * turn[:, 0] ** 2)
         out = np.empty_like(columns)
-        solved = scipy.linalg.cho_solve((self.factor, True), (columns[:-1] * turn).astype(np.float32), check_finite=False)
+        solved = scipy.linalg.cho_solve(
+            (self.factor.T, True), (columns[:-1] * turn).astype(np.float32), check_finite=False
+        )
         steep = solved * turn * (self.shrink / np.maximum(curvature, floor))
         out[:-1] = np.where(curvature > floor, steep, columns[:-1] / penalty)
         out[-1] = _intercepts(columns[-1], curvature)
         return out
+
+    def _factor(self, ridge: Vector) -> None:
+        """Cholesky in place; what the rounding of bfloat16 products took from small eigenvalues is given back first."""
+        from scipy.linalg.lapack import spotrf
+
+        nudge, failed = 2e-3, 1
+        diagonal = np.diag(self.factor).astype(np.float64)
+        while failed:
+            np.fill_diagonal(self.factor, diagonal + ridge + nudge)
+            # the transposed view is in Fortran's order: its lower triangle is ours above the diagonal
+            _, failed = spotrf(self.factor.T, lower=1, clean=0, overwrite_a=1)
+            if failed:
+                _restore(self.factor)
+                nudge *= 4
+        self.factored = True
+
+
+def _restore(matrix: NDArray[np.float32]) -> None:
+    """Copy the lower triangle over the upper one, without another matrix."""
+    for start in range(0, len(matrix), 1024):
+        stop = min(start + 1024, len(matrix))
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+        corner = np.tril(matrix[start:stop, start:stop], -1)
+        matrix[start:stop, start:stop] = corner + corner.T
 
 
 def _intercepts(row: Vector, curvature: Vector) -> Vector:

@@ -82,7 +82,8 @@ def hessians(state: dict[str, Any], x: Rows, *blocks: NDArray[Any]) -> tuple[Vec
     d, count = weights_DP.shape
     outer, first, total = np.zeros((count, d, d)), np.zeros((count, d)), np.zeros(count)
     x, codes = x[::stride], codes[::stride]
-    sample, folds = (None if rows is None else rows[::stride] for rows in (sample, folds))
+    sample = None if sample is None else sample[::stride]
+    folds = None if folds is None else folds[::stride]
     for some, part in parts(x, centered, size=gram_rows(d)):
         z = part @ weights_DP.astype(part.dtype)
         z += (intercepts + mean @ weights_DP).astype(part.dtype)

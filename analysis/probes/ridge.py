@@ -149,7 +149,7 @@ class RidgeProbe(LinearProbe):
         z = self.raw_scores(X)
         return np.asarray(self.classes_[best_class(z)]) if _classifies(self) else z[:, 0].astype(np.float64)
 
-    @available_if(_classifies)
+    @available_if(_classifies)  # type: ignore[untyped-decorator]
     def decision_function(self, X: RowArray) -> NDArray[Any]:
         """The regressed -1 or 1, (rows,) for two classes, (rows, K) for more."""
         z = self.raw_scores(X)

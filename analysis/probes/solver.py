@@ -110,9 +110,7 @@ class _Fit:
         self.base["stride"] = max(1, n // max(8 * len(mean), statistics.GRAM_ROWS))
         self.metric = self._metric(sums)
         stall = options.max_iter if state["exact"] else _STALL
-        self.descents = [
-            Descent(problem, self._start(problem, sums), options.tol, stall) for problem in problems
-        ]
+        self.descents = [Descent(problem, self._start(problem, sums), options.tol, stall) for problem in problems]
         # a binary problem has one score column and comes first: that is how `losses` lays them out
         self._turn(self.descents, [descent.gradient for descent in self.descents], begin=True)
 
