@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from millpond.analysis.passes import Pass, one_blas_thread, run_passes
 from millpond.analysis.probes import moments as statistics
-from millpond.analysis.probes.descent import CoarseMetric, Descent, Hessian, Metric, Start
+from millpond.analysis.probes.descent import CoarseMetric, Descent, Hessian, Metric, SingleMetric, Start
 from millpond.analysis.probes.linear import Linear
 from millpond.analysis.probes.losses import Columns, gradients, hessians
 from millpond.analysis.probes.targets import Design, Problem, training_sums
@@ -108,17 +108,19 @@ class _Fit:
         self.may_renew = len(mean) <= statistics.FULL_RANK
         n = int(sums["rows"].sum())
         self.base["stride"] = max(1, n // max(8 * len(mean), statistics.GRAM_ROWS))
-        self.metric = self._metric(sums)
+        single = len(problems) == 1 and self.layout.n_classes[problems[0].label] == 2
+        self.metric = self._metric(sums, single)
         stall = options.max_iter if state["exact"] else _STALL
         self.descents = [Descent(problem, self._start(problem, sums), options.tol, stall) for problem in problems]
         # a binary problem has one score column and comes first: that is how `losses` lays them out
         self._turn(self.descents, [descent.gradient for descent in self.descents], begin=True)
 
-    def _metric(self, sums: dict[str, Any]) -> Metric | CoarseMetric:
+    def _metric(self, sums: dict[str, Any], single: bool) -> Metric | SingleMetric | CoarseMetric:
         center = sums["gram_sum"] / sums["gram_n"] if self.fit_intercept else np.zeros_like(self.mean)
         if self.may_renew:
             covariance = sums["gram"] / sums["gram_n"] - np.outer(center, center)
-            return Metric.of(covariance / np.outer(self.scale, self.scale))
+            covariance /= np.outer(self.scale, self.scale)
+            return SingleMetric(covariance) if single else Metric.of(covariance)
         return CoarseMetric(sums.pop("gram"), float(sums["gram_n"]), center, self.scale)
 
     def _start(self, problem: Problem, sums: dict[str, Any]) -> Start:

@@ -4,11 +4,13 @@ import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from millpond.analysis import LogisticProbe
+from millpond.analysis import LdaProbe, LogisticProbe, MassMeanProbe, RidgeProbe
+from millpond.analysis.metrics import METRICS
 from millpond.analysis.probes import moments, solver
 from millpond.analysis.probes.targets import Design, Problem, Targets
 from millpond.store.errors import InvalidInput, MissingLabels, OneClass, RunOpen
@@ -255,18 +257,32 @@ def test_a_path_of_c_is_chosen_by_grouped_cross_validation():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::ResourceWarning", "default::DeprecationWarning")
 def test_a_cluster_gives_what_threads_give():
+    """Every estimator, a path of C, and an evaluation: the same bits on two workers as on threads here."""
     from distributed import Client, LocalCluster
 
     x, y = problem(massive=True)
     rows, labels = lazy(x, y, 130)
-    expected = LogisticProbe().fit(rows, labels)
+    _, three = lazy(x, np.digitize(x[:, 3], [-1, 1]), 130)
+    probes = [
+        (LogisticProbe(), labels),
+        (LogisticProbe([0.01, 1.0], cv=3), three),
+        (RidgeProbe(10.0), three),
+        (LdaProbe(0.1), three),
+        (MassMeanProbe(), labels),
+        (MassMeanProbe(whiten=True), labels),
+    ]
+    expected = [clone(probe).fit(rows, target) for probe, target in probes]
+    metrics = expected[0].evaluate(rows, labels, n_bootstrap=50, allow_overlap=True)
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster):
-        found = LogisticProbe().fit(rows, labels)
+        found = [clone(probe).fit(rows, target) for probe, target in probes]
         in_memory = LogisticProbe().fit(x, y)
-        scores = found.decision_function(rows)
-    np.testing.assert_array_equal(found.coef_, expected.coef_)
-    assert relative(in_memory.coef_, expected.coef_) < 1e-5
-    np.testing.assert_allclose(scores, expected.decision_function(rows), rtol=1e-5)
+        again = found[0].evaluate(rows, labels, n_bootstrap=50, allow_overlap=True)
+    for here, there in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(here.coef_, there.coef_)
+        np.testing.assert_array_equal(here.intercept_, there.intercept_)
+    assert relative(in_memory.coef_, expected[0].coef_) < 1e-5
+    assert {name: metrics[name] for name in METRICS["binary"]} == {name: again[name] for name in METRICS["binary"]}
+    assert metrics.intervals == again.intervals
 
 
 def test_evaluate_resamples_prompts_and_says_where_numbers_come_from():
