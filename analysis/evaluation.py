@@ -72,14 +72,13 @@ def evaluate_probe(
     )  # fmt: skip
     source = inputs.source_of(X)
     settings = {"evaluated_on": source, "label": name, "n_bootstrap": n_bootstrap, "seed": seed, "fpr": fpr}
-    return result_of(probe, evaluation, settings, grouped=found is not None)
+    count_groups(evaluation.evidence, inputs.groups_of(X, None), groups is not None)
+    return result_of(probe, evaluation, settings)
 
 
-def result_of(probe: LinearProbe, found: Evaluation, settings: dict[str, Any], *, grouped: bool) -> Result:
+def result_of(probe: LinearProbe, found: Evaluation, settings: dict[str, Any]) -> Result:
     """The evaluation with the evidence behind the fit and where both come from."""
     evidence = dict(found.evidence)
-    if not grouped:
-        del evidence["prompts"]
     if probe.kind == "multiclass":
         for number, value in enumerate(probe.classes_):
             evidence[f"class_{value}"] = evidence.pop(f"class_{number}")
@@ -87,6 +86,15 @@ def result_of(probe: LinearProbe, found: Evaluation, settings: dict[str, Any], *
     evidence["residual_dof"] = probe.evidence_["residual_dof"]
     provenance = probe.provenance() | {"trained_on": probe.trained_on_} | settings
     return Result("probe-evaluation", found.values, found.intervals, evidence, provenance)
+
+
+def count_groups(evidence: dict[str, int], prompts: NDArray[Any] | None, grouped: bool) -> None:
+    """Put right what a tally calls prompts: the groups that it was given, where prompts are known or were not given."""
+    counted = evidence.pop("prompts")
+    if grouped:
+        evidence["groups"] = counted
+    if prompts is not None:
+        evidence["prompts"] = len(np.unique(prompts))
 
 
 def check_overlap(probe: LinearProbe, X: Any) -> None:

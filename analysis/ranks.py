@@ -48,7 +48,8 @@ class RankTable:
         _, bins = np.unique(self.key, return_inverse=True)
         count = int(bins.max()) + 1 if len(bins) else 0
         positive, negative = (
-            np.bincount(bins, weights=rows, minlength=count)[:, None] for rows in (self.positive, self.negative)
+            np.bincount(bins, weights=rows, minlength=count)[:, None].astype(np.float64)
+            for rows in (self.positive, self.negative)
         )
         return positive, negative
 

@@ -264,7 +264,8 @@ class _ReadPiece:
         self.plan, self.hook, self.pool = plan, hook, pool
 
     def __call__(self, piece: _Piece) -> NDArray[Any]:
-        rows = np.concatenate([self.plan.read(self.hook, block) for block in piece.stretches])[piece.take]
+        read = np.concatenate([self.plan.read(self.hook, block) for block in piece.stretches])
+        rows: NDArray[Any] = read[piece.take]
         if self.pool is None:
             return rows
         stops = np.append(piece.starts[1:], len(rows))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millpond.analysis.controls import random_directions, shuffle_labels
-from millpond.analysis.evaluation import Judged, check_every_class, judge, result_of
+from millpond.analysis.evaluation import Judged, check_every_class, count_groups, judge, result_of
 from millpond.analysis.label_sources import check_parts, named_sources, part_groups, part_labels
 from millpond.analysis.metrics import METRICS, Task, group_codes
 from millpond.analysis.probes import inputs
@@ -229,7 +229,7 @@ def run_sweep(
     prompts = [inputs.to_memory(part.tokens["prompt"]) for part in (train, test)]
     columns = []
     for label, source in named_sources(labels).items():
-        column = _column(probe, label, source, train, test, train_groups)
+        column = _column(probe, label, source, train, test, prompts[0])
         columns.append(column)
         if "shuffled" in controls:
             columns.append(_shuffled(column, prompts, seed))
@@ -282,6 +282,7 @@ def run_sweep(
             one = _fitted(probe, problem.strength, linear, column, source, train_prompts)
             fitted[column.control][key] = one
             metrics = METRICS[tasks[problem.label].kind]
+            count_groups(evaluation.evidence, prompts[1], groups is not None)
             row: dict[str, Any] = {"hook": design.name, "layer": _layer(design.name), "label": column.label}
             if probe.strength is not None:
                 row[probe.strength] = problem.strength
@@ -305,7 +306,7 @@ def run_sweep(
                     "evaluated_on": inputs.source_of(test[design.name]), "label": column.label,
                     "n_bootstrap": n_bootstrap, "seed": seed, "fpr": fpr, "groups": groups or "prompt", "cv": cv,
                 }  # fmt: skip
-                results[key] = one.evaluation_ = result_of(one, evaluation, settings, grouped=True)
+                results[key] = one.evaluation_ = result_of(one, evaluation, settings)
             rows.append(row | extra | _counts(column, evaluation.evidence, one))
     provenance = probe.provenance() | {
         "run": train.name, "test_run": test.name, "seed": seed, "strength": probe.strength, "cv": cv,
@@ -314,9 +315,7 @@ def run_sweep(
     return Sweep(tuple(rows), fitted[False], fitted[True], results, provenance, main)
 
 
-def _column(
-    probe: LinearProbe, label: str, source: Any, train: Part, test: Part, train_groups: NDArray[Any]
-) -> _Column:
+def _column(probe: LinearProbe, label: str, source: Any, train: Part, test: Part, prompts: NDArray[Any]) -> _Column:
     y, truth = part_labels((train, test), label, source)
     name = f"label {label!r} of the training part"
     classes, column, weight = probe.encode(y, name, None)
@@ -325,7 +324,7 @@ def _column(
     else:
         target = inputs.codes_of(truth, classes, f"label {label!r} of the test part")
         check_every_class(target, classes, f"label {label!r}")
-    return _Column(label, False, classes, weight, column, target, evidence_of(column, classes, train_groups, None))
+    return _Column(label, False, classes, weight, column, target, evidence_of(column, classes, prompts, None))
 
 
 def _shuffled(column: _Column, prompts: Sequence[NDArray[Any]], seed: int) -> _Column:
@@ -350,6 +349,8 @@ def _counts(column: _Column, test: Mapping[str, int], one: LinearProbe) -> dict[
     counts: dict[str, Any] = {"n_train": len(column.train), "n_test": len(column.test)}
     if column.classes is not None and len(column.classes) == 2:
         counts |= {"positives_train": column.evidence["positives"], "positives_test": test["positives"]}
+    if "groups" in test:
+        counts["groups_test"] = test["groups"]
     return counts | {
         "prompts_train": column.evidence["prompts"], "prompts_test": test["prompts"],
         "residual_dof": one.evidence_["residual_dof"], "n_iter": int(one.n_iter_[0]), "converged": one.converged_,

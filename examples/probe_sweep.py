@@ -66,7 +66,7 @@ def main() -> None:
         print(
             f"{label}: best at {best.trained_on_['hook']}, AUROC {found['auroc']:.4f} [{low:.4f}, {high:.4f}], "
             f"recall {found['recall_at_fpr']:.3f} at 1 % false positives, ECE {found['ece']:.4f}, "
-            f"{found.evidence['rows']:,} rows of {found.evidence['prompts']} files"
+            f"{found.evidence['rows']:,} rows of {found.evidence['groups']} files"
         )
     folder = sweep.save(options.out)
     sweep.plot().savefig(folder / "auroc.svg")

@@ -108,7 +108,8 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
         if labels.shape != (n_rows,):
             raise InvalidInput(f"X has {n_rows:,} rows and {name} {len(labels):,}; give one label a row")
         weights = inputs.sample_weights(sample_weight, n_rows)
-        groups = inputs.groups_of(X, groups)
+        prompts = inputs.groups_of(X, None)
+        groups = prompts if groups is None else inputs.groups_of(X, groups)
         classes, column, by_class = self.encode(labels, name, weights)
         several = len(strengths) > 1
         folds = inputs.assign_folds(groups, n_rows, self._cv()) if several else None
@@ -122,13 +123,14 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
             problems += [Problem(0, value, fold) for value in strengths for fold in range(targets.n_folds)]
         [found] = self.solve([design], problems)
         chosen = 0
-        evidence = evidence_of(column, classes, groups, weights)
+        evidence = evidence_of(column, classes, prompts, weights)
         if several:
             losses = cross_validate(self, design, problems[len(strengths) :], found[len(strengths) :])
             losses = losses.reshape(len(strengths), targets.n_folds)
             chosen = int(losses.mean(axis=1).argmin())
             self.cv_results_ = self._path_result(strengths, losses, evidence, inputs.source_of(X) | {"label": name})
-        self._remember(X, groups, inputs.source_of(X) | {"label": name})
+        self.trained_on_ = inputs.source_of(X) | {"label": name}
+        self.train_prompts_ = None if prompts is None else np.unique(prompts)
         return self.take(found[chosen], classes, evidence, strengths[chosen])
 
     def take(
@@ -254,11 +256,6 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
         """Estimator, parameters and versions."""
         return {"estimator": type(self).__name__, "parameters": self.get_params(), "versions": _versions()}
 
-    def _remember(self, X: Any, groups: NDArray[Any] | None, source: dict[str, Any]) -> None:
-        self.trained_on_ = source
-        prompts = getattr(X, "coords", {}).get("prompt")
-        self.train_prompts_ = None if prompts is None else np.unique(inputs.to_memory(prompts))
-
     def _check(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, NDArray[Any]]:
         if y is None:
             raise InvalidInput(f"{type(self).__name__} requires y to be passed, but the target y is None")
@@ -332,14 +329,14 @@ def check_folds(codes: NDArray[Any], folds: NDArray[np.uint8], n_classes: int, n
 
 
 def evidence_of(
-    column: NDArray[Any], classes: NDArray[Any] | None, groups: NDArray[Any] | None, weights: NDArray[Any] | None
+    column: NDArray[Any], classes: NDArray[Any] | None, prompts: NDArray[Any] | None, weights: NDArray[Any] | None
 ) -> dict[str, int]:
-    """Rows with a weight, distinct groups, and rows of each class."""
+    """Rows with a weight, distinct prompts, and rows of each class."""
     used = slice(None) if weights is None else weights > 0
     column = column[used]
     found = {"rows": len(column)}
-    if groups is not None:
-        found["prompts"] = len(np.unique(groups[used]))
+    if prompts is not None:
+        found["prompts"] = len(np.unique(prompts[used]))
     if classes is None:
         return found
     rows = np.bincount(column, minlength=len(classes))

@@ -44,7 +44,7 @@ class LogisticProbe(ClassProbe):
         standardize: bool = False,
         class_weight: Mapping[Any, float] | str | None = None,
         cv: int = 5,
-        tol: float = 1e-5,
+        tol: float = 1e-4,
         max_iter: int = 100,
         progress: bool = True,
     ) -> None:

@@ -45,9 +45,9 @@ def gradients(state: dict[str, Any], x: Rows, *blocks: NDArray[Any]) -> dict[str
     weights_DP, intercepts = state["weights"], state["intercepts"]
     codes, sample, folds = where_of.layout.unpack(blocks)
     n_binary, multinomial = len(where_of.binary), where_of.multinomial
-    labels = np.array([problem.label for problem in where_of.binary], np.int64)
+    labels, every = np.array([problem.label for problem in where_of.binary], np.int64), np.arange(n_binary)
     sums: dict[str, Any] = {
-        "gradient": np.zeros(weights_DP.shape), "residual": np.zeros(weights_DP.shape[1]),
+        "gradient": np.zeros(weights_DP.T.shape), "residual": np.zeros(weights_DP.shape[1]),
         "loss": np.zeros(n_binary), "curvature": np.zeros(n_binary),
         "multinomial": tuple(_nothing(where_of.layout.n_classes[p.label]) for p in multinomial),
     }  # fmt: skip
@@ -60,15 +60,17 @@ def gradients(state: dict[str, Any], x: Rows, *blocks: NDArray[Any]) -> dict[str
         extra = (None if sample is None else sample[where], None if folds is None else folds[where], part.dtype)
         if n_binary:
             rows = where_of.row_weights(where_of.binary, codes[where], *extra)
-            _binary(z[:, :n_binary], codes[where][:, labels], rows, sums)
+            some = codes[where] if n_binary == codes.shape[1] and (labels == every).all() else codes[where][:, labels]
+            _binary(z[:, :n_binary], some.astype(part.dtype), rows, sums)
         start = n_binary
         for number, problem in enumerate(multinomial):
             k = where_of.layout.n_classes[problem.label]
             rows = where_of.row_weights((problem,), codes[where], *extra)
             _multinomial(z[:, start : start + k], codes[where, problem.label], rows, sums["multinomial"][number])
             start += k
-        sums["residual"] += z.sum(axis=0, dtype=np.float64)
-        sums["gradient"] += (z.T @ part).T
+        sums["residual"] += np.ones(len(z), z.dtype) @ z
+        sums["gradient"] += z.T @ part
+    sums["gradient"] = sums["gradient"].T
     return sums
 
 
@@ -103,22 +105,27 @@ def hessians(state: dict[str, Any], x: Rows, *blocks: NDArray[Any]) -> tuple[Vec
 
 def _binary(z: NDArray[Any], target: NDArray[Any], rows: NDArray[Any] | None, sums: dict[str, Any]) -> None:
     """Adds losses and curvatures, and turns `z` into weighted residuals."""
-    small = np.exp(-np.abs(z))
-    part = 1 / (1 + small)
-    loss = np.maximum(z, 0)
-    loss += np.log1p(small) if z.dtype == np.float64 else np.log(1 + small)
-    loss -= z * target
+    ones = np.ones(len(z), z.dtype)
+    small = np.abs(z)
+    np.negative(small, out=small)
+    np.exp(small, out=small)
+    part = small + 1
+    loss = np.log1p(small) if z.dtype == np.float64 else np.log(part)
+    np.reciprocal(part, out=part)
     positive = z >= 0
-    small *= part
-    z[...] = np.where(positive, part, small)
+    loss += np.maximum(z, 0)
+    loss -= z * target
+    small *= part  # the smaller of p and 1 - p; `part` is the larger
+    np.copyto(z, small)
+    np.copyto(z, part, where=positive)
     small *= part
     z -= target
     if rows is not None:
         loss *= rows
         small *= rows
         z *= rows
-    sums["loss"] += loss.sum(axis=0, dtype=np.float64)
-    sums["curvature"] += small.sum(axis=0, dtype=np.float64)
+    sums["loss"] += ones @ loss
+    sums["curvature"] += ones @ small
 
 
 def _nothing(k: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ WIDE_ROWS = 16
 _SHIFT_RATIO = 8.0
 """A dimension whose mean exceeds this many standard deviations is shifted by it, so that it does not cancel."""
 _FEW_COLUMNS = 8
+_SCORES = 1 << 17
 _COARSE_SCRATCH_ROWS = 2048
 
 
@@ -78,8 +79,7 @@ def take_moments(
 class Moments:
     """Weighted sums, by fold (F) and by column of `Layout.indicators` (1 + M), over blocks of rows and targets.
 
-    `sums` (F, d, 1 + M) of x times indicators, `totals` and `squares` (F, 1 + M) of the indicators,
-    `variance` (d,) of x squared, `rows` (F,). `gram` is of every `stride`-th row (d, d), with `gram_n` and `gram_sum`
+    `sums` (F, d, 1 + M) of x times indicators, `totals` (F, 1 + M) of the indicators, `variance` (d,) of x squared, `rows` (F,). `gram` is of every `stride`-th row (d, d), with `gram_n` and `gram_sum`
     (d,), or the upper tiles of one if rows are wide; or an exact one (variants, F, d, d), with a variant for each
     label that has class weights.
     """
@@ -90,8 +90,9 @@ class Moments:
         d, n_folds, m = len(state["shift"]), layout.n_folds, int(layout.starts[-1])
         self.out: dict[str, Any] = {
             "bad": 0, "rows": np.zeros(n_folds, np.int64), "sums": np.zeros((n_folds, d, m)),
-            "totals": np.zeros((n_folds, m)), "squares": np.zeros((n_folds, m)), "variance": np.zeros(d),
+            "totals": np.zeros((n_folds, m)), "variance": np.zeros(d),
         }  # fmt: skip
+        self.precise = state["exact"] or layout.weighted or min(layout.n_classes) < 2
         self.coarse = UpperGram(d, coarse=True) if state["wide"] else None
         if state["gram"] == "exact":
             self.out["gram"] = np.zeros((len(variants(layout)), n_folds, d, d))
@@ -132,8 +133,7 @@ class Moments:
             kept = heavy if folds is None else heavy * (folds == fold)[:, None].astype(part.dtype)
             out["rows"][fold] += len(part) if folds is None else int((folds == fold).sum())
             out["sums"][fold] += (kept.T @ part).T
-            out["totals"][fold] += kept.sum(axis=0, dtype=np.float64)
-            out["squares"][fold] += np.einsum("ij,ij->j", kept, target, dtype=np.float64)
+            out["totals"][fold] += kept.sum(axis=0, dtype=np.float64) if self.precise else _sum(kept)
         return True
 
     def _add_sample(self, part: NDArray[Any], scale: Vector | None) -> None:
@@ -160,7 +160,9 @@ def parts(
 
     A part may be overwritten by the next one.
     """
-    rows = size or (tile_rows(x.shape[1], columns) if columns <= _FEW_COLUMNS else gram_rows(x.shape[1]))
+    rows = size or tile_rows(x.shape[1])
+    if size is None and columns > _FEW_COLUMNS:  # many scores: they, too, should stay in the cache
+        rows = max(rows, min(gram_rows(x.shape[1]), _SCORES // columns, 1024))
     shift = state["shift"]
     if not state["exact"]:
         yield from tiles(x, shift if shift.any() else None, rows=rows)
@@ -168,6 +170,11 @@ def parts(
     for start in range(0, len(x), rows):
         where = slice(start, min(start + rows, len(x)))
         yield where, np.subtract(decoded(x[where]), shift, dtype=np.float64)
+
+
+def _sum(counts: NDArray[Any]) -> NDArray[Any]:
+    """Column sums of 0 and 1, exact in float32."""
+    return np.asarray(np.ones(len(counts), counts.dtype) @ counts)
 
 
 def gram_rows(width: int) -> int:

@@ -40,7 +40,7 @@ class Options:
 
     fit_intercept: bool = True
     standardize: bool = False
-    tol: float = 1e-5
+    tol: float = 1e-4
     max_iter: int = 100
     progress: bool = True
 
@@ -111,7 +111,12 @@ class _Fit:
         single = len(problems) == 1 and self.layout.n_classes[problems[0].label] == 2
         self.metric = self._metric(sums, single)
         stall = options.max_iter if state["exact"] else _STALL
-        self.descents = [Descent(problem, self._start(problem, sums), options.tol, stall) for problem in problems]
+        starts = [self._start(problem, sums) for problem in problems]
+        # several classes have no Hessian to end with, and near the optimum short steps mean less
+        self.descents = [
+            Descent(problem, start, options.tol * (1.0 if start.point.shape[1] == 1 else 0.1), stall)
+            for problem, start in zip(problems, starts, strict=True)
+        ]
         # a binary problem has one score column and comes first: that is how `losses` lays them out
         self._turn(self.descents, [descent.gradient for descent in self.descents], begin=True)
 

@@ -273,7 +273,7 @@ def test_a_cluster_gives_what_threads_give():
     ]
     expected = [clone(probe).fit(rows, target) for probe, target in probes]
     metrics = expected[0].evaluate(rows, labels, n_bootstrap=50, allow_overlap=True)
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster):
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster):
         found = [clone(probe).fit(rows, target) for probe, target in probes]
         in_memory = LogisticProbe().fit(x, y)
         again = found[0].evaluate(rows, labels, n_bootstrap=50, allow_overlap=True)

@@ -255,7 +255,9 @@ def test_parts_that_share_prompts_or_groups_are_refused(run, parts):
         probe.sweep(train, test, RESID[0], "inside", groups="path")
     apart = run.split(test=0.3, seed=1, by="path")
     sweep = probe.sweep(*apart, RESID[0], "inside", groups="path", n_bootstrap=20)
-    assert set(sweep.table()["prompts_test"]) == {6}
+    assert set(sweep.table()["groups_test"]) == {6}
+    assert set(sweep.table()["prompts_test"]) == {18}
+    assert sweep.best().evaluation_.evidence["groups"] == 6
     fitted = probe.fit(train[RESID[0]], train.labels["inside"])
     with pytest.raises(OverlappingGroups, match=f"fitted to {len(train.prompts)} of the prompts"):
         fitted.evaluate(run[RESID[0]], run.labels["inside"])
