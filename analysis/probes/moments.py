@@ -79,9 +79,9 @@ def take_moments(
 class Moments:
     """Weighted sums, by fold (F) and by column of `Layout.indicators` (1 + M), over blocks of rows and targets.
 
-    `sums` (F, d, 1 + M) of x times indicators, `totals` (F, 1 + M) of the indicators, `variance` (d,) of x squared, `rows` (F,). `gram` is of every `stride`-th row (d, d), with `gram_n` and `gram_sum`
-    (d,), or the upper tiles of one if rows are wide; or an exact one (variants, F, d, d), with a variant for each
-    label that has class weights.
+    `sums` (F, d, 1 + M) of x times indicators, `totals` (F, 1 + M) of the indicators, `variance` (d,) of x squared,
+    `rows` (F,). `gram` is of every `stride`-th row (d, d), with `gram_n` and `gram_sum` (d,), or the upper tiles of
+    one if rows are wide; or an exact one (variants, F, d, d), with a variant for each label that has class weights.
     """
 
     def __init__(self, state: dict[str, Any]) -> None:
