@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def new_figure(width: float = 6.4, height: float = 4.0) -> Figure:
     """An empty Matplotlib figure (inches) that notebooks show as SVG and that `savefig` writes."""
-    return _shown()(figsize=(width, height), layout="constrained")
+    return cast("Figure", _shown()(figsize=(width, height), layout="constrained"))
 
 
 @cache
