@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 LabelSource = Callable[["Run"], Any]
 """Takes a run and returns one value a row, such as `lambda run: run.labels["bracket_depth"] > 0`."""
-Source = "str | LabelSource | Mapping[str, Any]"
 
 
 def named_sources(labels: Any) -> dict[str, Any]:

@@ -204,6 +204,7 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
         groups: str | None = None,
         seed: int = 0,
         n_bootstrap: int = 1000,
+        fpr: float = 0.01,
         **given: Any,
     ) -> Sweep:
         """Fit a probe for every hook, label and strength in shared passes; see `millpond.analysis.sweep.run_sweep`.
@@ -218,7 +219,7 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
             raise InvalidInput(f"{next(iter(given))} is no argument of {type(self).__name__}.sweep")
         return run_sweep(
             self, train, test, hooks, labels, strengths,
-            cv=cv, controls=controls, groups=groups, seed=seed, n_bootstrap=n_bootstrap,
+            cv=cv, controls=controls, groups=groups, seed=seed, n_bootstrap=n_bootstrap, fpr=fpr,
         )  # fmt: skip
 
     def encode(

@@ -32,8 +32,13 @@ class _MeansProbe(ClassProbe):
     @one_blas_thread()
     def solve(self, designs: Sequence[Design], problems: Sequence[Problem]) -> list[list[Linear]]:
         """Fit every problem on every design in one shared pass."""
-        states = statistics.first_looks(designs, True)
         mode: statistics.Gram = "exact" if self._whitens() else "none"
+        return [found for some in statistics.batches(designs, mode) for found in self._solve(some, problems, mode)]
+
+    def _solve(
+        self, designs: Sequence[Design], problems: Sequence[Problem], mode: statistics.Gram
+    ) -> list[list[Linear]]:
+        states = statistics.first_looks(designs, True)
         found = statistics.take_moments(designs, states, mode, progress=self.progress)
         out = []
         for design, state, sums in zip(designs, states, found, strict=True):

@@ -24,6 +24,8 @@ EXACT_SIZE = 1 << 25
 FULL_RANK = 2048
 """Above this width a sampled Gram matrix is coarse: bfloat16 products of `WIDE_ROWS` rows a dimension."""
 WIDE_ROWS = 16
+METRIC_BYTES = 1 << 30
+"""Hooks are fitted together while the matrices that this process holds for them are smaller than this."""
 _SHIFT_RATIO = 8.0
 """A dimension whose mean exceeds this many standard deviations is shifted by it, so that it does not cancel."""
 _FEW_COLUMNS = 8
@@ -74,6 +76,24 @@ def take_moments(
                 "leave those rows out"
             )
     return found
+
+
+def batches(designs: Sequence[Design], gram: Gram) -> Iterator[Sequence[Design]]:
+    """Designs whose Gram matrices fit in `METRIC_BYTES` together, at least one at a time.
+
+    Designs share no rows, so that passes over some of them at a time read no byte more.
+    """
+    some: list[Design] = []
+    held = 0
+    for design in designs:
+        d, layout = int(design.X.shape[1]), design.targets.layout
+        size = {"none": 0, "sample": 2 * 8 * d * d}.get(gram, 2 * 8 * d * d * layout.n_folds * len(variants(layout)))
+        if some and held + size > METRIC_BYTES:
+            yield some
+            some, held = [], 0
+        some.append(design)
+        held += size
+    yield some
 
 
 class Moments:

@@ -112,6 +112,9 @@ class RidgeProbe(LinearProbe):
     @one_blas_thread()
     def solve(self, designs: Sequence[Design], problems: Sequence[Problem]) -> list[list[Linear]]:
         """Fit every problem on every design in one shared pass."""
+        return [found for some in statistics.batches(designs, "exact") for found in self._solve(some, problems)]
+
+    def _solve(self, designs: Sequence[Design], problems: Sequence[Problem]) -> list[list[Linear]]:
         states = statistics.first_looks(designs, self.fit_intercept)
         found = statistics.take_moments(designs, states, "exact", progress=self.progress)
         out = []

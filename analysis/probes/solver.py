@@ -59,7 +59,7 @@ def solve(designs: Sequence[Design], problems: Sequence[Problem], options: Optio
     if any(int(design.X.shape[1]) > statistics.FULL_RANK for design in designs):
         import torch  # noqa: F401  # before the threads are limited, so that its own are too
     with one_blas_thread():
-        return _solve(designs, problems, options)
+        return [found for some in statistics.batches(designs, "sample") for found in _solve(some, problems, options)]
 
 
 def _solve(designs: Sequence[Design], problems: Sequence[Problem], options: Options) -> list[list[Linear]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
+from tests.analysis.conftest import HOOKS
 
 from millpond.analysis import LdaProbe, LogisticProbe, MassMeanProbe, RidgeProbe
 from millpond.store.errors import (
@@ -310,3 +311,13 @@ def test_every_byte_is_read_once_a_pass_however_many_labels(parts, monkeypatch):
     assert bytes_for(40) == one
     # for each of two hooks: a first look (here one block holds all), one pass to fit, and one over the test part
     assert one == 2 * (2 * stored(train) + stored(test))
+
+
+def test_hooks_are_fitted_in_batches_with_the_same_bits(parts, monkeypatch):
+    from millpond.analysis.probes import moments
+
+    for probe in (LogisticProbe(progress=False), LdaProbe(progress=False), RidgeProbe(progress=False)):
+        together = probe.sweep(*parts, list(HOOKS), "depth", n_bootstrap=0).rows
+        monkeypatch.setattr(moments, "METRIC_BYTES", 1)
+        assert probe.sweep(*parts, list(HOOKS), "depth", n_bootstrap=0).rows == together
+        monkeypatch.undo()
