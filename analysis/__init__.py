@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from millpond.analysis.pca import PcaReducer
     from millpond.analysis.probes.logistic import LogisticProbe
+    from millpond.analysis.probes.means import LdaProbe, MassMeanProbe
+    from millpond.analysis.probes.ridge import RidgeProbe
     from millpond.analysis.sae.crosscoder import Crosscoder
     from millpond.analysis.sae.estimator import (
         BatchTopKSae,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     )
     from millpond.analysis.sae.together import train_together
     from millpond.analysis.sae.transcoder import SkipTranscoder, Transcoder
+    from millpond.analysis.selection import select_tokens
     from millpond.analysis.sweep import Sweep
 
 __all__ = [
@@ -26,15 +29,19 @@ __all__ = [
     "Crosscoder",
     "GatedSae",
     "JumpReluSae",
+    "LdaProbe",
     "LogisticProbe",
+    "MassMeanProbe",
     "MatryoshkaSae",
     "PcaReducer",
     "ReluSae",
+    "RidgeProbe",
     "Sae",
     "SkipTranscoder",
     "Sweep",
     "TopKSae",
     "Transcoder",
+    "select_tokens",
     "train_together",
 ]
 
@@ -43,15 +50,19 @@ _HOMES = {
     "Crosscoder": "millpond.analysis.sae.crosscoder",
     "GatedSae": "millpond.analysis.sae.estimator",
     "JumpReluSae": "millpond.analysis.sae.estimator",
+    "LdaProbe": "millpond.analysis.probes.means",
     "LogisticProbe": "millpond.analysis.probes.logistic",
+    "MassMeanProbe": "millpond.analysis.probes.means",
     "MatryoshkaSae": "millpond.analysis.sae.estimator",
     "PcaReducer": "millpond.analysis.pca",
     "ReluSae": "millpond.analysis.sae.estimator",
+    "RidgeProbe": "millpond.analysis.probes.ridge",
     "Sae": "millpond.analysis.sae.estimator",
     "SkipTranscoder": "millpond.analysis.sae.transcoder",
     "Sweep": "millpond.analysis.sweep",
     "TopKSae": "millpond.analysis.sae.estimator",
     "Transcoder": "millpond.analysis.sae.transcoder",
+    "select_tokens": "millpond.analysis.selection",
     "train_together": "millpond.analysis.sae.together",
 }
 

@@ -14,6 +14,13 @@ MillpondError
 │   └── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
 ├── BudgetSpent           more bytes would leave than a cap allows; none did
 ├── LedgerCorrupt         the ledger was changed by something else than the ledger
+│   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
+│   ├── OneClass          labels hold one class where two are needed
+│   ├── MissingLabels     rows or prompts have no label, or NaN
+│   ├── UnknownPrompts    labels name prompts that the run does not have
+│   ├── OverlappingGroups training and test part share prompts or groups
+│   └── PromptTooLong     a prompt does not fit the model's context
+├── Cancelled             the caller stopped it
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
 ├── LeaseLost             another worker claimed the job, or it has ended
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
@@ -65,10 +72,32 @@ class JobNotFound(InvalidInput, KeyError):
     """The queue holds no job of that id."""
 
     __str__ = Exception.__str__
+class MemoryTooSmall(InvalidInput):
+    """A worker cannot hold what an analysis needs; nothing was run."""
+
+
+class OneClass(InvalidInput):
+    """Labels hold one class where two are needed."""
+
+
+class MissingLabels(InvalidInput):
+    """Rows or prompts have no label, or NaN."""
+
+
+class UnknownPrompts(InvalidInput):
+    """Labels name prompts that the run does not have."""
+
+
+class OverlappingGroups(InvalidInput):
+    """Training and test part share prompts or groups."""
 
 
 class PromptTooLong(InvalidInput):
     """A prompt does not fit the model's context."""
+
+
+class Cancelled(MillpondError):
+    """The caller stopped it."""
 
 
 class CaptureFailed(MillpondError):

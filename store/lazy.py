@@ -27,6 +27,10 @@ class _ReadBlock:
     def __call__(self, block: Block) -> NDArray[Any]:
         return self.plan.read(self.name, block)
 
+    def stored(self, block: Block) -> NDArray[Any]:
+        """The same rows in their stored data type, for readers that decode them where they use them."""
+        return self.plan.read_stored(self.name, block)
+
 
 def block_array(
     plan: RowPlan, read: Reader, name: str, dtype: np.dtype[Any], columns: int | None = None
@@ -67,6 +71,7 @@ def activations(plan: RowPlan, hook: str) -> xr.DataArray:
     data = block_array(plan, _ReadBlock(plan, hook), hook, np.dtype(np.float32), spec.d_model)
     attributes = {
         "run": spec.name,
+        "run_id": spec.id,
         "hook": hook,
         "model": spec.provenance.get("model", ""),
         "dtype": spec.dtype,

@@ -5,10 +5,15 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from millpond.store.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Value = float | int | str | NDArray[Any]
 
@@ -30,6 +35,33 @@ class Result:
     def __getitem__(self, name: str) -> Value:
         return self.values[name]
 
+    def plot(self) -> Figure:
+        """Values with their intervals; beside them the reliability curve, or the losses of a path, where there is one.
+
+        Raises:
+            InvalidInput: there is nothing to draw.
+        """
+        from millpond.store.figures import new_figure
+
+        drawn = [name for name in self.values if name in self.intervals]
+        curve, path = self.values.get("reliability"), self.values.get("loss_se")
+        panels = bool(drawn) + (curve is not None) + (path is not None)
+        if not panels:
+            raise InvalidInput(f"a Result of kind {self.kind!r} without intervals has nothing to draw")
+        figure = new_figure(1.2 + 3.8 * panels, 3.6)
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        if drawn:
+            _draw_intervals(axes.pop(0), [(name, float(self.values[name]), *self.intervals[name]) for name in drawn])
+        if isinstance(curve, np.ndarray):
+            _draw_reliability(axes.pop(0), curve)
+        if isinstance(path, np.ndarray):
+            name = next(iter(self.values))
+            ax = axes.pop(0)
+            ax.errorbar(self.values[name], self.values["loss"], path, marker="o", capsize=3)
+            ax.set(xscale="log", xlabel=name, ylabel="loss on left-out prompts")
+        figure.suptitle(self.kind)
+        return figure
+
     def _rows(self) -> list[tuple[str, str]]:
         rows = []
         for name, value in self.values.items():
@@ -49,6 +81,22 @@ class Result:
         rows = self._rows() + [(name, f"{count:,}") for name, count in self.evidence.items()]
         cells = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
         return f"<table><caption>{html.escape(self.kind)}</caption>{cells}</table>"
+
+
+def _draw_intervals(ax: Any, rows: list[tuple[str, float, float, float]]) -> None:
+    for place, (_, value, low, high) in enumerate(rows):
+        ax.plot([low, high], [place, place], color="C0", linewidth=2, alpha=0.5)
+        ax.plot([value], [place], color="C0", marker="o")
+    ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel("value, 95 % interval")
+
+
+def _draw_reliability(ax: Any, curve: NDArray[Any]) -> None:
+    kept = curve[:, 2] > 0
+    ax.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    ax.plot(curve[kept, 0], curve[kept, 1], marker="o")
+    ax.set(xlabel="mean predicted probability", ylabel="fraction that is so", xlim=(0, 1), ylim=(0, 1))
 
 
 def _number(value: float | int | str) -> str:

@@ -95,7 +95,11 @@ class RowPlan:
         """The chosen rows of `block` in the array `name`; activations as float32."""
         if name == "prompt":
             return self.prompt_numbers(block)[self.mask(block)]
+        stored = self.read_stored(name, block)
+        return decode(stored, self.spec.dtype) if name in self.spec.hooks else stored
+
+    def read_stored(self, name: str, block: Block) -> NDArray[Any]:
+        """The chosen rows of `block` in the array `name`, in its stored data type."""
         array = self.spec.arrays()[name]
         folder = self.folder / self.parts[block.part].path / name
-        stored = read_rows(folder, array, block.start, block.stop)[self.mask(block)]
-        return decode(stored, self.spec.dtype) if name in self.spec.hooks else stored
+        return read_rows(folder, array, block.start, block.stop)[self.mask(block)]

@@ -151,7 +151,7 @@ class Run:
             raise HookNotCaptured(
                 f"{hook!r} names {len(names)} hook points; name one: run {self.name!r} holds {summarize_hooks(self.hooks)}"
             )
-        return activations(self.plan, names[0])
+        return activations(self.plan, names[0]).assign_attrs(state=self.state)
 
     @property
     def tokens(self) -> xr.Dataset:

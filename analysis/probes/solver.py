@@ -1,14 +1,15 @@
-"""Exact logistic regression out of core: many problems (hook, label, C) share each read of the rows.
+"""Exact logistic regression out of core: many problems (hook, label, C, fold) share each read of the rows.
 
-Minimises scikit-learn's objective, sum of log-losses + |w|^2 / (2 C) with an unpenalised intercept, by
-L-BFGS (Nocedal and Wright, 2006, algorithm 7.4) whose starting metric is the Gram matrix of the rows
-scaled by the mean of p (1 - p), from the point that linear discriminant analysis gives. Every step of
-every problem costs one shared pass; 5 to 20 passes are usual, however many problems there are. A problem
-that needs more (classes almost separable) gets the Hessian at its current point as its metric.
+Minimises scikit-learn's objective, weighted sum of log-losses + |w|^2 / (2 C) with an unpenalised intercept,
+by L-BFGS (Nocedal and Wright, 2006, algorithm 7.4) whose starting metric is the Gram matrix of the rows
+scaled by the mean of p (1 - p), or for K classes its Kronecker product with the mean of diag(p) - p p', from the
+point that linear discriminant analysis gives. Every step of every problem costs one shared pass; 5 to 20 passes
+are usual, however many problems there are. A binary problem that needs more (classes almost separable) gets the
+Hessian at its current point as its metric, unless rows are wider than `moments.FULL_RANK`.
 
-Precision: rows are shifted by the mean of the first ones, so that dimensions with a large mean do not
-cancel; products are in float64 up to `EXACT_SIZE` values and in the rows' data type beyond (where rounding
-averages out over the rows), sums over blocks always in float64.
+Precision: rows are shifted by the mean of the first ones where that is large, so that they do not
+cancel; products are in float64 up to `moments.EXACT_SIZE` values and in the rows' data type beyond (where
+rounding averages out over the rows), sums over blocks always in float64.
 """
 
 from __future__ import annotations
@@ -20,225 +21,211 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.passes import AlignedRows, Pass, one_blas_thread, run_passes
-from millpond.analysis.probes.descent import Descent, Hessian, Metric, Problem
-from millpond.store.errors import InvalidInput
+from millpond.analysis.passes import Pass, one_blas_thread, run_passes
+from millpond.analysis.probes import moments as statistics
+from millpond.analysis.probes.descent import CoarseMetric, Descent, Hessian, Metric, SingleMetric, Start
+from millpond.analysis.probes.linear import Linear
+from millpond.analysis.probes.losses import Columns, gradients, hessians
+from millpond.analysis.probes.targets import Design, Problem, training_sums
 
 Vector = NDArray[np.float64]
 
-GRAM_ROWS = 50_000
-"""The metric is taken from about this many rows (or 8 a dimension), evenly spread; gradients are exact."""
-EXACT_SIZE = 1 << 25
-"""Rows times width up to which float32 rows are computed in float64: it costs little and matters most."""
-_SLICE_ROWS = 8192
 _HESSIANS = 4
+_STALL = 6
 
 
 @dataclass(frozen=True)
-class Solution:
-    """A fitted weight vector, in the rows' own units."""
+class Options:
+    """What all problems of a solve have in common."""
 
-    coef: Vector
-    intercept: float
-    shift: Vector
-    """What rows were shifted by; score with `(x - shift) @ coef + intercept_shifted`."""
-    intercept_shifted: float
-    n_iter: int
-    """Gradient passes in which this problem took part."""
-    converged: bool
+    fit_intercept: bool = True
+    standardize: bool = False
+    tol: float = 1e-4
+    max_iter: int = 100
+    progress: bool = True
 
 
-@dataclass(frozen=True)
-class Design:
-    """One hook's rows, blocks of (activations, labels (rows, L) uint8), and the problems on them."""
-
-    name: str
-    rows: AlignedRows
-    problems: Sequence[Problem]
-
-
-@one_blas_thread()
-def solve(
-    designs: Sequence[Design], *, fit_intercept: bool, tol: float, max_iter: int, progress: bool = True
-) -> list[list[Solution]]:
-    """Fit every problem of every design in shared passes.
+def solve(designs: Sequence[Design], problems: Sequence[Problem], options: Options) -> list[list[Linear]]:
+    """Fit every problem on every design in shared passes; one list a design, in the order of `problems`.
 
     A problem has converged when its next quasi-Newton step is shorter than `tol` times its weights, or
     is within 1e-4 of them and rounding keeps it from getting shorter.
-    Held per design of width d with P problems: the metric (d * d float64) and 2 * 12 vectors a problem,
-    and another metric for each problem that needs its Hessian.
+    Held per design of width d with P score columns: the metric (d * d float64, or float32 if wide), 2 * 12
+    vectors a column, and another metric for each problem that needs its Hessian.
 
     Raises:
         InvalidInput: a row holds NaN or an infinity.
     """
-    heads = run_passes([Pass(design.rows.head(4096), _mean) for design in designs], progress=False)
-    shifts = [head if fit_intercept else np.zeros_like(head) for head in heads]
-    states = []
-    for design, shift in zip(designs, shifts, strict=True):
-        stride = max(1, design.rows.n_rows // max(8 * len(shift), GRAM_ROWS))
-        exact = design.rows.n_rows * len(shift) <= EXACT_SIZE
-        states.append({"shift": shift, "stride": stride, "exact": exact})
-    todo = [Pass(d.rows, _moments, state) for d, state in zip(designs, states, strict=True)]
-    moments = run_passes(todo, description="probe statistics", progress=progress)
-    fits = [_Fit(d, s, m, fit_intercept, tol) for d, s, m in zip(designs, states, moments, strict=True)]
-    for number in range(max_iter):
+    if any(int(design.X.shape[1]) > statistics.FULL_RANK for design in designs):
+        import torch  # noqa: F401  # before the threads are limited, so that its own are too
+    with one_blas_thread():
+        return [found for some in statistics.batches(designs, "sample") for found in _solve(some, problems, options)]
+
+
+def _solve(designs: Sequence[Design], problems: Sequence[Problem], options: Options) -> list[list[Linear]]:
+    progress = options.progress
+    states = statistics.first_looks(designs, options.fit_intercept)
+    found = statistics.take_moments(designs, states, "sample", progress=progress)
+    fits = [_Fit(*one, problems, options) for one in zip(designs, states, found, strict=True)]
+    for number in range(options.max_iter):
         for fit in fits:
-            stale = [descent for descent in fit.active if descent.stale]
+            stale = [descent for descent in fit.active if descent.stale] if fit.may_renew else []
             for first in range(0, len(stale), _HESSIANS):
                 some = stale[first : first + _HESSIANS]
-                todo = [Pass(fit.design.rows, _hessians, fit.state([descent.point for descent in some]))]
-                fit.renew(some, run_passes(todo, description="probe curvature", progress=progress)[0])
+                one = fit.pass_over(hessians, [(descent, descent.point) for descent in some])
+                fit.renew(some, run_passes([one], description="probe curvature", progress=progress)[0])
         active = [fit for fit in fits if fit.active]
         if not active:
             break
-        todo = [Pass(fit.design.rows, _gradients, fit.trial_state()) for fit in active]
-        found = run_passes(todo, description=f"probe pass {number + 1}", progress=progress)
-        for fit, sums in zip(active, found, strict=True):
-            fit.advance(sums)
+        todo = [fit.pass_over(gradients, [(d, d.trial) for d in fit.active]) for fit in active]
+        sums = run_passes(todo, description=f"probe pass {number + 1}", progress=progress)
+        for fit, of_fit in zip(active, sums, strict=True):
+            fit.advance(of_fit)
     return [fit.solutions() for fit in fits]
-
-
-def _mean(state: None, x: NDArray[Any], y: NDArray[np.uint8]) -> Vector:
-    mean = np.asarray(x.mean(axis=0, dtype=np.float64))
-    return np.where(np.isfinite(mean), mean, 0.0)
-
-
-def _moments(state: dict[str, Any], x: NDArray[Any], y: NDArray[np.uint8]) -> dict[str, Any]:
-    shift, stride = state["shift"], state["stride"]
-    d = x.shape[1]
-    sums = {
-        "n": len(x), "bad": 0, "sum": np.zeros(d), "label_sum": np.zeros((d, y.shape[1])),
-        "positive": y.sum(axis=0, dtype=np.int64), "gram": np.zeros((d, d)), "gram_n": 0, "gram_sum": np.zeros(d),
-    }  # fmt: skip
-    for start in range(0, len(x), _SLICE_ROWS * stride):
-        part = _shifted(x[start : start + _SLICE_ROWS * stride], shift, state["exact"])
-        total = part.sum(axis=0, dtype=np.float64)
-        if not np.isfinite(total).all():
-            sums["bad"] += int((~np.isfinite(part).all(axis=1)).sum())
-            continue
-        sums["sum"] += total
-        sums["label_sum"] += part.T @ y[start : start + _SLICE_ROWS * stride].astype(part.dtype)
-        sample = part[::stride]
-        sums["gram"] += sample.T @ sample
-        sums["gram_n"] += len(sample)
-        sums["gram_sum"] += sample.sum(axis=0, dtype=np.float64)
-    return sums
-
-
-def _gradients(state: dict[str, Any], x: NDArray[Any], y: NDArray[np.uint8]) -> dict[str, Any]:
-    """Loss, gradient by weights and intercept, and sum of p (1 - p), for each column of `weights`."""
-    shift, labels = state["shift"], state["labels"]
-    weights, intercepts = state["weights"], state["intercepts"]
-    sums = {"loss": 0.0, "gradient": 0.0, "residual": 0.0, "curvature": 0.0}
-    for start in range(0, len(x), _SLICE_ROWS):
-        part = _shifted(x[start : start + _SLICE_ROWS], shift, state["exact"])
-        z = part @ weights.astype(part.dtype)
-        z += intercepts.astype(part.dtype)
-        target = y[start : start + _SLICE_ROWS, labels]
-        small = np.exp(-np.abs(z))
-        p = np.where(z >= 0, 1, small) / (1 + small)
-        loss = np.maximum(z, 0) + np.log1p(small) - z * target
-        sums["loss"] += loss.sum(axis=0, dtype=np.float64)
-        sums["curvature"] += (p * (1 - p)).sum(axis=0, dtype=np.float64)
-        p -= target
-        sums["residual"] += p.sum(axis=0, dtype=np.float64)
-        sums["gradient"] += (part.T @ p).astype(np.float64)
-    return sums
-
-
-def _hessians(state: dict[str, Any], x: NDArray[Any], y: NDArray[np.uint8]) -> tuple[Vector, Vector, Vector]:
-    """For each column of `weights`: sums of q x x', q x and q over a sample of the rows, where q = p (1 - p)."""
-    shift, stride, mean = state["shift"], state["stride"], state["mean"]
-    weights, intercepts = state["weights"], state["intercepts"]
-    d, count = weights.shape
-    outer, first, total = np.zeros((count, d, d)), np.zeros((count, d)), np.zeros(count)
-    for start in range(0, len(x), _SLICE_ROWS * stride):
-        part = _shifted(x[start : start + _SLICE_ROWS * stride : stride], shift + mean, state["exact"])
-        z = part @ weights.astype(part.dtype)
-        z += (intercepts + mean @ weights).astype(part.dtype)
-        small = np.exp(-np.abs(z))
-        q = small / (1 + small) ** 2
-        for i in range(count):
-            outer[i] += part.T @ (part * q[:, i, None])
-        first += (q.T @ part).astype(np.float64)
-        total += q.sum(axis=0, dtype=np.float64)
-    return outer, first, total
-
-
-def _shifted(x: NDArray[Any], shift: Vector, exact: bool) -> NDArray[Any]:
-    """`x - shift`, in float64 if that is asked for or `x` is so wide."""
-    dtype = np.float32 if x.dtype in (np.float32, np.float16) and not exact else np.float64
-    return np.asarray(np.subtract(x, shift.astype(dtype), dtype=dtype))
 
 
 class _Fit:
     """All problems of one design: shared moments and metric, one descent each."""
 
     def __init__(
-        self, design: Design, state: dict[str, Any], moments: dict[str, Any], fit_intercept: bool, tol: float
+        self,
+        design: Design,
+        state: dict[str, Any],
+        sums: dict[str, Any],
+        problems: Sequence[Problem],
+        options: Options,
     ) -> None:
-        if moments["bad"]:
-            raise InvalidInput(
-                f"{design.name}: {moments['bad']:,} of {moments['n']:,} rows hold NaN or infinity; leave those rows out"
-            )
-        self.design, self.n = design, int(moments["n"])
-        self.base, self.shift = state, state["shift"]
-        self.fit_intercept = fit_intercept
-        self.mean = moments["sum"] / self.n if fit_intercept else np.zeros_like(self.shift)
-        center = moments["gram_sum"] / moments["gram_n"] if fit_intercept else self.mean
-        covariance = moments["gram"] / moments["gram_n"] - np.outer(center, center)
-        self.metric = Metric(covariance * self.n, self.n)
-        self.descents = []
-        for problem in design.problems:
-            positive = float(moments["positive"][problem.label])
-            pull = moments["label_sum"][:, problem.label] - self.mean * positive
-            if not fit_intercept:
-                pull = pull - moments["sum"] / 2
-            self.descents.append(Descent(problem, pull, positive, self.n, self.metric, fit_intercept, tol))
+        self.rows, self.layout = design.rows, design.targets.layout
+        self.base, self.shift = state | {"stride": 1}, state["shift"]
+        self.fit_intercept = options.fit_intercept
+        weight = float(sums["totals"][:, 0].sum())
+        mean = sums["sums"][:, :, 0].sum(axis=0) / weight
+        self.mean = mean if options.fit_intercept else np.zeros_like(mean)
+        self.scale = np.ones_like(mean)
+        variance = np.maximum(sums["variance"] / weight - mean**2, 0.0)
+        if options.standardize:
+            self.scale = np.where(variance > 0, np.sqrt(variance), 1.0)
+        self.may_renew = len(mean) <= statistics.FULL_RANK
+        n = int(sums["rows"].sum())
+        self.base["stride"] = max(1, n // max(8 * len(mean), statistics.GRAM_ROWS))
+        single = len(problems) == 1 and self.layout.n_classes[problems[0].label] == 2
+        self.metric = self._metric(sums, single)
+        stall = options.max_iter if state["exact"] else _STALL
+        starts = [self._start(problem, sums) for problem in problems]
+        # several classes have no Hessian to end with, and near the optimum short steps mean less
+        self.descents = [
+            Descent(problem, start, options.tol * (1.0 if start.point.shape[1] == 1 else 0.1), stall)
+            for problem, start in zip(problems, starts, strict=True)
+        ]
+        # a binary problem has one score column and comes first: that is how `losses` lays them out
+        self._turn(self.descents, [descent.gradient for descent in self.descents], begin=True)
+
+    def _metric(self, sums: dict[str, Any], single: bool) -> Metric | SingleMetric | CoarseMetric:
+        center = sums["gram_sum"] / sums["gram_n"] if self.fit_intercept else np.zeros_like(self.mean)
+        if self.may_renew:
+            covariance = sums["gram"] / sums["gram_n"] - np.outer(center, center)
+            covariance /= np.outer(self.scale, self.scale)
+            return SingleMetric(covariance) if single else Metric.of(covariance)
+        return CoarseMetric(sums.pop("gram"), float(sums["gram_n"]), center, self.scale)
+
+    def _start(self, problem: Problem, sums: dict[str, Any]) -> Start:
+        weight = self.layout.weight_of(problem.label)
+        totals = self.layout.by_class(training_sums(sums["totals"], problem.fold), problem.label) * weight
+        x = self.layout.by_class(training_sums(sums["sums"], problem.fold), problem.label) * weight
+        x = (x - np.outer(self.mean, totals)) / self.scale[:, None]
+        k, n = len(totals), float(totals.sum())
+        rate = totals / n if self.fit_intercept else np.full(k, 1 / k)
+        gradient = np.outer(x.sum(axis=1), rate) - x
+        curvature = n * (np.diag(rate) - np.outer(rate, rate))
+        intercept = np.log(rate) - np.log(rate).mean()
+        if k == 2:
+            gradient, curvature, intercept = gradient[:, 1:], curvature[1:, 1:], intercept[1:] - intercept[:1]
+        columns = gradient.shape[1]
+        point = np.vstack([np.zeros((len(x), columns)), intercept if self.fit_intercept else np.zeros(columns)])
+        value = -float(totals @ np.log(rate))
+        return Start(point, value, np.vstack([gradient, np.zeros(columns)]), curvature, n)
 
     @property
     def active(self) -> list[Descent]:
-        return [descent for descent in self.descents if not descent.finished]
+        """Unfinished descents, binary ones first."""
+        some = [descent for descent in self.descents if not descent.finished]
+        return sorted(some, key=lambda descent: descent.k)
 
-    def state(self, points: list[Vector]) -> dict[str, Any]:
-        """What `_gradients` and `_hessians` need to know of `points` (weights, then intercept of centred rows)."""
-        columns = np.stack(points, axis=1)
-        weights = columns[:-1]
+    def state(self, points: list[tuple[Descent, Vector]]) -> dict[str, Any]:
+        """What `gradients` and `hessians` need to know of points of `descents` (weights, then intercept)."""
+        columns = np.concatenate([point for _, point in points], axis=1)
+        weights = columns[:-1] / self.scale[:, None]
+        problems = [(descent.k, descent.problem) for descent, _ in points]
+        where = Columns(
+            self.layout,
+            tuple(problem for k, problem in problems if k == 1),
+            tuple(problem for k, problem in problems if k > 1),
+        )
         intercepts = columns[-1] - self.mean @ weights
-        return self.base | {"mean": self.mean, "weights": weights, "intercepts": intercepts}
+        return self.base | {"mean": self.mean, "weights": weights, "intercepts": intercepts, "columns": where}
 
-    def trial_state(self) -> dict[str, Any]:
-        labels = [descent.problem.label for descent in self.active]
-        return self.state([descent.trial for descent in self.active]) | {"labels": labels}
+    def pass_over(self, function: Any, points: list[tuple[Descent, Vector]]) -> Pass:
+        """A pass that computes `gradients` or `hessians` at points of descents."""
+        d, columns = len(self.mean), sum(descent.k for descent, _ in points)
+        size = 8 * d * columns * (d if function is hessians else 1)
+        return Pass(self.rows, function, self.state(points), result_bytes=size, scratch_bytes=4 * d * columns)
 
     def renew(self, descents: list[Descent], sums: tuple[Vector, Vector, Vector]) -> None:
         """Give each descent the Hessian at its point as metric, and a direction by it."""
         for descent, outer, first, total in zip(descents, *sums, strict=True):
-            scale = descent.curvature / total
-            descent.renew(Hessian(outer * scale, first * scale * self.fit_intercept, descent.curvature))
+            grown = float(descent.curvature[0, 0]) / total
+            border = first * grown * self.fit_intercept / self.scale
+            whole = outer * grown / np.outer(self.scale, self.scale)
+            descent.renew(Hessian(whole, border, float(descent.curvature[0, 0])))
 
     def advance(self, sums: dict[str, Any]) -> None:
-        gradients = sums["gradient"] - np.outer(self.mean, sums["residual"])
-        moved = []
-        for i, descent in enumerate(self.active):
-            gradient = np.append(gradients[:, i], sums["residual"][i] if self.fit_intercept else 0.0)
-            if descent.observe(float(sums["loss"][i]), gradient, float(sums["curvature"][i])):
+        """Hand each active descent its sums, and those that moved a new direction."""
+        weights = (sums["gradient"] - np.outer(self.mean, sums["residual"])) / self.scale[:, None]
+        gradient = np.vstack([weights, sums["residual"] * self.fit_intercept])
+        moved, start, n_binary = [], 0, len(sums["loss"])
+        for number, descent in enumerate(self.active):
+            mine = gradient[:, start : start + descent.k]
+            start += descent.k
+            if descent.k == 1:
+                loss, curvature = sums["loss"][number], sums["curvature"][number].reshape(1, 1)
+            else:
+                own = sums["multinomial"][number - n_binary]
+                loss, curvature = own["loss"][0], own["curvature"]
+            if descent.observe(float(loss), mine, curvature):
                 moved.append(descent)
         for descent in moved:
             if descent.hessian is not None:
-                descent.two_loop_second(descent.hessian.solve(descent.two_loop_first(), 1 / descent.problem.C))
+                descent.two_loop_second(descent.hessian.solve(descent.two_loop_first(), descent.penalty))
         shared = [descent for descent in moved if descent.hessian is None]
         if shared:
-            turned = np.stack([descent.two_loop_first() for descent in shared], axis=1)
-            scaled = self.metric.solve(turned, [d.curvature for d in shared], [1 / d.problem.C for d in shared])
-            for i, descent in enumerate(shared):
-                descent.two_loop_second(scaled[:, i])
+            self._turn(shared, [descent.two_loop_first() for descent in shared], begin=False)
 
-    def solutions(self) -> list[Solution]:
+    def _turn(self, descents: list[Descent], gradients: list[Vector], *, begin: bool) -> None:
+        """Apply the inverse metric to all gradients at once: in the basis where curvatures are diagonal."""
+        bases, curvatures = [], []
+        for descent in descents:
+            values, basis = np.linalg.eigh((descent.curvature + descent.curvature.T) / 2)
+            bases.append(basis)
+            curvatures.append(np.maximum(values, 0.0))
+        columns = np.concatenate([g @ basis for g, basis in zip(gradients, bases, strict=True)], axis=1)
+        penalties = np.concatenate([np.full(descent.k, descent.penalty) for descent in descents])
+        solved = self.metric.solve(columns, np.concatenate(curvatures), penalties)
+        start = 0
+        for descent, basis in zip(descents, bases, strict=True):
+            mine = solved[:, start : start + descent.k] @ basis.T
+            start += descent.k
+            if begin:
+                descent.begin(-mine)
+            else:
+                descent.two_loop_second(mine)
+
+    def solutions(self) -> list[Linear]:
+        """The fitted weights, in the rows' own units."""
         out = []
         for descent in self.descents:
-            coef, intercept = descent.point[:-1], float(descent.point[-1])
-            shifted = intercept - float(self.mean @ coef)
-            raw = shifted - float(self.shift @ coef)
-            out.append(Solution(coef, raw, self.shift, shifted, descent.n_iter, descent.converged))
+            coef = (descent.point[:-1] / self.scale[:, None]).T
+            intercept = descent.point[-1] - coef @ self.mean
+            if descent.k > 1:
+                intercept = intercept - intercept.mean()
+            out.append(Linear.of_shifted(coef, intercept, self.shift, descent.n_iter, descent.converged))
         return out

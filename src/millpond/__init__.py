@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from millpond.analysis import Crosscoder as Crosscoder
     from millpond.analysis import GatedSae as GatedSae
     from millpond.analysis import JumpReluSae as JumpReluSae
+    from millpond.analysis import LdaProbe as LdaProbe
     from millpond.analysis import LogisticProbe as LogisticProbe
+    from millpond.analysis import MassMeanProbe as MassMeanProbe
     from millpond.analysis import MatryoshkaSae as MatryoshkaSae
     from millpond.analysis import PcaReducer as PcaReducer
     from millpond.analysis import ReluSae as ReluSae
+    from millpond.analysis import RidgeProbe as RidgeProbe
     from millpond.analysis import Sae as Sae
     from millpond.analysis import SkipTranscoder as SkipTranscoder
     from millpond.analysis import TopKSae as TopKSae
     from millpond.analysis import Transcoder as Transcoder
+    from millpond.analysis import select_tokens as select_tokens
     from millpond.analysis import train_together as train_together
     from millpond.capture.params import capture_params as capture_params
     from millpond.store.errors import MillpondError as MillpondError
@@ -37,12 +41,15 @@ _HOMES = {
     "GatedSae": ("millpond.analysis", "GatedSae"),
     "JumpReluSae": ("millpond.analysis", "JumpReluSae"),
     "Lake": ("millpond.store.lake", "Lake"),
+    "LdaProbe": ("millpond.analysis", "LdaProbe"),
     "LogisticProbe": ("millpond.analysis", "LogisticProbe"),
+    "MassMeanProbe": ("millpond.analysis", "MassMeanProbe"),
     "MatryoshkaSae": ("millpond.analysis", "MatryoshkaSae"),
     "MillpondError": ("millpond.store.errors", "MillpondError"),
     "PcaReducer": ("millpond.analysis", "PcaReducer"),
     "ReluSae": ("millpond.analysis", "ReluSae"),
     "Result": ("millpond.store.result", "Result"),
+    "RidgeProbe": ("millpond.analysis", "RidgeProbe"),
     "Run": ("millpond.store.run", "Run"),
     "Sae": ("millpond.analysis", "Sae"),
     "SkipTranscoder": ("millpond.analysis", "SkipTranscoder"),
@@ -50,6 +57,7 @@ _HOMES = {
     "Transcoder": ("millpond.analysis", "Transcoder"),
     "capture_params": ("millpond.capture.params", "capture_params"),
     "open": ("millpond.store.lake", "open_lake"),
+    "select_tokens": ("millpond.analysis", "select_tokens"),
     "train_together": ("millpond.analysis", "train_together"),
 }
 
@@ -59,12 +67,15 @@ __all__ = [
     "GatedSae",
     "JumpReluSae",
     "Lake",
+    "LdaProbe",
     "LogisticProbe",
+    "MassMeanProbe",
     "MatryoshkaSae",
     "MillpondError",
     "PcaReducer",
     "ReluSae",
     "Result",
+    "RidgeProbe",
     "Run",
     "Sae",
     "SkipTranscoder",
@@ -72,6 +83,7 @@ __all__ = [
     "Transcoder",
     "capture_params",
     "open",
+    "select_tokens",
     "train_together",
 ]
 

@@ -1,8 +1,9 @@
 import numpy as np
+import pandas as pd
 import pytest
 
-from millpond.store.labels import write_token_label
 from millpond.store.lake import open_lake
+from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 
 D = 16
@@ -23,21 +24,32 @@ def run(tmp_path_factory):
     rng = np.random.default_rng(0)
     direction = rng.standard_normal(D)
     writer = RunWriter(lake.run_folder("made-up"), spec)
-    depths = {}
+    depths, inside = {}, {}
     for number in range(PROMPTS):
         n = int(rng.integers(20, 41))
-        depths[number] = rng.integers(0, 4, n) * rng.integers(0, 2, n)
+        depth = rng.integers(0, 4, n) * rng.integers(0, 2, n)
+        depths[f"p{number}"], inside[f"p{number}"] = depth, depth > 0
         noise = {hook: rng.standard_normal((n, D)).astype(np.float32) for hook in HOOKS}
-        signal = (depths[number] > 0)[:, None] * direction * 0.8
+        signal = (depth > 0)[:, None] * direction * 0.8
         noise[HOOKS[1]] += signal.astype(np.float32)
         noise[HOOKS[2]] += (0.4 * signal).astype(np.float32)
         tokens = rng.integers(0, 100, n).astype(np.int32)
         writer.append(CapturedRequest(f"p{number}", tokens, n, np.arange(n, dtype=np.int32), noise))
     writer.commit()
-    run = lake["made-up"]
-    write_token_label(run.plan, "depth", depths, "int64")
-    write_token_label(run.plan, "inside", {number: depth > 0 for number, depth in depths.items()}, "bool")
-    return lake["made-up"]
+    prompts = pd.DataFrame(
+        {
+            "id": [f"p{number}" for number in range(PROMPTS)],
+            "topic": [f"topic {number % 2}" for number in range(PROMPTS)],
+            "path": [f"file {number // 3}" for number in range(PROMPTS)],
+        }
+    )
+    return seal_run(
+        lake.run_folder("made-up"),
+        prompts=prompts,
+        prompt_labels=("topic",),
+        token_labels={"depth": depths, "inside": inside},
+        token_label_dtypes={"depth": "int64", "inside": "bool"},
+    )
 
 
 @pytest.fixture(scope="session")
