@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from millpond.analysis.lazy import lazy
     from millpond.analysis.pca import PcaReducer
     from millpond.analysis.probes.logistic import LogisticProbe
     from millpond.analysis.probes.means import LdaProbe, MassMeanProbe
@@ -21,6 +22,7 @@ __all__ = [
     "PcaReducer",
     "RidgeProbe",
     "Sweep",
+    "lazy",
     "select_tokens",
 ]
 
@@ -33,6 +35,7 @@ _HOMES = {
     "RidgeProbe": "millpond.analysis.probes.ridge",
     "Sweep": "millpond.analysis.sweep",
     "select_tokens": "millpond.analysis.selection",
+    "lazy": "millpond.analysis.lazy",
 }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from millpond.analysis.aligned import AlignedRows, InMemory, LazyChunks, StoredBfloat16
 from millpond.store.errors import Cancelled, MemoryTooSmall
+from millpond.store.reprs import human_bytes
 
 if TYPE_CHECKING:
     from millpond.analysis.aligned import RowArray as RowArray
@@ -176,9 +177,9 @@ def check_memory(passes: Sequence[Pass], threads: int, limit: int, where: str, d
     if need > limit:
         largest = max(passes, key=Pass.thread_bytes)
         raise MemoryTooSmall(
-            f"{description} needs up to {need / 1e9:.2f} GB ({threads} threads with blocks of "
-            f"{largest.rows.block_bytes / 1e6:,.0f} MB and statistics of {largest.result_bytes / 1e6:,.0f} MB), "
-            f"but {where} has {limit / 1e9:.2f} GB; give it more memory or fewer threads"
+            f"{description} needs up to {human_bytes(need)} ({threads} threads with blocks of "
+            f"{human_bytes(largest.rows.block_bytes)} and statistics of {human_bytes(largest.result_bytes)}), "
+            f"but {where} has {human_bytes(limit)}; give it more memory or fewer threads"
         )
 
 

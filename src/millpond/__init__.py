@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from millpond.analysis import MassMeanProbe as MassMeanProbe
     from millpond.analysis import PcaReducer as PcaReducer
     from millpond.analysis import RidgeProbe as RidgeProbe
+    from millpond.analysis import lazy as lazy
     from millpond.analysis import select_tokens as select_tokens
     from millpond.store.errors import MillpondError as MillpondError
     from millpond.store.lake import Lake as Lake
@@ -50,6 +51,7 @@ __all__ = [
     "Result",
     "RidgeProbe",
     "Run",
+    "lazy",
     "open",
     "select_tokens",
 ]
