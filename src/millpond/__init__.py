@@ -37,6 +37,7 @@ _HOMES = {
     "Result": ("millpond.store.result", "Result"),
     "Run": ("millpond.store.run", "Run"),
     "select_tokens": ("millpond.analysis", "select_tokens"),
+    "lazy": ("millpond.analysis.lazy", "lazy"),
     "open": ("millpond.store.lake", "open_lake"),
 }
 
