@@ -114,13 +114,13 @@ class LazyColumn:
         return self._with("divide", other)
 
     def __radd__(self, other: Any) -> LazyColumn:
-        return self + other
+        return self._with("add", other)
 
     def __rmul__(self, other: Any) -> LazyColumn:
-        return self * other
+        return self._with("multiply", other)
 
     def __rsub__(self, other: Any) -> LazyColumn:
-        return self * -1.0 + other
+        return self._with("multiply", -1.0)._with("add", other)
 
     def __lt__(self, other: Any) -> LazyColumn:
         return self._with("less", other)

@@ -300,14 +300,14 @@ def _column(node: Any, known: dict[tuple[str, str], Any]) -> Vector:
             parts = [tile @ directions.T.astype(tile.dtype) for _, tile in tiles(known["hook", node.of.hook], shift)]
             return np.concatenate(parts).astype(np.float64)
         inner = _column(node.of, known)
-        return (inner if shift is None else inner - shift) @ directions.T
+        return np.asarray((inner if shift is None else inner - shift) @ directions.T)
     if isinstance(node, ex.Activations):
         return decoded(known["hook", node.hook]).astype(np.float64)
     if isinstance(node, ex.Norm):
         if isinstance(node.of, ex.Activations):
             squares = [np.einsum("ij,ij->i", t, t, dtype=np.float64) for _, t in tiles(known["hook", node.of.hook])]
-            return np.sqrt(np.concatenate(squares))[:, None]
-        return np.linalg.norm(_column(node.of, known), axis=1, keepdims=True)
+            return np.asarray(np.sqrt(np.concatenate(squares))[:, None])
+        return np.asarray(np.linalg.norm(_column(node.of, known), axis=1, keepdims=True))
     if isinstance(node, ex.Arithmetic | ex.Compare):
         left, right = _column(node.left, known), _column(node.right, known)
         with np.errstate(all="ignore"):  # what is not finite is counted and refused
