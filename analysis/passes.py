@@ -16,8 +16,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from millpond.analysis.aligned import AlignedRows, InMemory, LazyChunks, StoredBfloat16
 from millpond.store.errors import Cancelled, MemoryTooSmall
 from millpond.store.reprs import human_bytes
@@ -241,15 +239,6 @@ def add(left: Any, right: Any) -> Any:
 def join(left: list[Any], right: list[Any]) -> list[Any]:
     """Concatenate two lists of per-block values, in block order."""
     return left + right
-
-
-def statistics_bytes(value: Any) -> int:
-    """Bytes of the arrays in statistics."""
-    if isinstance(value, dict):
-        return sum(statistics_bytes(one) for one in value.values())
-    if isinstance(value, tuple | list):
-        return sum(statistics_bytes(one) for one in value)
-    return int(value.nbytes) if isinstance(value, np.ndarray) else 8
 
 
 @contextmanager

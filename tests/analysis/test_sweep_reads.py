@@ -4,10 +4,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from tests.analysis.conftest import HOOKS, D
 
 from millpond.analysis import LogisticProbe
 from millpond.store import rows as store_rows
-from tests.analysis.conftest import HOOKS, D
 
 
 @pytest.fixture
