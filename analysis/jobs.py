@@ -265,12 +265,6 @@ def _provenance(job: ProbeJob, run: Run) -> dict[str, Any]:
 
 
 def _plot(rows: list[dict[str, Any]], about: Mapping[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from millpond.analysis.sweep import Sweep
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    Sweep(tuple(rows), {}, {}, {}, {"strength": about["strength"]}, about["main"]).plot(figure.subplots())
-    figure.savefig(path, dpi=120)
+    Sweep(tuple(rows), {}, {}, {}, {"strength": about["strength"]}, about["main"]).plot().savefig(path, dpi=120)
