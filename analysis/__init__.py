@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from millpond.analysis.lazy import lazy
     from millpond.analysis.pca import PcaReducer
     from millpond.analysis.probes.logistic import LogisticProbe
     from millpond.analysis.probes.means import LdaProbe, MassMeanProbe
@@ -41,6 +42,7 @@ __all__ = [
     "Sweep",
     "TopKSae",
     "Transcoder",
+    "lazy",
     "select_tokens",
     "train_together",
 ]
@@ -63,6 +65,7 @@ _HOMES = {
     "TopKSae": "millpond.analysis.sae.estimator",
     "Transcoder": "millpond.analysis.sae.transcoder",
     "select_tokens": "millpond.analysis.selection",
+    "lazy": "millpond.analysis.lazy",
     "train_together": "millpond.analysis.sae.together",
 }
 

@@ -117,6 +117,6 @@ def covariance_of(
 def first_mean(state: None, x: Rows, *_: Any) -> NDArray[np.float64]:
     """Mean of a block's finite columns, 0 elsewhere: what rows are shifted by, so that large means do not cancel."""
     total = np.zeros(x.shape[1])
-    for _, tile in tiles(x):
+    for __, tile in tiles(x):
         total += tile.sum(axis=0, dtype=np.float64)
     return np.where(np.isfinite(total), total / len(x), 0.0)

@@ -16,10 +16,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from millpond.analysis.aligned import AlignedRows, InMemory, LazyChunks, StoredBfloat16
 from millpond.store.errors import Cancelled, MemoryTooSmall
+from millpond.store.reprs import human_bytes
 
 if TYPE_CHECKING:
     from millpond.analysis.aligned import RowArray as RowArray
@@ -176,9 +175,9 @@ def check_memory(passes: Sequence[Pass], threads: int, limit: int, where: str, d
     if need > limit:
         largest = max(passes, key=Pass.thread_bytes)
         raise MemoryTooSmall(
-            f"{description} needs up to {need / 1e9:.2f} GB ({threads} threads with blocks of "
-            f"{largest.rows.block_bytes / 1e6:,.0f} MB and statistics of {largest.result_bytes / 1e6:,.0f} MB), "
-            f"but {where} has {limit / 1e9:.2f} GB; give it more memory or fewer threads"
+            f"{description} needs up to {human_bytes(need)} ({threads} threads with blocks of "
+            f"{human_bytes(largest.rows.block_bytes)} and statistics of {human_bytes(largest.result_bytes)}), "
+            f"but {where} has {human_bytes(limit)}; give it more memory or fewer threads"
         )
 
 
@@ -240,15 +239,6 @@ def add(left: Any, right: Any) -> Any:
 def join(left: list[Any], right: list[Any]) -> list[Any]:
     """Concatenate two lists of per-block values, in block order."""
     return left + right
-
-
-def statistics_bytes(value: Any) -> int:
-    """Bytes of the arrays in statistics."""
-    if isinstance(value, dict):
-        return sum(statistics_bytes(one) for one in value.values())
-    if isinstance(value, tuple | list):
-        return sum(statistics_bytes(one) for one in value)
-    return int(value.nbytes) if isinstance(value, np.ndarray) else 8
 
 
 @contextmanager

@@ -9,21 +9,23 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from millpond.analysis.gram import Covariance, covariance_of, first_mean, gram_bytes
 from millpond.analysis.passes import AlignedRows, Pass, join, run_pass
+from millpond.analysis.tiles import Rows, tiles
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
     from millpond.analysis.passes import RowArray
 
 Vector = NDArray[np.float64]
-_SLICE_ROWS = 8192
+_SLICE_ROWS = 2048
 
 
 class PcaReducer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """The `n_components` directions of largest variance, from the mean and Gram matrix of one pass.
 
     `fvu` gives the fraction of variance that they leave unexplained: what a sparse autoencoder with
-    as many active latents has to beat. Memory: blocks, and d * d float64 a block in flight.
+    as many active latents has to beat. Memory: blocks, and half of d * d float64 for each thread.
     """
 
     mean_: Vector
@@ -44,18 +46,19 @@ class PcaReducer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         import scipy.linalg
 
         X = _two_dimensional(X)
-        rows = AlignedRows(X)
+        rows = AlignedRows(X, stored=True)
         width = int(X.shape[1])
         if not 1 <= self.n_components <= width:
             raise InvalidInput(f"n_components is {self.n_components}; give 1 to {width}, the width of X")
-        shift = run_pass(Pass(rows.head(4096), _first_mean), progress=False)
-        n, total, gram = run_pass(Pass(rows, _gram, shift), description="PCA", progress=self.progress)
-        if not np.isfinite(total).all():
+        shift = run_pass(Pass(rows.head(4096), first_mean), progress=False)
+        one = Pass(rows, Covariance, shift, accumulate=True, result_bytes=gram_bytes(width, 8))
+        found = run_pass(one, description="PCA", progress=self.progress)
+        n = found[0]
+        if not np.isfinite(found[1]).all():
             raise InvalidInput(f"some of the {n:,} rows hold NaN or infinity; leave those rows out")
         if n < 2:
             raise InvalidInput(f"X has {n} row; give at least 2")
-        mean = total / n
-        covariance = (gram - n * np.outer(mean, mean)) / (n - 1)
+        _, mean, covariance = covariance_of(found)
         first = width - self.n_components
         values, vectors = scipy.linalg.eigh(covariance, subset_by_index=[first, width - 1])
         components = vectors[:, ::-1].T
@@ -73,7 +76,7 @@ class PcaReducer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def transform(self, X: RowArray) -> NDArray[Any]:
         """Coordinates (rows, n_components) of the rows along the components."""
         check_is_fitted(self)
-        rows = AlignedRows(_two_dimensional(X))
+        rows = AlignedRows(_two_dimensional(X), stored=True)
         parts = run_pass(Pass(rows, _project, (self.mean_, self.components_), join), progress=self.progress)
         return np.concatenate(parts)
 
@@ -86,7 +89,7 @@ class PcaReducer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def fvu(self, X: RowArray) -> float:
         """Fraction of the variance of `X` (about its own mean) that the components do not explain."""
         check_is_fitted(self)
-        rows = AlignedRows(_two_dimensional(X))
+        rows = AlignedRows(_two_dimensional(X), stored=True)
         one = Pass(rows, _residuals, (self.mean_, self.components_))
         n, residual, total, square = run_pass(one, description="PCA", progress=self.progress)
         return float(residual / (square - float(total @ total) / n))
@@ -99,38 +102,20 @@ def _two_dimensional(X: Any) -> Any:
     return X
 
 
-def _first_mean(state: None, x: NDArray[Any]) -> Vector:
-    mean = np.asarray(x.mean(axis=0, dtype=np.float64))
-    return np.where(np.isfinite(mean), mean, 0.0)
-
-
-def _parts(x: NDArray[Any], shift: Vector) -> list[NDArray[Any]]:
-    dtype = np.float32 if x.dtype in (np.float32, np.float16) else np.float64
-    low = shift.astype(dtype)
-    return [np.subtract(x[i : i + _SLICE_ROWS], low, dtype=dtype) for i in range(0, len(x), _SLICE_ROWS)]
-
-
-def _gram(shift: Vector, x: NDArray[Any]) -> tuple[int, Vector, Vector]:
-    total, gram = np.zeros(len(shift)), np.zeros((len(shift), len(shift)))
-    for part in _parts(x, shift):
-        total += part.sum(axis=0, dtype=np.float64)
-        gram += part.T @ part
-    return len(x), total, gram
-
-
-def _project(state: tuple[Vector, Vector], x: NDArray[Any]) -> list[NDArray[Any]]:
+def _project(state: tuple[Vector, Vector], x: Rows) -> list[NDArray[Any]]:
     mean, components = state
-    return [part @ components.T.astype(part.dtype) for part in _parts(x, mean)]
+    parts = [tile @ components.T.astype(tile.dtype) for _, tile in tiles(x, mean, rows=_SLICE_ROWS)]
+    return [np.concatenate(parts)]
 
 
-def _residuals(state: tuple[Vector, Vector], x: NDArray[Any]) -> tuple[int, float, Vector, float]:
+def _residuals(state: tuple[Vector, Vector], x: Rows) -> tuple[int, float, Vector, float]:
     """Rows, squared residual, and sum and squared sum of the rows about the fitted mean."""
     mean, components = state
     residual, square, total = 0.0, 0.0, np.zeros(len(mean))
-    for part in _parts(x, mean):
-        directions = components.astype(part.dtype)
-        total += part.sum(axis=0, dtype=np.float64)
-        square += float(np.square(part).sum(dtype=np.float64))
-        part -= (part @ directions.T) @ directions
-        residual += float(np.square(part).sum(dtype=np.float64))
+    for _, tile in tiles(x, mean, rows=_SLICE_ROWS):
+        directions = components.astype(tile.dtype)
+        total += tile.sum(axis=0, dtype=np.float64)
+        square += float(np.square(tile).sum(dtype=np.float64))
+        tile -= (tile @ directions.T) @ directions
+        residual += float(np.square(tile).sum(dtype=np.float64))
     return len(x), residual, total, square

@@ -46,10 +46,11 @@ def tiles(
             torch.from_numpy(tile).copy_(torch.from_numpy(part.bits.view(np.int16)).view(torch.bfloat16))
         else:
             np.left_shift(part.bits, np.uint32(16), out=tile.view(np.uint32), dtype=np.uint32)
-        if few is not None:
-            tile[:, few] -= low[few]
-        elif low is not None:
-            tile -= low
+        if low is not None:
+            if few is None:
+                tile -= low
+            else:
+                tile[:, few] -= low[few]
         yield slice(start, start + len(part)), tile
 
 

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millpond.store.dtypes import decode
-from millpond.store.labels import write_token_label
 from millpond.store.lake import open_lake
 from millpond.store.run import Run
+from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 
 HOOK = "blocks.20.hook_resid_post"
@@ -74,7 +74,7 @@ class Rows:
 
 
 def write_run(folder: Path, n_rows: int, width: int) -> tuple[Run, NDArray[np.float32]]:
-    """A run of `n_rows` rows, and the planted direction."""
+    """A sealed run of `n_rows` rows, and the planted direction."""
     lake = open_lake(folder, create=True)
     spec = lake.create_run("wide", hooks=(HOOK,), d_model=width, dtype="bfloat16", provenance={"model": "synthetic"})
     writer = RunWriter(lake.run_folder("wide"), spec, segment_rows=n_rows)
@@ -86,11 +86,15 @@ def write_run(folder: Path, n_rows: int, width: int) -> tuple[Run, NDArray[np.fl
             some = slice(start, start + PROMPT_ROWS)
             positions = np.arange(PROMPT_ROWS, dtype=np.int32)
             writer.append(CapturedRequest(f"p{number}", positions, PROMPT_ROWS, positions, {HOOK: bits[some]}))
-            labels[number] = label[some]
+            labels[f"p{number}"] = label[some]
             number += 1
     writer.commit()
-    write_token_label(lake["wide"].plan, "y", labels, "bool")
-    run = lake["wide"]
+    run = seal_run(
+        lake.run_folder("wide"),
+        token_labels={"y": labels},
+        token_label_dtypes={"y": "bool"},
+        expected_rows=writer.committed_rows,
+    )
     return run, source.direction
 
 
@@ -153,45 +157,105 @@ def peak_memory() -> Iterator[Callable[[], float]]:
         thread.join()
 
 
+class Timed:
+    """Runs something and keeps its value and its wall and CPU seconds, of all threads."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.value = action()
+        self.wall, self.cpu = time.perf_counter() - wall, time.process_time() - cpu
+
+
+class Steps:
+    """Seconds from the start of each pass to the start of the next."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, float] = {}
+
+    def __call__(self, description: str, done: int, total: int) -> None:
+        """As `running` calls it."""
+        self.names.setdefault(description, time.perf_counter())
+
+    def __str__(self) -> str:
+        names, times = list(self.names), [*self.names.values(), time.perf_counter()]
+        return ", ".join(f"{n} {b - a:.1f} s" for n, a, b in zip(names, times[:-1], times[1:], strict=True))
+
+
+def objective_of(run: Run, probe: Any) -> tuple[float, float]:
+    """Mean of the log-losses + |coef|^2 / (2 C n), and the norm of its gradient, by a pass of its own."""
+    from millpond.analysis.aligned import AlignedRows
+    from millpond.analysis.passes import Pass, run_pass
+
+    rows = AlignedRows(run[HOOK], run.labels["y"], stored=True)
+    coef, intercept = probe.coef_[0], float(probe.intercept_[0])
+    loss, gradient, residual = run_pass(Pass(rows, loss_and_gradient, (coef, intercept)), progress=False)
+    gradient += coef / probe.C
+    return (loss + coef @ coef / (2 * probe.C)) / run.n_rows, float(
+        np.hypot(np.linalg.norm(gradient), residual)
+    ) / run.n_rows
+
+
+def loss_and_gradient(
+    state: tuple[NDArray[Any], float], x: Any, y: NDArray[np.bool_]
+) -> tuple[float, NDArray[Any], float]:
+    """Sums over a block, in float64 wherever rows are added."""
+    from millpond.analysis.tiles import tiles
+
+    coef, intercept = state
+    loss, gradient, residual = 0.0, np.zeros(len(coef)), 0.0
+    for rows, tile in tiles(x):
+        z = tile @ coef.astype(np.float32) + intercept
+        loss += float(np.logaddexp(0, np.where(y[rows], -z, z)).sum(dtype=np.float64))
+        p = 1 / (1 + np.exp(-z)) - y[rows]
+        gradient += p.astype(np.float32) @ tile
+        residual += float(p.sum(dtype=np.float64))
+    return loss, gradient, residual
+
+
 def measure(n_rows: int, width: int, folder: Path) -> dict[str, Any]:
     """Write a run, read it, fit both probes."""
-    from millpond.analysis.aligned import AlignedRows
-    from millpond.analysis.passes import run_pass
-    from millpond.analysis.wide import WideProblem, label_sums_pass, solve_wide
+    from millpond import LogisticProbe, MassMeanProbe
+    from millpond.analysis.passes import running
 
     start = time.perf_counter()
     run, planted = write_run(folder, n_rows, width)
     wrote = time.perf_counter() - start
     gigabytes = run.nbytes / 1e9
     reads = [cold_read(run)]
-    with peak_memory() as peak:
-        rows = AlignedRows(run[HOOK], run.labels["y"].astype(np.uint8).expand_dims("label", 1), stored=True)
+    steps = Steps()
+    with peak_memory() as peak, running(on_progress=steps):
         forget(run)
-        start = time.perf_counter()
-        sums = run_pass(label_sums_pass(rows), progress=False)
-        mass_mean = time.perf_counter() - start
+        mass_mean = Timed(lambda: MassMeanProbe(progress=False).fit(run[HOOK], run.labels["y"]))
         forget(run)
-        start = time.perf_counter()
-        (found,) = solve_wide(rows, [WideProblem(0)])
-        logistic = time.perf_counter() - start
+        steps.names.clear()
+        logistic = Timed(lambda: LogisticProbe(tol=1e-4, progress=False).fit(run[HOOK], run.labels["y"]))
         highest = peak()
     reads.append(cold_read(run))
     read = min(reads)
+    probe = logistic.value
+    objective, gradient_norm = objective_of(run, probe)
     test = run.plan.blocks()[-1]
     x = decode(run.plan.read_stored(HOOK, test), "bfloat16")
     centred = x - x.mean(axis=0)
-    agreement = float(np.corrcoef(centred @ found.coef.astype(np.float32), centred @ planted)[0, 1])
-    assert sums[2] == run.n_rows
+    agreement = float(np.corrcoef(centred @ probe.coef_[0].astype(np.float32), centred @ planted)[0, 1])
+    print(f"{gigabytes:.2f} GB, {run.n_rows:,} x {width:,}, written in {wrote:.0f} s")
+    print(f"  cold read {reads[0]:.2f} and {reads[1]:.2f} s ({gigabytes / read:.2f} GB/s); ratios are to the faster")
+    for name, timed in (("mass-mean", mass_mean), ("logistic", logistic)):
+        print(
+            f"  {name}: {timed.wall:.2f} s = {timed.wall / read:.2f} reads; {timed.cpu:.1f} s of CPU, which is "
+            f"{timed.cpu / 2 / read:.2f} reads on two idle cores"
+        )
+    print(f"  steps of the logistic probe: {steps}")
     print(
-        f"{gigabytes:6.2f} GB, {run.n_rows:,} x {width:,}: written in {wrote:.0f} s; cold read {reads[0]:.2f} and {reads[1]:.2f} s "
-        f"({gigabytes / read:.2f} GB/s); mass-mean {mass_mean:.2f} s = {mass_mean / read:.2f} reads; logistic {logistic:.2f} s = "
-        f"{logistic / read:.2f} reads, {found.n_iter} gradient passes, converged {found.converged}, "
-        f"gradient norm {found.gradient_norm:.1e} a row, loss {found.objective / run.n_rows:.6f} a row, "
-        f"agreement with the planted scores {agreement:.4f}; peak {highest:.2f} GB",
+        f"  {int(probe.n_iter_[0])} gradient passes, converged {probe.converged_}, loss {objective:.8f} and gradient norm "
+        f"{gradient_norm:.1e} a row, agreement with the planted scores {agreement:.4f}; peak {highest:.2f} GB",
         flush=True,
-    )  # fmt: skip
+    )
     shutil.rmtree(folder)
-    return {"read": read, "mass_mean": mass_mean, "logistic": logistic, "peak": highest, "gigabytes": gigabytes}
+    return {
+        "read": read, "mass_mean": mass_mean.wall, "logistic": logistic.wall, "logistic_cpu": logistic.cpu,
+        "peak": highest, "gigabytes": gigabytes,
+    }  # fmt: skip
 
 
 def headline(*, quick: bool) -> dict[str, float]:

@@ -9,21 +9,19 @@ MillpondError
 │   ├── RunExists         the lake already holds a run of that name
 │   ├── RunBusy           another process captures into the run
 │   ├── JobNotFound       the queue holds no job of that id
-│   └── PromptTooLong     a prompt does not fit the model's context
-│   ├── PromptTooLong     a prompt does not fit the model's context
-│   └── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
-├── BudgetSpent           more bytes would leave than a cap allows; none did
-├── LedgerCorrupt         the ledger was changed by something else than the ledger
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
 │   ├── OneClass          labels hold one class where two are needed
 │   ├── MissingLabels     rows or prompts have no label, or NaN
 │   ├── UnknownPrompts    labels name prompts that the run does not have
 │   ├── OverlappingGroups training and test part share prompts or groups
+│   ├── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
 │   └── PromptTooLong     a prompt does not fit the model's context
+├── BudgetSpent           more bytes would leave than a cap allows; none did
 ├── Cancelled             the caller stopped it
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
-├── LeaseLost             another worker claimed the job, or it has ended
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
+├── LeaseLost             another worker claimed the job, or it has ended
+├── LedgerCorrupt         the ledger was changed by something else than the ledger
 └── RunOpen               the operation needs a sealed run
 """
 
@@ -72,6 +70,8 @@ class JobNotFound(InvalidInput, KeyError):
     """The queue holds no job of that id."""
 
     __str__ = Exception.__str__
+
+
 class MemoryTooSmall(InvalidInput):
     """A worker cannot hold what an analysis needs; nothing was run."""
 

@@ -93,13 +93,13 @@ class RowPlan:
 
     def read(self, name: str, block: Block) -> NDArray[Any]:
         """The chosen rows of `block` in the array `name`; activations as float32."""
-        if name == "prompt":
-            return self.prompt_numbers(block)[self.mask(block)]
         stored = self.read_stored(name, block)
         return decode(stored, self.spec.dtype) if name in self.spec.hooks else stored
 
     def read_stored(self, name: str, block: Block) -> NDArray[Any]:
-        """The chosen rows of `block` in the array `name`, in its stored data type."""
+        """The chosen rows of `block` in the array `name`; activations in their stored data type."""
+        if name == "prompt":  # stored numbers count from the start of a part
+            return self.prompt_numbers(block)[self.mask(block)]
         array = self.spec.arrays()[name]
         folder = self.folder / self.parts[block.part].path / name
         return read_rows(folder, array, block.start, block.stop)[self.mask(block)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from millpond.analysis import SkipTranscoder as SkipTranscoder
     from millpond.analysis import TopKSae as TopKSae
     from millpond.analysis import Transcoder as Transcoder
+    from millpond.analysis import lazy as lazy
     from millpond.analysis import select_tokens as select_tokens
     from millpond.analysis import train_together as train_together
     from millpond.capture.params import capture_params as capture_params
@@ -56,6 +57,7 @@ _HOMES = {
     "TopKSae": ("millpond.analysis", "TopKSae"),
     "Transcoder": ("millpond.analysis", "Transcoder"),
     "capture_params": ("millpond.capture.params", "capture_params"),
+    "lazy": ("millpond.analysis.lazy", "lazy"),
     "open": ("millpond.store.lake", "open_lake"),
     "select_tokens": ("millpond.analysis", "select_tokens"),
     "train_together": ("millpond.analysis", "train_together"),
@@ -82,6 +84,7 @@ __all__ = [
     "TopKSae",
     "Transcoder",
     "capture_params",
+    "lazy",
     "open",
     "select_tokens",
     "train_together",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 import tyro
 
+from millpond.analysis.jobs import ProbeJob, read_probe_job
 from millpond.analysis.sae.commands import SaeCommand
 from millpond.store.errors import InvalidInput, LakeCorrupt, MillpondError
 
@@ -173,6 +174,25 @@ class Jobs:
         for job in FolderQueue(self.queue).jobs():
             about = job.error or _json(job.result or job.progress)
             print(f"{job.id} {job.kind:8} {job.state:8} attempt {job.attempts} {job.worker or '':24} {about}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fit probes for hooks and labels of a run on a Dask cluster; a killed job is resumed by giving it again."""
+
+    job: Annotated[Path | None, tyro.conf.Positional] = None
+    """A TOML file with the settings below; those given as flags come before the file's."""
+    settings: Annotated[ProbeJob, tyro.conf.OmitArgPrefixes] = field(default_factory=ProbeJob)
+    """What to fit, and where."""
+
+    def run(self) -> int:
+        """Run the job."""
+        from millpond.analysis.jobs import run_probe_job
+
+        done = run_probe_job(self.settings, progress=sys.stderr.isatty())
+        again = f", {done.resumed} hooks from before" if done.resumed else ""
+        print(f"{len(done.rows)} probes, controls included{again}; results are in {done.folder}")
         return 0
 
 
@@ -489,6 +509,7 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     "worker": Worker,
     "submit": Submit,
     "jobs": Jobs,
+    "probe": Probe,
     "ls": Ls,
     "show": Show,
     "verify": Verify,
@@ -516,6 +537,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=_DESCRIPTION,
     )
     try:
+        if isinstance(command, Probe) and command.job is not None:  # once more, with the file's settings as defaults
+            command = replace(command, settings=read_probe_job(command.job))
+            command = tyro.cli(Probe, prog="millpond probe", args=arguments[1:], default=command)
         code: int = command.run()
     except InvalidInput as error:
         print(f"millpond: {_one_line(error)}", file=sys.stderr)

@@ -112,7 +112,8 @@ def test_hooks_that_are_not_there(sealed):
         ) as caught:
             sealed.run[key]
         assert "\n" not in str(caught.value)
-    assert sealed.run["blocks.0.hook_out"].attrs == {"run": "made", "hook": HOOK, "model": "toy", "dtype": "bfloat16"}
+    expected = {"run": "made", "run_id": sealed.run.plan.spec.id, "state": "sealed", "hook": HOOK, "model": "toy"}
+    assert sealed.run["blocks.0.hook_out"].attrs == expected | {"dtype": "bfloat16"}
 
 
 def test_any_slice_computes_on_any_scheduler(sealed):
