@@ -7,9 +7,11 @@ MillpondError
 │   ├── RunNotFound       the lake holds no run of that name
 │   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
-│   └── PromptTooLong     a prompt does not fit the model's context
+│   ├── PromptTooLong     a prompt does not fit the model's context
+│   └── UnsafeStore       the store cannot keep the promises that several writers need
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
+├── StorageFailed         the store cannot be reached, refuses or is full; also an OSError
 └── RunOpen               the operation needs a sealed run
 """
 
@@ -54,12 +56,20 @@ class PromptTooLong(InvalidInput):
     """A prompt does not fit the model's context."""
 
 
+class UnsafeStore(InvalidInput):
+    """The store cannot keep the promises that several writers need."""
+
+
 class CaptureFailed(MillpondError):
     """A capture ended without all its rows; none of the failed rows are visible."""
 
 
 class LakeCorrupt(MillpondError):
     """Stored bytes or counts contradict the manifest."""
+
+
+class StorageFailed(MillpondError, OSError):
+    """The store cannot be reached, refuses or is full."""
 
 
 class RunOpen(MillpondError):

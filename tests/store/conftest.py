@@ -1,3 +1,4 @@
+import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -9,11 +10,52 @@ import pytest
 
 from millpond.store.dtypes import STORED_AS
 from millpond.store.lake import Lake, open_lake
+from millpond.store.objects import open_storage
 from millpond.store.run import Run
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
+
+_SPEC = importlib.util.spec_from_file_location("s3_server", Path(__file__).parents[2] / "tools" / "s3_server.py")
+s3_server = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(s3_server)
+
+
+class S3:
+    """A running S3 server with a bucket."""
+
+    bucket = "lakes"
+
+    def __init__(self, kind, folder):
+        self.folder = folder
+        self.environment = s3_server.start(kind, folder)
+        s3_server.make_bucket(self.environment, self.bucket)
+
+    def options(self, endpoint=None):
+        names = {"AWS_ENDPOINT_URL": "endpoint_url", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        options = {names[name]: value for name, value in self.environment.items() if name in names}
+        return options | ({"endpoint_url": endpoint} if endpoint else {})
+
+    def url(self, prefix):
+        return f"s3://{self.bucket}/{prefix}"
+
+    def storage(self, prefix, endpoint=None, **more):
+        return open_storage(self.url(prefix), **self.options(endpoint), **more)
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory):
+    server = S3("ceph", tmp_path_factory.mktemp("ceph") / "server")
+    yield server
+    s3_server.stop(server.folder)
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory):
+    server = S3("seaweedfs", tmp_path_factory.mktemp("seaweedfs") / "server")
+    yield server
+    s3_server.stop(server.folder)
 
 
 @dataclass
