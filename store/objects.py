@@ -79,6 +79,11 @@ class Storage(ABC):
         """The last segment of the URL."""
         return self.url.rstrip("/").rpartition("/")[2]
 
+    @property
+    def volume(self) -> str:
+        """What the store is, whatever the prefix: a bucket of an endpoint, a file system."""
+        return self.url
+
     @abstractmethod
     def get(self, path: str) -> bytes:
         """The whole object."""
@@ -113,8 +118,8 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def stream_writer(self, path: str) -> StreamWriter:
-        """Writes a large object piece by piece, with bounded memory."""
+    def stream_writer(self, path: str, memory: int = 64 << 20) -> StreamWriter:
+        """Writes a large object piece by piece, with about `memory` bytes in flight at most."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -148,11 +153,11 @@ class Storage(ABC):
     def copy(self, source: str, target: str) -> None:
         """Make `target` the same object as `source`, without moving its bytes through this process.
 
-        On a disk it is a hard link, so neither may be changed in place afterwards. Durable after `sync`.
+        On a disk it is a hard link, so neither may be changed in place afterwards. Durable.
         """
 
-    def sync(self, prefix: str) -> None:  # noqa: B027 - object stores are durable without it
-        """Make the names of the objects right below the folder `prefix` outlive a power failure."""
+    def sweep(self, prefix: str, before: float) -> None:  # noqa: B027 - only a disk has such leftovers
+        """Remove what killed writes left in the folder `prefix` before that time; nothing of it was ever listed."""
 
     def now(self) -> float:
         """The store's own clock, in seconds since 1970, to compare with `Entry.modified`."""
@@ -251,6 +256,18 @@ def check_conditional_create(storage: Storage, racers: int = 4) -> None:
             )
 
 
+def check_once(storage: Storage) -> None:
+    """`check_conditional_create`, once in this process for each store."""
+    if storage.volume not in _checked():
+        check_conditional_create(storage)
+        _checked().add(storage.volume)
+
+
+@cache
+def _checked() -> set[str]:
+    return set()
+
+
 class MemoryStorage(Storage):
     """Objects in this process, shared by all handles of one name; gone when it ends. For tests and trials."""
 
@@ -258,6 +275,10 @@ class MemoryStorage(Storage):
         self.url = f"memory://{path}"
         self._root = path
         self._objects, self._lock = _memory()
+
+    @property
+    def volume(self) -> str:  # noqa: D102
+        return "memory://"
 
     def _key(self, path: str) -> str:
         return f"{self._root}/{path}".strip("/")
@@ -293,7 +314,7 @@ class MemoryStorage(Storage):
             self.put(path, data)
             return True
 
-    def stream_writer(self, path: str) -> StreamWriter:  # noqa: D102
+    def stream_writer(self, path: str, memory: int = 0) -> StreamWriter:  # noqa: D102
         return _MemoryWriter(self, path)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:  # noqa: D102

@@ -40,6 +40,13 @@ class LocalStorage(Storage):
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalStorage, (self.path,)
 
+    @property
+    def volume(self) -> str:  # noqa: D102
+        folder = self.path
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return f"file:{folder.stat().st_dev}"
+
     def get(self, path: str) -> bytes:  # noqa: D102
         with _named_errors(self.path / path):
             return (self.path / path).read_bytes()
@@ -66,14 +73,14 @@ class LocalStorage(Storage):
 
     def put(self, path: str, data: bytes, *, durable: bool = True) -> None:  # noqa: D102
         target = self.path / path
-        with _named_errors(target), self._written(target, data, durable) as temporary:
+        with _named_errors(target, writing=True), self._written(target, data, durable) as temporary:
             temporary.replace(target)
             if durable:
                 sync_folder(target.parent)
 
     def create(self, path: str, data: bytes) -> bool:  # noqa: D102
         target = self.path / path
-        with _named_errors(target), self._written(target, data, durable=True) as temporary:
+        with _named_errors(target, writing=True), self._written(target, data, durable=True) as temporary:
             try:
                 target.hardlink_to(temporary)
             except FileExistsError:
@@ -94,8 +101,8 @@ class LocalStorage(Storage):
         finally:
             temporary.unlink(missing_ok=True)
 
-    def stream_writer(self, path: str) -> StreamWriter:  # noqa: D102
-        with _named_errors(self.path / path):
+    def stream_writer(self, path: str, memory: int = 0) -> StreamWriter:  # noqa: D102
+        with _named_errors(self.path / path, writing=True):
             return _FileWriter(self.path / path)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:  # noqa: D102
@@ -147,10 +154,13 @@ class LocalStorage(Storage):
         with _named_errors(self.path / source):
             _make_folder((self.path / target).parent)
             (self.path / target).hardlink_to(self.path / source)
+            sync_folder((self.path / target).parent)
 
-    def sync(self, prefix: str) -> None:  # noqa: D102
-        with _named_errors(self.path / prefix):
-            sync_folder(self.path / prefix)
+    def sweep(self, prefix: str, before: float) -> None:  # noqa: D102
+        for left in (self.path / prefix).glob(".*"):
+            with suppress(FileNotFoundError), _named_errors(left):
+                if left.stat().st_mtime < before:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 class _FileWriter(StreamWriter):
@@ -161,11 +171,11 @@ class _FileWriter(StreamWriter):
         self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def write(self, data: Buffer) -> None:
-        with _named_errors(self._path):
+        with _named_errors(self._path, writing=True):
             _write_all(self._descriptor, data)
 
     def finish(self) -> None:
-        with _named_errors(self._path):
+        with _named_errors(self._path, writing=True):
             os.fsync(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
@@ -200,12 +210,16 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _named_errors(path: Path, *, writing: bool = False) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} is missing") from None
     except StorageFailed:
         raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not writing:
+            raise FileNotFoundError(f"{path} is missing") from None
+        raise StorageFailed(
+            error.errno, f"{error.strerror}; its folder cannot be made or was removed", str(path)
+        ) from error
     except OSError as error:
         raise StorageFailed(error.errno, f"{error.strerror}; free space or check the permissions", str(path)) from error

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millpond.store.errors import InvalidInput, StorageFailed
-from millpond.store.objects import Buffer, Entry, Storage, StreamWriter, is_hidden
+from millpond.store.objects import PARALLEL_REQUESTS, Buffer, Entry, Storage, StreamWriter, is_hidden
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
-PART_BYTES = 8 << 20
-"""Size of one part of a multipart upload; a stream writer holds at most this times one more than `PARALLEL_PARTS`."""
-PARALLEL_PARTS = 4
+PART_BYTES, LEAST_PART_BYTES = 8 << 20, 5 << 20
+"""Size of one part of a multipart upload, and the least that S3 takes."""
 COALESCE_BYTES = 1 << 20
 """Ranges closer than this are read with one request."""
 
@@ -59,6 +58,10 @@ class S3Storage(Storage):
         if not bucket or ".." in root.split("/"):
             raise InvalidInput(f"'s3://{rest}' names no bucket or holds '..'; write s3://bucket/prefix")
         return cls(_open_store(bucket, options), bucket, root.strip("/"), options)
+
+    @property
+    def volume(self) -> str:  # noqa: D102
+        return f"s3://{self._bucket} {self._store.config.get('endpoint', '')}"
 
     def _key(self, path: str) -> str:
         return f"{self._root}/{path}".strip("/")
@@ -120,8 +123,9 @@ class S3Storage(Storage):
                 return False
         return True
 
-    def stream_writer(self, path: str) -> StreamWriter:  # noqa: D102
-        return _MultipartWriter(self, path, self._store, self._key(path))
+    def stream_writer(self, path: str, memory: int = 64 << 20) -> StreamWriter:
+        """As for any storage; needs two parts of 5 MiB, the least that S3 takes, and uses more of 8 MiB."""
+        return _MultipartWriter(self, path, self._store, self._key(path), memory)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:  # noqa: D102
         base = len(f"{self._root}/") if self._root else 0
@@ -193,11 +197,13 @@ def _reason(error: Exception) -> str:
 class _MultipartWriter(StreamWriter):
     """One PUT for a small object, parts uploaded behind the writer for a large one."""
 
-    def __init__(self, storage: S3Storage, path: str, store: S3Store, key: str) -> None:
+    def __init__(self, storage: S3Storage, path: str, store: S3Store, key: str, memory: int) -> None:
         import obstore
 
+        part = PART_BYTES if memory >= 3 * PART_BYTES else LEAST_PART_BYTES
+        parallel = min(max(memory // part - 1, 1), PARALLEL_REQUESTS)
         self._errors: Callable[[], AbstractContextManager[None]] = lambda: storage._named_errors(path)
-        self._file: Any = obstore.open_writer(store, key, buffer_size=PART_BYTES, max_concurrency=PARALLEL_PARTS)
+        self._file: Any = obstore.open_writer(store, key, buffer_size=part, max_concurrency=parallel)
 
     def write(self, data: Buffer) -> None:
         with self._errors():

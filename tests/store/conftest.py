@@ -88,6 +88,24 @@ class Made:
         return stored.astype(np.float32)
 
     def seal(self) -> Run:
+        run = self._seal()
+        self._reorder([int(name[1:]) for name in run.prompts["id"]])
+        return run
+
+    def _reorder(self, order) -> None:
+        """Sealing keeps whole shards in front; the prompts, once in the order of their numbers, follow."""
+        if not hasattr(self, "as_captured"):
+            self.as_captured = (self.stored, self.token_id, self.position, self.lengths, self.table)
+        stored, token_id, position, lengths, table = self.as_captured
+        self.table = table.iloc[order].reset_index(drop=True)
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
+        rows = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in order] or [np.empty(0, int)])
+        self.stored = {hook: values[rows] for hook, values in stored.items()}
+        self.token_id, self.position = token_id[rows], position[rows]
+        self.lengths = [lengths[number] for number in order]
+        self.prompt = np.repeat(np.arange(len(order)), self.lengths)
+
+    def _seal(self) -> Run:
         return seal_run(
             self.folder,
             prompts=self.table,
@@ -98,7 +116,9 @@ class Made:
         )
 
 
-def make(lengths, *, dtype="bfloat16", chunk_rows=8, shard_rows=32, segment_rows=50, d_model=4, folder=None, seed=0):
+def make(
+    lengths, *, dtype="bfloat16", chunk_rows=8, shard_rows=32, segment_rows=50, d_model=4, folder=None, seed=0, **run
+):
     """An open run with a prompt of each length, all positions captured; seal it with `.seal()`."""
     lake = open_lake(folder or Path(tempfile.mkdtemp()) / "lake", create=True)
     spec = lake.create_run(
@@ -109,6 +129,7 @@ def make(lengths, *, dtype="bfloat16", chunk_rows=8, shard_rows=32, segment_rows
         provenance={"model": "toy"},
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
+        **run,
     )
     writer = RunWriter(lake.run_folder("made"), spec, segment_rows=segment_rows)
     rng = np.random.default_rng(seed)
