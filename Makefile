@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint types layers format clean help
+.PHONY: demo test soak check lint types layers format clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -14,6 +14,10 @@ demo: ## install, run the main job on real input, write demo/report.html
 test: ## install, then run every test
 	$(PYTHON) tools/install.py --for test
 	$(BIN)/python -m pytest
+
+soak: ## install, then kill and race for an hour or so
+	$(PYTHON) tools/install.py --for test
+	$(BIN)/python -m pytest -m soak -s
 
 check: lint types layers ## everything that needs no test run
 

@@ -8,6 +8,7 @@ opened, and all times compared are the store's own.
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -43,7 +44,7 @@ def collect_run(run: Storage, *, grace_s: float = GRACE_SECONDS, dry_run: bool =
     if grace_s < 0:
         raise InvalidInput(f"grace_s is {grace_s}; give seconds, 0 or more")
     spec = read_record(run, "run.json", RunSpec)
-    before = run.now() - grace_s
+    before = run.now() - grace_s if grace_s else math.inf  # a store may tell times in whole seconds
     found = Collected()
     try:
         manifest = read_record(run, "manifest.json", Manifest)

@@ -36,12 +36,12 @@ BATCH = 1024
 """Commits folded into one version at most."""
 
 
-def compact(run: Storage, *, least: int = 1) -> int:
+def compact(run: Storage, *, least: int = 1, lease_s: float = LEASE_SECONDS) -> int:
     """Fold the commits of the open run in `run` into a new version, if there are `least` of them.
 
-    Does nothing while somebody else holds the lease. Returns the number of commits folded.
+    Does nothing while somebody else holds a lease younger than `lease_s` seconds. Returns the number of commits folded.
     """
-    if not _take_lease(run):
+    if not _take_lease(run, lease_s):
         return 0
     try:
         return _compact(run, least)
@@ -49,13 +49,13 @@ def compact(run: Storage, *, least: int = 1) -> int:
         run.delete("lease.json")
 
 
-def _take_lease(run: Storage) -> bool:
-    """Create the lease; one older than `LEASE_SECONDS` by the store's clock is a dead compactor's."""
+def _take_lease(run: Storage, lease_s: float) -> bool:
+    """Create the lease; one older than `lease_s` seconds by the store's clock is a dead compactor's."""
     document = encode_document({"holder": uuid.uuid4().hex})
     if run.create("lease.json", document):
         return True
     try:
-        expired = run.head("lease.json").modified < run.now() - LEASE_SECONDS
+        expired = run.head("lease.json").modified < run.now() - lease_s
     except FileNotFoundError:
         expired = False
     if not expired:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 PART_BYTES, LEAST_PART_BYTES = 8 << 20, 5 << 20
 """Size of one part of a multipart upload, and the least that S3 takes."""
+RETRY_SECONDS = 180.0
 COALESCE_BYTES = 1 << 20
 """Ranges closer than this are read with one request."""
 
@@ -49,6 +51,7 @@ class S3Storage(Storage):
         self._bucket = bucket
         self._root = root
         self.options = dict(options)
+        self._retry_s = float(self.options.get("retry_timeout_s", RETRY_SECONDS))
         self.url = f"s3://{bucket}/{root}".rstrip("/")
 
     @classmethod
@@ -110,18 +113,27 @@ class S3Storage(Storage):
         with self._named_errors(path):
             self._store.put(self._key(path), data, use_multipart=False)
 
-    def create(self, path: str, data: bytes) -> bool:  # noqa: D102
-        from obstore.exceptions import AlreadyExistsError
+    def create(self, path: str, data: bytes) -> bool:
+        """As for any storage; object_store does not repeat a conditional request whose connection broke."""
+        from obstore.exceptions import AlreadyExistsError, GenericError
 
-        with self._named_errors(path):
-            try:
-                self._store.put(self._key(path), data, mode="create")
-            except AlreadyExistsError:
-                # object_store repeats a request whose reply was lost: then the object may be ours
-                with suppress(FileNotFoundError):
-                    return bool(data) and self.get(path) == data
-                return False
-        return True
+        end, pause = time.monotonic() + self._retry_s, 0.1
+        while True:
+            with self._named_errors(path):
+                try:
+                    self._store.put(self._key(path), data, mode="create")
+                except AlreadyExistsError:
+                    # an earlier attempt whose reply was lost may have made it: then it is ours
+                    with suppress(FileNotFoundError):
+                        return bool(data) and self.get(path) == data
+                    return False
+                except GenericError:
+                    if time.monotonic() > end:
+                        raise
+                else:
+                    return True
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
 
     def stream_writer(self, path: str, memory: int = 64 << 20) -> StreamWriter:
         """As for any storage; needs two parts of 5 MiB, the least that S3 takes, and uses more of 8 MiB."""
@@ -228,7 +240,7 @@ def _open_store(bucket: str, options: Mapping[str, Any]) -> S3Store:
     given |= {"region": client.pop("region_name")} if "region_name" in client else {}
     given |= {"endpoint_url": client.pop("endpoint_url")} if "endpoint_url" in client else {}
     profile = given.pop("profile", None) or os.environ.get("AWS_PROFILE")
-    retry_timeout = float(given.pop("retry_timeout_s", 180))
+    retry_timeout = float(given.pop("retry_timeout_s", RETRY_SECONDS))
     unknown = [*client, *(name for name in given if name not in _NAMES and name not in _OWN)]
     if unknown:
         raise InvalidInput(

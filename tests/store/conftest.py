@@ -40,6 +40,12 @@ class S3:
     def url(self, prefix):
         return f"s3://{self.bucket}/{prefix}"
 
+    def kill_gateway(self):
+        s3_server.kill(self.folder, "rgw", 9)
+
+    def start_gateway(self):
+        s3_server.start_gateway(self.folder)
+
     def storage(self, prefix, endpoint=None, **more):
         return open_storage(self.url(prefix), **self.options(endpoint), **more)
 
