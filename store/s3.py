@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from millpond.store.errors import InvalidInput, StorageFailed
 from millpond.store.objects import PARALLEL_REQUESTS, Buffer, Entry, Storage, StreamWriter, is_hidden
@@ -16,6 +16,7 @@ from millpond.store.objects import PARALLEL_REQUESTS, Buffer, Entry, Storage, St
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
+T = TypeVar("T")
 PART_BYTES, LEAST_PART_BYTES = 8 << 20, 5 << 20
 """Size of one part of a multipart upload, and the least that S3 takes."""
 RETRY_SECONDS = 180.0
@@ -110,30 +111,19 @@ class S3Storage(Storage):
         return done
 
     def put(self, path: str, data: bytes, *, durable: bool = True) -> None:  # noqa: D102
-        with self._named_errors(path):
-            self._store.put(self._key(path), data, use_multipart=False)
+        self._again(path, lambda: self._store.put(self._key(path), data, use_multipart=False))
 
-    def create(self, path: str, data: bytes) -> bool:
-        """As for any storage; object_store does not repeat a conditional request whose connection broke."""
-        from obstore.exceptions import AlreadyExistsError, GenericError
+    def create(self, path: str, data: bytes) -> bool:  # noqa: D102
+        from obstore.exceptions import AlreadyExistsError
 
-        end, pause = time.monotonic() + self._retry_s, 0.1
-        while True:
-            with self._named_errors(path):
-                try:
-                    self._store.put(self._key(path), data, mode="create")
-                except AlreadyExistsError:
-                    # an earlier attempt whose reply was lost may have made it: then it is ours
-                    with suppress(FileNotFoundError):
-                        return bool(data) and self.get(path) == data
-                    return False
-                except GenericError:
-                    if time.monotonic() > end:
-                        raise
-                else:
-                    return True
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
+        try:
+            self._again(path, lambda: self._store.put(self._key(path), data, mode="create"))
+        except AlreadyExistsError:
+            # an earlier attempt whose reply was lost may have made it: then it is ours
+            with suppress(FileNotFoundError):
+                return bool(data) and self.get(path) == data
+            return False
+        return True
 
     def stream_writer(self, path: str, memory: int = 64 << 20) -> StreamWriter:
         """As for any storage; needs two parts of 5 MiB, the least that S3 takes, and uses more of 8 MiB."""
@@ -149,8 +139,8 @@ class S3Storage(Storage):
                         yield Entry(path, meta["size"], meta["last_modified"].timestamp())
 
     def folders(self, prefix: str = "") -> Sequence[str]:  # noqa: D102
-        with self._named_errors(prefix):
-            found = self._store.list_with_delimiter(self._key(prefix) or None)["common_prefixes"]
+        listing = self._again(prefix, lambda: self._store.list_with_delimiter(self._key(prefix) or None))
+        found = listing["common_prefixes"]
         names = (path.rstrip("/").rpartition("/")[2] for path in found)
         return sorted(name for name in names if not name.startswith("."))
 
@@ -164,15 +154,32 @@ class S3Storage(Storage):
         from obstore.exceptions import NotFoundError
 
         if keys:
-            with self._named_errors(keys[0]), suppress(NotFoundError):
-                self._store.delete(keys if len(keys) > 1 else keys[0])
+            with suppress(NotFoundError, FileNotFoundError):
+                self._again(keys[0], lambda: self._store.delete(keys if len(keys) > 1 else keys[0]))
 
     def delete_tree(self, prefix: str) -> None:  # noqa: D102
         self.delete([entry.path for entry in self.list(prefix)])
 
     def copy(self, source: str, target: str) -> None:  # noqa: D102
-        with self._named_errors(source):
-            self._store.copy(self._key(source), self._key(target))
+        self._again(source, lambda: self._store.copy(self._key(source), self._key(target)))
+
+    def _again(self, path: str, request: Callable[[], T]) -> T:
+        """What `request` returns, repeated while connections break.
+
+        object_store does that itself only for requests that HTTP calls safe; all of ours may be repeated.
+        """
+        from obstore.exceptions import GenericError
+
+        end, pause = time.monotonic() + self._retry_s, 0.1
+        while True:
+            with self._named_errors(path):
+                try:
+                    return request()
+                except GenericError as error:
+                    if "error sending request" not in str(error) or time.monotonic() > end:
+                        raise
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
 
     @contextmanager
     def _named_errors(self, path: str) -> Iterator[None]:
@@ -183,7 +190,13 @@ class S3Storage(Storage):
 @contextmanager
 def s3_errors(what: str, bucket: str) -> Iterator[None]:
     """Turns obstore's errors into ours."""
-    from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+    from obstore.exceptions import (
+        AlreadyExistsError,
+        BaseError,
+        NotFoundError,
+        PermissionDeniedError,
+        UnauthenticatedError,
+    )
 
     try:
         yield
@@ -196,7 +209,7 @@ def s3_errors(what: str, bucket: str) -> Iterator[None]:
             f"{what}: the store refuses these credentials ({_reason(error)}); renew them or ask for access"
         ) from error
     except (BaseError, OSError) as error:
-        if isinstance(error, StorageFailed):
+        if isinstance(error, (StorageFailed, AlreadyExistsError)):
             raise
         raise StorageFailed(f"{what}: the store failed ({_reason(error)}); check it and try again") from error
 

@@ -250,14 +250,14 @@ def test_a_newer_version_and_a_damaged_page_are_named(run):
     document = json.loads(run.get(version))
     del document["crc32c"]
     run.put(version, json.dumps(document | {"version": 3}).encode())
-    with pytest.raises(InvalidInput, match="format version 3; .* upgrade Millpond"):
+    with pytest.raises(InvalidInput, match=r"format version 3; .* upgrade Millpond"):
         open_run(run)
 
 
 def test_bad_requests_are_refused(run):
     writer = writer_of(run)
     writer.append(request("x"))
-    with pytest.raises(InvalidInput, match="'x' .* was appended before"):
+    with pytest.raises(InvalidInput, match=r"'x' .* was appended before"):
         writer.append(request("x"))
     with pytest.raises(
         InvalidInput, match=r"infinity or NaN in 3 rows of blocks.0.hook_resid_post, first at position 0"

@@ -75,12 +75,12 @@ def test_many_kills_lose_nothing(store, kills):
 
 def test_a_store_that_fails_is_slow_and_forgets_to_reply_loses_nothing(ceph):
     run = new_run(ceph)
-    faults = {"error": 0.08, "reset": 0.08, "lost": 0.08, "slow": 0.02}
+    faults = {"error": 0.04, "reset": 0.04, "lost": 0.04, "slow": 0.02}
     proxy = fault_proxy.FaultProxy(ceph.environment["AWS_ENDPOINT_URL"], faults)
     try:
         through = open_storage(run.url, **ceph.options(proxy.endpoint))
         acknowledged = []
-        for number in range(12):
+        for number in range(8):
             writer = RunWriter(through, open_run(through).plan.spec, compact_every=0)
             writer.append(request(number))
             if number:
@@ -130,7 +130,7 @@ def test_refused_credentials_are_named_and_lose_nothing(ceph):
     writer.append(request(2))
     writer._segment.run = expired
     writer._segment.folder = expired / f"segments/{writer._segment.id}"
-    with pytest.raises(StorageFailed, match="refuses these credentials .*; renew them"):
+    with pytest.raises(StorageFailed, match=r"refuses these credentials .*; renew them"):
         writer.commit()
     assert check(run, [1]) == [1]
     writer = RunWriter(run, open_run(run).plan.spec)
