@@ -74,7 +74,9 @@ def race(title: str, size: float, rounds: int, sides: dict[str, Callable[[], tup
             best[name] = (min(old[0], took[0]), min(old[1], took[1]))
     base = next(iter(best.values()))[0]
     for name, (wall, cpu) in best.items():
-        print(f"{title:12}{name:14}{size / wall / 1e6:8.0f} MB/s{cpu / size * 1e9:8.2f} CPU s/GB{base / wall:8.2f} of raw")
+        print(
+            f"{title:12}{name:14}{size / wall / 1e6:8.0f} MB/s{cpu / size * 1e9:8.2f} CPU s/GB{base / wall:8.2f} of raw"
+        )
     return round(base / list(best.values())[-1][0], 3)
 
 
@@ -240,11 +242,11 @@ def commit_latency(quick: bool, options: dict[str, Any]) -> dict[str, float]:
 
 def _publish(run: Storage, spec: RunSpec, first: int, count: int) -> None:
     """Commit `count` small segments of one prompt with the least that readers of the manifest look at."""
-    from millpond.store.commits import commit_path
-    from millpond.store.prompts import encode_prompt_table
-
     import google_crc32c
     import pandas as pd
+
+    from millpond.store.commits import commit_path
+    from millpond.store.prompts import encode_prompt_table
 
     for number in range(first, first + count):
         segment = f"{number:032x}"

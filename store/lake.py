@@ -19,7 +19,15 @@ from millpond.store.dtypes import check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
 from millpond.store.files import decode_document, encode_document
 from millpond.store.hooks import hook_sort_key, parse_hook
-from millpond.store.manifest import FORMAT_VERSION, READ_VERSIONS, RunSpec, check_run_name, encode_record, is_run_name, read_record
+from millpond.store.manifest import (
+    FORMAT_VERSION,
+    READ_VERSIONS,
+    RunSpec,
+    check_run_name,
+    encode_record,
+    is_run_name,
+    read_record,
+)
 from millpond.store.objects import PARALLEL_REQUESTS, Storage, check_once, open_storage
 from millpond.store.posix import LocalStorage
 
