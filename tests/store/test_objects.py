@@ -27,6 +27,7 @@ def test_objects_are_put_read_listed_and_deleted(storage):
     assert storage.get("a/b") == b"0123456789"
     assert bytes(storage.get_range("a/b", 2, 3)) == b"234"
     assert bytes(storage.get_range("a/b", 8, 30)) == b"89"
+    assert bytes(storage.get_range("a/b", 10, 5)) == bytes(storage.get_range("a/b", 99, 5)) == b""
     assert bytes(storage.get_tail("a/b", 4)) == b"6789"
     assert bytes(storage.get_tail("a/b", 40)) == b"0123456789"
     assert [bytes(piece) for piece in storage.get_ranges("a/b", [7, 0], [2, 1])] == [b"78", b"0"]
@@ -86,6 +87,8 @@ def test_a_stream_appears_whole_or_not_at_all(storage):
     target = bytearray(20 << 20)
     assert storage.read_into("s/whole", 7, memoryview(target)) == 20 << 20
     assert target == pieces.tobytes()[7 : 7 + (20 << 20)]
+    longer = bytearray(45 << 20)
+    assert storage.read_into("s/whole", 0, memoryview(longer)) == 25 << 20
 
     def broken():
         with storage.stream_writer("s/broken") as writer:
