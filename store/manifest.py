@@ -110,7 +110,7 @@ class Part(_Record):
     prompt_table: tuple[int, int]
     """Bytes and crc32c of `prompts.parquet`."""
     statistics: tuple[int, int] | None = None
-    """Bytes and crc32c of `statistics.npz`, if there is one."""
+    """Bytes and crc32c of `statistics.safetensors`, if there is one."""
 
 
 class Manifest(_Record):

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from millpond.store.manifest import ArrayChecksums, Part
 from millpond.store.objects import PARALLEL_REQUESTS, Storage
 from millpond.store.prompts import write_prompt_table
-from millpond.store.segment import array_attributes
+from millpond.store.segment import array_attributes, write_statistics
 from millpond.store.shards import ArrayRecord, ArraySpec, ArrayWriter, read_rows, write_group
 from millpond.store.snapshot import Snapshot
+from millpond.store.stats import HookStatistics, unpack_statistics
 
 READ_BYTES = 32 << 20
 """Rows read at once while they are packed anew."""
@@ -55,6 +56,9 @@ class Merge:
             else:
                 self._packed += _extents(number, snapshot.n_rows[numbers], visible)
             orders[0 if keep else 1].append(numbers[visible])
+        gathered = all(part.statistics is not None for part in self._records)
+        hooks = self.spec.hooks if gathered else ()
+        self._statistics = {hook: HookStatistics(self.spec.d_model) for hook in hooks}
         self.order: NDArray[np.int64] = np.concatenate([*orders[0], *orders[1], np.empty(0, np.int64)]).astype(np.int64)
         """The snapshot's numbers of the prompts, as they come in the merged group."""
 
@@ -75,8 +79,16 @@ class Merge:
             arrays[name] = ArrayChecksums.of(record)
             metadata[name] = array.metadata(record.rows, array_attributes(self.spec, name))
         prompt_table = write_prompt_table(run / data, table)
+        statistics = write_statistics(run / data, self._statistics)
         write_group(run / data, metadata, {"millpond:run": self.spec.name})
-        return Part(path=data, rows=len(numbers), prompts=len(table), arrays=arrays, prompt_table=prompt_table)
+        return Part(
+            path=data,
+            rows=len(numbers),
+            prompts=len(table),
+            arrays=arrays,
+            prompt_table=prompt_table,
+            statistics=statistics,
+        )
 
     def _merge_array(self, run: Storage, data: str, name: str, array: ArraySpec) -> ArrayRecord:
         copies = [
@@ -90,6 +102,10 @@ class Merge:
                     lambda copy: run.copy(copy[1][0], f"{data}/{name}/{array.shard_path(copy[0])}"), enumerate(copies)
                 )
             )
+        if name in self._statistics:
+            for number in self._kept:
+                path = f"{self._records[number].path}/statistics.safetensors"
+                self._statistics[name].merge(unpack_statistics(run.get(path))[name])
         attributes = array_attributes(self.spec, name)
         return _write_rows(
             run / f"{data}/{name}", array, attributes, self._rows(run, name, array), [sums for _, sums in copies]
@@ -101,7 +117,10 @@ class Merge:
         for extent in self._packed:
             folder = run / f"{self._records[extent.segment].path}/{name}"
             for start in range(extent.start, extent.stop, limit):
-                yield read_rows(folder, array, start, min(start + limit, extent.stop))
+                rows = read_rows(folder, array, start, min(start + limit, extent.stop))
+                if name in self._statistics:
+                    self._statistics[name].update(rows)
+                yield rows
 
 
 def _extents(segment: int, n_rows: NDArray[np.int64], visible: NDArray[np.bool_]) -> list[_Extent]:

@@ -18,6 +18,7 @@ from millpond.store.rows import RowPlan
 from millpond.store.run import Run, open_run
 from millpond.store.segment import array_attributes
 from millpond.store.shards import ArraySpec, group_metadata, object_crc32c, read_rows
+from millpond.store.stats import unpack_statistics
 
 
 @dataclass
@@ -133,6 +134,15 @@ def _check_part(found: Verification, run: Run, part: Part) -> None:
     """The files of a part that belong to no array."""
     spec, folder = run.plan.spec, run.plan.folder / part.path
     _check_object(found, folder, "prompts.parquet", *part.prompt_table)
+    if part.statistics is not None:
+        _check_object(found, folder, "statistics.safetensors", *part.statistics)
+        try:
+            gathered = unpack_statistics(folder.get("statistics.safetensors"))
+        except (FileNotFoundError, LakeCorrupt):
+            return  # named above
+        for hook, statistics in gathered.items():
+            if statistics.count != part.rows:
+                found.problems.append(f"{part.path}: statistics of {hook} count {statistics.count} of {part.rows} rows")
     arrays = {name: array.metadata(part.rows, array_attributes(spec, name)) for name, array in spec.arrays().items()}
     _check_json(found, folder, "zarr.json", group_metadata(arrays, {"millpond:run": spec.name}))
 

@@ -13,6 +13,7 @@ from millpond.store.collect import collect_run
 from millpond.store.errors import CaptureFailed, InvalidInput, LakeCorrupt
 from millpond.store.objects import open_storage
 from millpond.store.seal import seal_run
+from millpond.store.stats import unpack_statistics
 from millpond.store.verify import verify_run
 
 HOOK = "blocks.0.hook_resid_post"
@@ -71,6 +72,11 @@ def test_sealing_keeps_the_bytes_of_whole_shards(build, tmp_path, codec):
     assert kept == [True] * 4 + [False] * 4
     check_whole(made)
     assert np.array_equal(zarr.open_array(str(data / HOOK), mode="r")[:], made.stored[HOOK])
+    found = unpack_statistics((data / "statistics.safetensors").read_bytes())[HOOK]
+    values = made.float32(HOOK).astype(np.float64)
+    assert found.count == len(values) == 57
+    assert np.allclose(found.mean, values.mean(0), rtol=1e-6)
+    assert np.allclose(found.variance, values.var(0), rtol=1e-5)
 
 
 class Interrupt(BaseException):
