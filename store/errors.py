@@ -71,6 +71,11 @@ class LakeCorrupt(MillpondError):
 class StorageFailed(MillpondError, OSError):
     """The store cannot be reached, refuses or is full."""
 
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        if self.strerror is None and arguments:
+            self.strerror = str(arguments[0])
+
 
 class RunOpen(MillpondError):
     """The operation needs a sealed run."""

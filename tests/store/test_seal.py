@@ -1,5 +1,6 @@
 import contextlib
 import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import zarr
 
 from millpond.store.collect import collect_run
 from millpond.store.errors import CaptureFailed, InvalidInput, LakeCorrupt
+from millpond.store.lake import open_lake
 from millpond.store.objects import open_storage
 from millpond.store.seal import seal_run
+from millpond.store.segment import CapturedRequest, RunWriter
 from millpond.store.stats import unpack_statistics
 from millpond.store.verify import verify_run
 
@@ -47,6 +50,32 @@ def test_other_libraries_open_a_sealed_run_by_path(sealed):
     assert dataset[HOOK].attrs == {"millpond:dtype": "bfloat16", "millpond:hook": HOOK, "millpond:hidden_state": 1}
     label = zarr.open_array(str(sealed.folder / "labels" / "even" / "1"), mode="r")
     assert np.array_equal(label[:], sealed.token_id % 2 == 0)
+
+
+@pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
+def test_zarrs_reads_a_sealed_run(build, tmp_path, codec):
+    made = build((6, 10, 40), chunk_rows=4, shard_rows=8, folder=tmp_path / "lake", codec=codec)
+    made.seal()
+    folder = made.folder / made.run.manifest.data.path
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+        assert np.array_equal(zarr.open_array(str(folder / HOOK), mode="r")[:], made.stored[HOOK])
+    driver = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder / HOOK)}}
+    assert np.array_equal(tensorstore.open(driver, read=True).result().read().result(), made.stored[HOOK])
+
+
+def test_xarray_opens_a_sealed_run_in_s3(ceph):
+    lake = open_lake(ceph.url(uuid.uuid4().hex), create=True, **ceph.options())
+    spec = lake.create_run("a", hooks=(HOOK,), d_model=4, dtype="float32", chunk_rows=4, shard_rows=8, codec="lz4")
+    writer = RunWriter(lake.run_storage("a"), spec)
+    positions = np.arange(20, dtype=np.int32)
+    rows = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    writer.append(CapturedRequest("p", positions, 20, positions, {HOOK: rows}))
+    writer.commit()
+    run = seal_run(lake.run_storage("a"))
+    url = f"{run.plan.folder.url}/{run.manifest.data.path}"
+    dataset = xr.open_zarr(url, storage_options=ceph.options())
+    assert np.array_equal(dataset[HOOK].values, rows)
+    assert np.array_equal(dataset["position"].values, positions)
 
 
 def test_sealing_keeps_rows_with_their_tokens(opened):
