@@ -15,7 +15,7 @@ test: ## install, then run every test
 	$(PYTHON) tools/install.py --for test
 	$(BIN)/python -m pytest
 
-soak: ## half an hour of random traffic with kills, every row checked
+soak: ## install, then an hour or two of random traffic, kills and races, everything checked
 	$(PYTHON) tools/install.py --for test
 	$(BIN)/python -m pytest -m soak -s
 

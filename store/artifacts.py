@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from millpond.store.errors import ArtifactNotFound, InvalidInput, LakeCorrupt
-from millpond.store.files import sync_folder
 from millpond.store.manifest import check_run_name
+from millpond.store.posix import sync_folder
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake

@@ -15,13 +15,15 @@ MillpondError
 │   ├── UnknownPrompts    labels name prompts that the run does not have
 │   ├── OverlappingGroups training and test part share prompts or groups
 │   ├── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
-│   └── PromptTooLong     a prompt does not fit the model's context
+│   ├── PromptTooLong     a prompt does not fit the model's context
+│   └── UnsafeStore       the store cannot keep the promises that several writers need
 ├── BudgetSpent           more bytes would leave than a cap allows; none did
 ├── Cancelled             the caller stopped it
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
 ├── LeaseLost             another worker claimed the job, or it has ended
 ├── LedgerCorrupt         the ledger was changed by something else than the ledger
+├── StorageFailed         the store cannot be reached, refuses or is full; also an OSError
 └── RunOpen               the operation needs a sealed run
 """
 
@@ -100,6 +102,10 @@ class Cancelled(MillpondError):
     """The caller stopped it."""
 
 
+class UnsafeStore(InvalidInput):
+    """The store cannot keep the promises that several writers need."""
+
+
 class CaptureFailed(MillpondError):
     """A capture ended without all its rows; none of the failed rows are visible."""
 
@@ -110,6 +116,15 @@ class LeaseLost(MillpondError):
 
 class LakeCorrupt(MillpondError):
     """Stored bytes or counts contradict the manifest."""
+
+
+class StorageFailed(MillpondError, OSError):
+    """The store cannot be reached, refuses or is full."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        if self.strerror is None and arguments:
+            self.strerror = str(arguments[0])
 
 
 class RunOpen(MillpondError):

@@ -1,35 +1,25 @@
-"""Durable, atomic operations on local files."""
+"""Documents: JSON objects that carry their own checksum."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
 from millpond.store.errors import LakeCorrupt
+from millpond.store.objects import Storage
+from millpond.store.posix import sync_folder
 
 _CHECKSUM = b'"crc32c": "'
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and creations inside `folder` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `path` so that readers see all of it or nothing, and it survives a power loss."""
+    """Write the file `path` so that readers see all of it or nothing, and it survives a power loss."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as handle:
@@ -42,56 +32,44 @@ def write_whole(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as a JSON object with `write_whole`; its last member is the checksum of the file.
+def encode_document(value: Mapping[str, Any]) -> bytes:
+    """`value` as a JSON object whose last member is its checksum.
 
-    That is the crc32c, as 8 hexadecimal digits, of the file with those digits all 0.
+    That is the crc32c, as 8 hexadecimal digits, of the document with those digits all 0.
     """
     data = (json.dumps({**value, "crc32c": "0" * 8}, indent=1, allow_nan=False) + "\n").encode()
     head, mark, tail = data.rpartition(_CHECKSUM)
-    write_whole(path, head + mark + _digits(data) + tail[8:])
+    return head + mark + _digits(data) + tail[8:]
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`, without the checksum of `write_json`.
+def decode_document(data: bytes, where: str) -> Any:
+    """The JSON object in `data`, without its checksum.
 
     Raises:
-        LakeCorrupt: the file is not JSON, or not as it was written.
+        LakeCorrupt: it is not JSON, or not as it was written; `where` names it.
     """
-    data = path.read_bytes()
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise LakeCorrupt(f"{path} is not JSON ({error}); restore it from a copy or delete the run") from error
+        raise LakeCorrupt(f"{where} is not JSON ({error}); restore it from a copy or delete the run") from error
     if not isinstance(value, dict):
-        raise LakeCorrupt(f"{path} holds a JSON {type(value).__name__}, not an object; restore it from a copy")
+        raise LakeCorrupt(f"{where} holds a JSON {type(value).__name__}, not an object; restore it from a copy")
     if "crc32c" in value:
         head, mark, tail = data.rpartition(_CHECKSUM)
         if value.pop("crc32c") != _digits(head + mark + b"0" * 8 + tail[8:]).decode():
-            raise LakeCorrupt(f"{path} does not have its own checksum; restore it from a copy or delete the run")
+            raise LakeCorrupt(f"{where} does not have its own checksum; restore it from a copy or delete the run")
     return value
+
+
+def read_json(path: Path) -> Any:
+    """The document in the file `path`."""
+    return decode_document(path.read_bytes(), str(path))
+
+
+def write_json(storage: Storage, path: str, value: Mapping[str, Any]) -> None:
+    """Write the document `path`, replacing one of that name."""
+    storage.put(path, encode_document(value))
 
 
 def _digits(data: bytes) -> bytes:
     return f"{int(google_crc32c.value(data)):08x}".encode()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the exclusive lock of the file `path`; it falls with the process, however that ends."""
-    with path.open("r+b") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def remove_tree(folder: Path) -> None:
-    """Make `folder` vanish at once (one rename), then delete what it, and such folders before it, held."""
-    grave = folder.with_name(f".deleted-{uuid.uuid4().hex}")
-    try:
-        folder.rename(grave)
-    except FileNotFoundError:
-        return
-    sync_folder(folder.parent)
-    shutil.rmtree(grave)
-    for left in folder.parent.glob(".deleted-*"):  # of a deletion that was killed
-        shutil.rmtree(left, ignore_errors=True)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from millpond.store.errors import InvalidInput, LabelNotFound, LakeCorrupt
-from millpond.store.files import sync_folder, write_json
 from millpond.store.lazy import block_array, coordinates
-from millpond.store.manifest import ArrayChecksums, LabelRecord, read_record
+from millpond.store.manifest import ArrayChecksums, LabelRecord, encode_record, read_record
+from millpond.store.objects import Storage
 from millpond.store.rows import Block, RowPlan
 from millpond.store.shards import ArraySpec, ArrayWriter, read_rows
 
@@ -57,12 +54,10 @@ def write_token_label(plan: RowPlan, name: str, values: Mapping[int, NDArray[Any
     Raises:
         InvalidInput: the run has the label, or a prompt has too few values for its rows, or of another type.
     """
-    folder = plan.folder / "labels" / check_label_name(name) / "1"
-    if folder.exists():
+    folder = plan.folder / f"labels/{check_label_name(name)}/1"
+    if folder.exists("label.json"):
         raise InvalidInput(f"label {name!r} exists in run {plan.spec.name!r}; choose another name")
-    temporary = folder.parent.parent / f".new-{uuid.uuid4().hex}"
-    spec = plan.spec.row_array(dtype)
-    writer = ArrayWriter(temporary, spec, {"millpond:label": name})
+    writer = ArrayWriter(folder, plan.spec.row_array(dtype), {"millpond:label": name})
     try:
         for block in plan.blocks():
             prompts = plan.prompt_numbers(block)
@@ -85,25 +80,19 @@ def write_token_label(plan: RowPlan, name: str, values: Mapping[int, NDArray[Any
                 out[rows] = of_prompt[positions[rows]]
             writer.append(out)
         checksums = ArrayChecksums.of(writer.finish())
-        write_json(temporary / "label.json", {**checksums.model_dump(mode="json"), "dtype": dtype})
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.rename(folder)
-        except OSError as error:
-            if folder.exists():
-                raise InvalidInput(
-                    f"label {name!r} was just added to run {plan.spec.name!r} by somebody else; choose another name"
-                ) from error
-            raise
-        for changed in (folder.parent, folder.parent.parent, plan.folder):
-            sync_folder(changed)
-    finally:
+        record = LabelRecord(**checksums.model_dump(), dtype=dtype)  # type: ignore[arg-type] # pydantic checks it
+        if not folder.create("label.json", encode_record(record)):
+            raise InvalidInput(
+                f"label {name!r} was just added to run {plan.spec.name!r} by somebody else; choose another name"
+            )
+    except BaseException:
         writer.close()
-        shutil.rmtree(temporary, ignore_errors=True)
+        plan.folder.delete_tree(f"labels/{name}")
+        raise
 
 
 class _ReadTokenLabel:
-    def __init__(self, plan: RowPlan, folder: Path, spec: ArraySpec) -> None:
+    def __init__(self, plan: RowPlan, folder: Storage, spec: ArraySpec) -> None:
         self.plan, self.folder, self.spec = plan, folder, spec
 
     def __call__(self, block: Block) -> NDArray[Any]:
@@ -131,8 +120,8 @@ class Labels(Mapping[str, "xr.DataArray"]):
     @property
     def token_labels(self) -> tuple[str, ...]:
         """Names of the labels with a value a token."""
-        folder = self._plan.folder / "labels"
-        return tuple(sorted(path.parent.parent.name for path in folder.glob("[!.]*/1/label.json")))
+        found = (entry.path.split("/") for entry in self._plan.folder.list("labels"))
+        return tuple(sorted(path[1] for path in found if path[2:] == ["1", "label.json"]))
 
     @property
     def prompt_labels(self) -> tuple[str, ...]:
@@ -155,8 +144,8 @@ class Labels(Mapping[str, "xr.DataArray"]):
                 values = values.astype(str)
             data = block_array(plan, _ReadPromptLabel(plan, values), f"label-{name}", values.dtype)
         elif name in self.token_labels:
-            folder = plan.folder / "labels" / name / "1"
-            record = read_record(folder / "label.json", LabelRecord)
+            folder = plan.folder / f"labels/{name}/1"
+            record = read_record(folder, "label.json", LabelRecord)
             if record.rows != plan.offsets[-1]:
                 raise LakeCorrupt(
                     f"label {name!r} has {record.rows} values, but run {plan.spec.name!r} has {plan.offsets[-1]} rows; "

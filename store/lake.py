@@ -1,22 +1,35 @@
-"""A lake: a folder of runs."""
+"""A lake: runs under one URL."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticSerializationError
 
+from millpond.store.codecs import check_codec
+from millpond.store.collect import GRACE_SECONDS, Collected, collect_run
+from millpond.store.commits import close_run, reopen_run
 from millpond.store.dtypes import check_dtype
-from millpond.store.errors import InvalidInput, RunExists, RunNotFound
-from millpond.store.files import read_json, remove_tree, sync_folder, write_json
+from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
+from millpond.store.files import decode_document, encode_document
 from millpond.store.hooks import hook_sort_key, parse_hook
-from millpond.store.manifest import FORMAT_VERSION, RunSpec, check_run_name, read_record
+from millpond.store.manifest import (
+    FORMAT_VERSION,
+    READ_VERSIONS,
+    RunSpec,
+    check_run_name,
+    encode_record,
+    is_run_name,
+    read_record,
+)
+from millpond.store.objects import PARALLEL_REQUESTS, Storage, check_once, open_storage
+from millpond.store.posix import LocalStorage
 
 if TYPE_CHECKING:
     from millpond.store.run import Run
@@ -24,62 +37,75 @@ if TYPE_CHECKING:
 _MARKER = "millpond.json"
 
 
-def open_lake(path: str | os.PathLike[str], *, create: bool = False) -> Lake:
-    """Open the lake in the folder `path`.
+def open_lake(url: str | os.PathLike[str], *, create: bool = False, **storage_options: Any) -> Lake:
+    """Open the lake at `url`: a folder, `file://`, `s3://bucket/prefix` or `memory://name`.
 
     Args:
-        path: a local folder; URLs of object stores are not supported yet.
-        create: make the lake if the folder is missing or empty.
+        url: where its objects are.
+        create: make the lake if nothing is there.
+        storage_options: for S3, as s3fs takes them (`key`, `secret`, `endpoint_url`, `profile`, ...); by default
+            the environment (AWS_*) and the files in ~/.aws decide.
 
     Raises:
         InvalidInput: there is no lake, or it cannot be made.
     """
-    text = os.fspath(path)
-    if "://" in text:
-        if not text.startswith("file://"):
-            raise InvalidInput(f"lake {text!r} is a URL; only local folders and file:// are supported so far")
-        text = text.removeprefix("file://")
-    folder = Path(text)
-    marker = folder / _MARKER
+    storage = open_storage(url, **storage_options)
+    text = os.fspath(url)
     try:
-        if marker.is_file():
-            found = read_json(marker)
-            if found.get("format") != "millpond-lake" or found.get("version") != FORMAT_VERSION:
+        try:
+            _check_marker(storage)
+        except FileNotFoundError:
+            if not create:
                 raise InvalidInput(
-                    f"{marker} says format {found.get('format')!r} version {found.get('version')!r}; "
-                    f"this Millpond reads 'millpond-lake' version {FORMAT_VERSION}"
-                )
-            return Lake(folder)
-        if not create:
-            raise InvalidInput(f"{text!r} is not a lake (it has no {_MARKER}); capture into it first or check the path")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _is_new(folder):
-            raise InvalidInput(f"{text!r} is neither a lake nor empty; name an empty or new folder")
-        (folder / "runs").mkdir(exist_ok=True)
-        write_json(marker, {"format": "millpond-lake", "version": FORMAT_VERSION})
-    except OSError as error:
+                    f"{text!r} is not a lake (it has no {_MARKER}); capture into it first or check the path"
+                ) from None
+            if any(True for _ in storage.list()):
+                raise InvalidInput(f"{text!r} is neither a lake nor empty; name an empty or new folder") from None
+            storage.create(_MARKER, encode_document({"format": "millpond-lake", "version": FORMAT_VERSION}))
+            _check_marker(storage)
+    except StorageFailed as error:
+        raise InvalidInput(f"lake {text!r} cannot be used: {error}; name a place that you may write") from error
+    return Lake(storage)
+
+
+def _check_marker(storage: Storage) -> None:
+    found = decode_document(storage.get(_MARKER), f"{storage.url}/{_MARKER}")
+    if found.get("format") != "millpond-lake" or found.get("version") not in READ_VERSIONS:
         raise InvalidInput(
-            f"lake {text!r} cannot be used: {error.strerror}; name a folder that you may write"
-        ) from error
-    return Lake(folder)
-
-
-def _is_new(folder: Path) -> bool:
-    """Whether nothing is in `folder`, or only what creating a lake leaves when it is interrupted."""
-    left = [path for path in folder.iterdir() if not path.name.startswith(f".{_MARKER}.")]
-    return not left or (left == [folder / "runs"] and not any(left[0].iterdir()))
+            f"{storage.url}/{_MARKER} says format {found.get('format')!r} version {found.get('version')!r}; "
+            f"this Millpond reads 'millpond-lake' versions 1 to {FORMAT_VERSION}: upgrade Millpond"
+        )
 
 
 class Lake(Mapping[str, "Run"]):
-    """The runs in one folder: `lake["name"]` opens one."""
+    """The runs at one URL: `lake["name"]` opens one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @property
+    def url(self) -> str:
+        """Where the lake is: a path, or a URL."""
+        return self.storage.url
+
+    @property
+    def folder(self) -> Path:
+        """The lake's folder.
+
+        Raises:
+            InvalidInput: the lake is not on a local disk.
+        """
+        if not isinstance(self.storage, LocalStorage):
+            raise InvalidInput(f"lake {self.url!r} is not in a local folder; use its storage")
+        return self.storage.path
 
     def runs(self) -> list[str]:
         """The names of all runs, open and sealed."""
-        folder = self.folder / "runs"
-        return sorted(path.parent.name for path in folder.glob("*/run.json") if not path.parent.name.startswith("."))
+        deleted = {entry.path.rpartition("/")[2].removesuffix(".json") for entry in self.storage.list("deleted")}
+        names = [name for name in self.storage.folders("runs") if name not in deleted]
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            held = list(pool.map(lambda name: self.storage.exists(f"runs/{name}/run.json"), names))
+        return [name for name, there in zip(names, held, strict=True) if there]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.runs())
@@ -94,15 +120,21 @@ class Lake(Mapping[str, "Run"]):
         from millpond.store.run import open_run
 
         self._check_held(name)
-        return open_run(self.run_folder(name))
+        return open_run(self.run_storage(name))
 
     def _check_held(self, name: str) -> None:
-        held = self.runs()
-        if name not in held:
+        if not self._holds(name):
             raise RunNotFound(
-                f"run {name!r} is not in the lake {str(self.folder)!r}, which holds {', '.join(held) or 'no runs'}; "
+                f"run {name!r} is not in the lake {self.url!r}, which holds {', '.join(self.runs()) or 'no runs'}; "
                 "name one of its runs or capture into a new one"
             )
+
+    def _holds(self, name: str) -> bool:
+        return (
+            is_run_name(name)
+            and self.storage.exists(f"runs/{name}/run.json")
+            and not self.storage.exists(f"deleted/{name}.json")
+        )
 
     def spec(self, name: str) -> RunSpec:
         """What was fixed when the run called `name` was created; opens nothing else of it.
@@ -111,26 +143,45 @@ class Lake(Mapping[str, "Run"]):
             RunNotFound: the lake has no run of that name.
         """
         self._check_held(name)
-        return read_record(self.run_folder(name) / "run.json", RunSpec)
+        return read_record(self.run_storage(name), "run.json", RunSpec)
+
+    def run_storage(self, name: str) -> Storage:
+        """The objects of the run called `name`, whether or not it exists."""
+        return self.storage / f"runs/{check_run_name(name)}"
 
     def run_folder(self, name: str) -> Path:
-        """The folder of the run called `name`, whether or not it exists."""
+        """The folder of the run called `name`, whether or not it exists.
+
+        Raises:
+            InvalidInput: the lake is not on a local disk.
+        """
         return self.folder / "runs" / check_run_name(name)
 
     def check_new(self, name: str) -> None:
         """Check that a run called `name` could be created.
 
         Raises:
-            RunExists: the lake has one.
+            RunExists: the lake has one, or one that was deleted and can still be restored.
             InvalidInput: the name is not allowed, or the lake cannot be written.
+            UnsafeStore: the store cannot keep writers apart.
         """
-        if self.run_folder(name).exists():
+        run = self.run_storage(name)
+        if self.storage.exists(f"deleted/{name}.json"):
             raise RunExists(
-                f"run {name!r} exists in the lake {str(self.folder)!r}; choose another name, "
-                f"or remove it with: millpond rm {self.folder} {name}"
+                f"run {name!r} was deleted from the lake {self.url!r} and waits for its grace period to end; choose another "
+                f"name, or end it with: millpond gc {self.url} --grace 0"
             )
-        if not os.access(self.folder / "runs", os.W_OK):
-            raise InvalidInput(f"lake {str(self.folder)!r} cannot be written; name a folder that you may write")
+        if run.exists("run.json"):
+            raise RunExists(
+                f"run {name!r} exists in the lake {self.url!r}; choose another name, "
+                f"or remove it with: millpond rm {self.url} {name}"
+            )
+        try:
+            check_once(self.storage)
+        except StorageFailed as error:
+            raise InvalidInput(
+                f"lake {self.url!r} cannot be written: {error}; name a place that you may write"
+            ) from error
 
     def create_run(
         self,
@@ -142,8 +193,12 @@ class Lake(Mapping[str, "Run"]):
         provenance: Mapping[str, Any] | None = None,
         chunk_rows: int = 512,
         shard_rows: int = 32_768,
+        codec: str = "none",
     ) -> RunSpec:
         """Create an open, empty run.
+
+        `codec` compresses the activations: `none` (a local disk is faster than any codec), `lz4` (for ingest over a
+        network) or `zstd` (for archives).
 
         Raises:
             RunExists: the lake has a run of that name.
@@ -167,35 +222,70 @@ class Lake(Mapping[str, "Run"]):
                 "dtype": check_dtype(dtype),
                 "chunk_rows": chunk_rows,
                 "shard_rows": shard_rows,
+                "codec": check_codec(codec),
                 "provenance": dict(provenance or {}),
             }
         )
-        folder = self.run_folder(name)
-        temporary = folder.with_name(f".new-{spec.id}")
-        temporary.mkdir()
         try:
-            write_json(temporary / "run.json", spec.model_dump(mode="json"))
-            temporary.rename(folder)
+            document = encode_record(spec)
         except (ValueError, PydanticSerializationError) as error:
             raise InvalidInput(f"provenance of run {name!r} cannot be written as JSON: {error}") from error
-        except OSError as error:
-            if folder.exists():
-                raise RunExists(
-                    f"run {name!r} was just created by somebody else in {str(self.folder)!r}; choose another name"
-                ) from error
-            raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        sync_folder(folder.parent)
+        if not self.run_storage(name).create("run.json", document):
+            raise RunExists(f"run {name!r} was just created by somebody else in {self.url!r}; choose another name")
         return spec
 
-    def delete(self, name: str) -> None:
-        """Remove a run and everything in it, at once for every reader that opens it later."""
+    def delete(self, name: str, *, grace_s: float = 0) -> None:
+        """Hide a run from everybody who opens it later, and remove it at once, or leave that to `collect`.
+
+        With a grace period, those who have it open go on reading, and `restore` brings it back.
+
+        Args:
+            name: the run's.
+            grace_s: 0 removes its objects now; otherwise `collect` does, when so many seconds have passed.
+        """
         self._check_held(name)
-        remove_tree(self.run_folder(name))
+        close_run(self.run_storage(name), "deleted")
+        self.storage.put(f"deleted/{name}.json", encode_document({"grace_s": grace_s}))
+        if grace_s <= 0:
+            self._remove(name)
+
+    def restore(self, name: str) -> None:
+        """Bring back a run that was deleted with a grace period.
+
+        Raises:
+            RunNotFound: there is no such run any more.
+        """
+        check_run_name(name)
+        if not self.storage.exists(f"deleted/{name}.json") or not self.storage.exists(f"runs/{name}/run.json"):
+            raise RunNotFound(
+                f"run {name!r} of the lake {self.url!r} cannot be restored; it was not deleted, or is gone"
+            )
+        reopen_run(self.run_storage(name), "deleted")
+        self.storage.delete(f"deleted/{name}.json")
+
+    def collect(self, *, grace_s: float = GRACE_SECONDS, dry_run: bool = False) -> dict[str, Collected]:
+        """Collect the garbage of every run, and remove deleted runs whose own grace period has passed.
+
+        Returns what was removed, or would be, by the name of the run.
+        """
+        found = {name: collect_run(self.run_storage(name), grace_s=grace_s, dry_run=dry_run) for name in self.runs()}
+        for entry in list(self.storage.list("deleted")):
+            name = entry.path.rpartition("/")[2].removesuffix(".json")
+            wanted = decode_document(self.storage.get(entry.path), f"{self.url}/{entry.path}")["grace_s"]
+            if entry.modified <= self.storage.now() - min(wanted, grace_s):
+                left = list(self.storage.list(f"runs/{name}"))
+                found[name] = Collected([f"runs/{name}"], sum(one.size for one in left))
+                if not dry_run:
+                    self._remove(name)
+        return found
+
+    def _remove(self, name: str) -> None:
+        """The last step is the one that frees the name, so an interrupted removal is done again by `collect`."""
+        self.storage.delete_tree(f"runs/{name}")
+        self.storage.delete(f"deleted/{name}.json")
 
     def __repr__(self) -> str:
-        return f"<Lake {str(self.folder)!r}: {len(self)} runs>"
+        return f"<Lake {self.url!r}: {len(self)} runs>"
 
     def _repr_html_(self) -> str:
         from millpond.store.reprs import lake_html

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import InvalidInput, LakeCorrupt
-from millpond.store.files import read_json
+from millpond.store.files import decode_document, encode_document
+from millpond.store.objects import Storage
 from millpond.store.shards import ArrayRecord, ArraySpec
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
+READ_VERSIONS = (1, 2)
+"""A version 1 document is one of version 2 that lacks the fields with defaults; see docs/format.md."""
 INDEX_ARRAYS = {"prompt": "int32", "position": "int32", "token_id": "int32"}
 """The row coordinates stored beside the activations, and their data types."""
 
@@ -26,11 +28,16 @@ def check_run_name(name: str) -> str:
     Raises:
         InvalidInput: otherwise.
     """
-    if not _RUN_NAME.fullmatch(name):
+    if not is_run_name(name):
         raise InvalidInput(
             f"run name {name!r} is not allowed; use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit"
         )
     return name
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a run may be called `name`."""
+    return _RUN_NAME.fullmatch(name) is not None
 
 
 class _Record(BaseModel):
@@ -41,7 +48,7 @@ class RunSpec(_Record):
     """What is fixed when a run is created (`run.json`)."""
 
     format: Literal["millpond-run"] = "millpond-run"
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[1, 2] = FORMAT_VERSION
     id: str
     """Random; distinguishes runs of the same name in time."""
     name: str
@@ -53,13 +60,15 @@ class RunSpec(_Record):
     """Of the activations; bfloat16 is stored as its bits in uint16."""
     chunk_rows: int = Field(default=512, gt=0)
     shard_rows: int = Field(default=32_768, gt=0)
+    codec: Literal["none", "lz4", "zstd"] = "none"
+    """How the activations' chunks are compressed; the index never is."""
     provenance: dict[str, Any] = {}
     """Model, revision, weight bytes, tokenizer, versions and the capture's configuration."""
 
     @property
     def activation_array(self) -> ArraySpec:
         """The shape of every hook's array."""
-        return ArraySpec(STORED_AS[self.dtype], self.d_model, self.chunk_rows, self.shard_rows)
+        return ArraySpec(STORED_AS[self.dtype], self.d_model, self.chunk_rows, self.shard_rows, self.codec)
 
     def row_array(self, dtype: str) -> ArraySpec:
         """The shape of a one-dimensional array with one value a row."""
@@ -100,13 +109,15 @@ class Part(_Record):
     arrays: dict[str, ArrayChecksums]
     prompt_table: tuple[int, int]
     """Bytes and crc32c of `prompts.parquet`."""
+    statistics: tuple[int, int] | None = None
+    """Bytes and crc32c of `statistics.safetensors`, if there is one."""
 
 
 class Manifest(_Record):
     """What seals a run (`manifest.json`): nothing of the run changes after it was written, but labels may be added."""
 
     format: Literal["millpond-manifest"] = "millpond-manifest"
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[1, 2] = FORMAT_VERSION
     run: RunSpec
     sealed: str
     """UTC, ISO 8601."""
@@ -117,21 +128,32 @@ class Manifest(_Record):
     """What the capture asked for and what was stored."""
 
 
-_R = TypeVar("_R", bound=_Record)
+_R = TypeVar("_R", bound=BaseModel)
 
 
-def read_record(path: Path, record: type[_R]) -> _R:
-    """The record in the JSON file `path`.
+def encode_record(record: BaseModel) -> bytes:
+    """The document of a record."""
+    return encode_document(record.model_dump(mode="json"))
+
+
+def read_record(storage: Storage, path: str, record: type[_R]) -> _R:
+    """The record in the document `path`.
 
     Raises:
+        FileNotFoundError: it is missing.
         InvalidInput: a newer Millpond wrote it.
         LakeCorrupt: it is not such a record.
     """
-    value = read_json(path)
-    version = value.get("version", FORMAT_VERSION) if isinstance(value, dict) else FORMAT_VERSION
-    if version != FORMAT_VERSION:
+    return decode_record(storage.get(path), record, f"{storage.url}/{path}")
+
+
+def decode_record(data: bytes, record: type[_R], where: str) -> _R:
+    """The record in a document; `where` names it in errors."""
+    value = decode_document(data, where)
+    version = value.get("version", FORMAT_VERSION)
+    if version not in READ_VERSIONS:
         raise InvalidInput(
-            f"{path} has format version {version!r}; this Millpond reads version {FORMAT_VERSION}: upgrade Millpond"
+            f"{where} has format version {version!r}; this Millpond reads versions 1 to {FORMAT_VERSION}: upgrade Millpond"
         )
     try:
         return record.model_validate(value)
@@ -139,5 +161,5 @@ def read_record(path: Path, record: type[_R]) -> _R:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "document"
         raise LakeCorrupt(
-            f"{path} is no {record.__name__}: {field}: {first['msg']}; restore it or delete the run"
+            f"{where} is no {record.__name__}: {field}: {first['msg']}; restore it or delete the run"
         ) from error

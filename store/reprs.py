@@ -65,7 +65,7 @@ def lake_html(lake: Lake) -> str:
             rows.append((name, "; ".join(value for _, value in run_facts(lake[name]))))
         except MillpondError as error:  # one broken run must not hide the others
             rows.append((name, str(error)))
-    return _table(f"Lake {lake.folder}", rows or [("", "no runs")])
+    return _table(f"Lake {lake.url}", rows or [("", "no runs")])
 
 
 def _table(caption: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from millpond.store.dtypes import decode
-from millpond.store.manifest import Part, RunSpec
+from millpond.store.manifest import RunSpec
+from millpond.store.objects import Storage
 from millpond.store.shards import read_rows
+from millpond.store.snapshot import Parts
 
 BLOCK_BYTES = 64 << 20
 """Most bytes of float32 activations in one block of a lazy array."""
@@ -38,9 +39,9 @@ class RowPlan:
     selection needs the table alone, not the rows.
     """
 
-    folder: Path
+    folder: Storage
     spec: RunSpec
-    parts: tuple[Part, ...]
+    parts: Parts
     offsets: NDArray[np.int64]
     """First row of each prompt of the run, and the number of rows at the end."""
     chosen: NDArray[np.bool_]

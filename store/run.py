@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from millpond.store.errors import HookNotCaptured, InvalidInput, LakeCorrupt, RunOpen
+from millpond.store.errors import HookNotCaptured, InvalidInput, RunOpen
 from millpond.store.hooks import match_hooks, summarize_hooks
-from millpond.store.manifest import Manifest, Part, RunSpec, read_record
-from millpond.store.prompts import COLUMNS, read_prompt_table, row_offsets
+from millpond.store.manifest import Manifest
+from millpond.store.objects import Storage, as_storage
 from millpond.store.rows import RowPlan
+from millpond.store.snapshot import Snapshot, load_snapshot
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -24,43 +25,15 @@ if TYPE_CHECKING:
     from millpond.store.stream import ActivationStream
 
 
-def open_run(folder: Path) -> Run:
-    """Open the run in `folder`, as it is now; what is committed later is seen by opening it again."""
-    spec = read_record(folder / "run.json", RunSpec)
-    sealed = folder / "manifest.json"
-    if not sealed.is_file():
-        try:
-            run = _open(folder, spec, None)
-        except (LakeCorrupt, FileNotFoundError):
-            if not sealed.is_file():
-                raise
-        else:
-            if not sealed.is_file():
-                return run
-    # sealing removes the commits and segments that an open run is read from, after the manifest has appeared
-    return _open(folder, spec, read_record(sealed, Manifest))
+def open_run(where: Storage | str | os.PathLike[str], version: int | None = None) -> Run:
+    """Open the run at `where`, its folder or URL, as it is now; what is committed later is seen by opening it again.
 
-
-def _open(folder: Path, spec: RunSpec, manifest: Manifest | None) -> Run:
-    if manifest is not None and manifest.run != spec:
-        raise LakeCorrupt(f"run {spec.name!r}: run.json and manifest.json disagree; restore run.json or delete the run")
-    parts = committed_parts(folder) if manifest is None else (manifest.data,)
-    tables = [read_prompt_table(folder / part.path) for part in parts]
-    for part, table in zip(parts, tables, strict=True):
-        if (len(table), int(table["n_rows"].sum())) != (part.prompts, part.rows):
-            raise LakeCorrupt(
-                f"run {spec.name!r}: the prompt table of {part.path} counts {len(table)} prompts and "
-                f"{int(table['n_rows'].sum())} rows, its commit {part.prompts} and {part.rows}; restore it or delete the run"
-            )
-    empty = pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in COLUMNS.items()})
-    prompts = pd.concat(tables, ignore_index=True) if tables else empty
-    plan = RowPlan(folder, spec, parts, row_offsets(prompts["n_rows"]), np.ones(len(prompts), bool))
-    return Run(plan, prompts, manifest)
-
-
-def committed_parts(folder: Path) -> tuple[Part, ...]:
-    """The committed segments of the run in `folder`, in the order of their commits."""
-    return tuple(read_record(path, Part) for path in sorted((folder / "commits").glob("[!.]*.json")))
+    With `version`, an open run as it was when that manifest version was made.
+    """
+    snapshot = load_snapshot(as_storage(where), version)
+    offsets = np.concatenate([[0], np.cumsum(snapshot.n_rows)]).astype(np.int64)
+    plan = RowPlan(snapshot.run, snapshot.spec, snapshot.parts, offsets, snapshot.visible)
+    return Run(plan, snapshot)
 
 
 class Run:
@@ -70,10 +43,19 @@ class Run:
     `run.select` give the same kind of object over some of the prompts.
     """
 
-    def __init__(self, plan: RowPlan, prompts: pd.DataFrame, manifest: Manifest | None) -> None:
+    def __init__(self, plan: RowPlan, snapshot: Snapshot) -> None:
         self.plan = plan
-        self.manifest = manifest
-        self._prompts = prompts
+        self.snapshot = snapshot
+        self.manifest = snapshot.manifest
+
+    @property
+    def version(self) -> int:
+        """The manifest version that this view is pinned to; 0 before the first compaction, and when sealed."""
+        return self.snapshot.version.number
+
+    @property
+    def _prompts(self) -> pd.DataFrame:
+        return self.snapshot.prompts
 
     @property
     def name(self) -> str:
@@ -178,7 +160,7 @@ class Run:
         chosen = self.plan.chosen.copy()
         chosen[np.flatnonzero(chosen)] = marks
         plan = RowPlan(self.plan.folder, self.plan.spec, self.plan.parts, self.plan.offsets, chosen)
-        return Run(plan, self._prompts, self.manifest)
+        return Run(plan, self.snapshot)
 
     def split(self, test: float = 0.2, seed: int = 0, by: str | None = None) -> tuple[Run, Run]:
         """Split by prompt into a training and a test part, never by token.

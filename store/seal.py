@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from millpond.store.commits import closing
 from millpond.store.errors import CaptureFailed, InvalidInput
-from millpond.store.files import locked, remove_tree, sync_folder, write_json
 from millpond.store.labels import check_label_name, write_token_label
-from millpond.store.manifest import ArrayChecksums, Manifest, Part
-from millpond.store.prompts import COLUMNS, write_prompt_table
+from millpond.store.manifest import Manifest, encode_record
+from millpond.store.merge import Merge
+from millpond.store.objects import Storage, as_storage, check_once
+from millpond.store.prompts import COLUMNS
 from millpond.store.rows import RowPlan
 from millpond.store.run import Run, open_run
-from millpond.store.segment import array_attributes
-from millpond.store.shards import ArrayWriter, read_rows, write_group
+from millpond.store.snapshot import Parts
 
 
 def seal_run(
-    folder: Path,
+    where: Storage | str | os.PathLike[str],
     *,
     prompts: pd.DataFrame | None = None,
     prompt_labels: tuple[str, ...] = (),
@@ -32,14 +33,16 @@ def seal_run(
     token_label_dtypes: Mapping[str, str] | None = None,
     expected_rows: int | None = None,
 ) -> Run:
-    """Merge the committed segments of the open run in `folder` into one group and write its manifest.
+    """Merge the committed segments of the open run at `where` into one group and write its manifest.
 
-    Readers see the run change from open to sealed at once, when the manifest appears; until then the
-    segments stay, so an interrupted sealing is simply done again. Nothing can be committed meanwhile.
+    Segments of whole shards keep their bytes: they are linked on a disk and copied by the store in S3. The rows of
+    the others are packed behind them. Readers see the run change from open to sealed at once, when the manifest
+    appears; until then an interrupted sealing is simply done again. Nothing can be committed meanwhile, nor after
+    an interruption. What the open run was read from stays until garbage collection.
     Labels that were added to the open run are dropped.
 
     Args:
-        folder: the run's.
+        where: the run's folder or URL.
         prompts: metadata and prompt labels, one row a prompt, found by its column `id`.
         prompt_labels: which of those columns are labels.
         token_labels: name to prompt id to one value a token.
@@ -47,43 +50,47 @@ def seal_run(
         expected_rows: what the capture asked for.
 
     Raises:
-        CaptureFailed: the rows are not as many as `expected_rows`, or a prompt was captured twice.
+        CaptureFailed: the rows are not as many as `expected_rows`.
         InvalidInput: `prompts` or the labels do not fit the captured prompts, or the run is sealed without these labels.
     """
-    with locked(folder / "run.json"):
-        _seal(folder, prompts, prompt_labels, token_labels or {}, token_label_dtypes or {}, expected_rows)
-        remove_tree(folder / "segments")
-        remove_tree(folder / "commits")
-    return open_run(folder)
+    storage = as_storage(where)
+    token_labels = token_labels or {}
+    run = open_run(storage)
+    if run.manifest is not None:
+        unknown = [name for name in (*prompt_labels, *token_labels) if name not in run.labels]
+        if unknown:
+            raise InvalidInput(f"run {run.name!r} is sealed without the label {unknown[0]!r}; add it to the sealed run")
+        return _checked(run, expected_rows)
+    check_once(storage)
+    with closing(storage, "sealing"):
+        run = _checked(open_run(storage), expected_rows)  # writers are kept out: now it holds all that will ever be
+        if run.manifest is None:
+            _seal(run, prompts, prompt_labels, token_labels, token_label_dtypes or {}, expected_rows)
+    return open_run(storage)
+
+
+def _checked(run: Run, expected_rows: int | None) -> Run:
+    if expected_rows is not None and run.n_rows != expected_rows:
+        raise CaptureFailed(f"run {run.name!r} holds {run.n_rows} rows, but {expected_rows} were asked for")
+    return run
 
 
 def _seal(
-    folder: Path,
+    run: Run,
     prompts: pd.DataFrame | None,
     prompt_labels: tuple[str, ...],
     token_labels: Mapping[str, Mapping[str, NDArray[Any]]],
     token_label_dtypes: Mapping[str, str],
     expected_rows: int | None,
 ) -> None:
-    run = open_run(folder)
-    if expected_rows is not None and run.n_rows != expected_rows:
-        raise CaptureFailed(f"run {run.name!r} holds {run.n_rows} rows, but {expected_rows} were asked for")
-    if run.manifest is not None:
-        unknown = [name for name in (*prompt_labels, *token_labels) if name not in run.labels]
-        if unknown:
-            raise InvalidInput(f"run {run.name!r} is sealed without the label {unknown[0]!r}; add it to the sealed run")
-        return
-    twice = run.prompts["id"].duplicated()
-    if twice.any():
-        raise CaptureFailed(
-            f"run {run.name!r} holds prompt {run.prompts['id'][twice].iloc[0]!r} more than once; delete it and capture again"
-        )
-    table = _with_metadata(run.prompts, prompts)
+    storage = run.plan.folder
+    merge = Merge(run.snapshot)
+    table = _with_metadata(run.snapshot.prompts.iloc[merge.order].reset_index(drop=True), prompts)
     _check_labels(table, prompt_labels, token_labels, token_label_dtypes)
-    remove_leftovers(folder)
-    data_folder = folder / f"data-{uuid.uuid4().hex}"
-    part = _merge(run.plan, data_folder, table)
-    plan = RowPlan(folder, run.plan.spec, (part,), run.plan.offsets, run.plan.chosen)
+    storage.delete_tree("labels")
+    part = merge.write(storage, f"data-{uuid.uuid4().hex}", table)
+    offsets = np.concatenate([[0], np.cumsum(table["n_rows"].to_numpy(np.int64))]).astype(np.int64)
+    plan = RowPlan(storage, run.plan.spec, Parts.of([part]), offsets, np.ones(len(table), bool))
     for name, values in token_labels.items():
         by_number = {number: values[str(prompt_id)] for number, prompt_id in enumerate(table["id"])}
         write_token_label(plan, name, by_number, token_label_dtypes[name])
@@ -99,15 +106,7 @@ def _seal(
             "tokens": int(table["n_tokens"].sum()),
         },
     )
-    sync_folder(folder)
-    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what an interrupted sealing of the open run in `folder` left; nothing of it was ever visible."""
-    for data in folder.glob("data-*"):
-        remove_tree(data)
-    remove_tree(folder / "labels")
+    storage.create("manifest.json", encode_record(manifest))  # if somebody else was faster, the run is sealed too
 
 
 def _with_metadata(table: pd.DataFrame, metadata: pd.DataFrame | None) -> pd.DataFrame:
@@ -156,30 +155,3 @@ def _check_labels(
             raise InvalidInput(
                 f"token label {name!r} has no values for prompt {missing[0]!r}; give every prompt its own"
             )
-
-
-def _merge(plan: RowPlan, data_folder: Path, table: pd.DataFrame) -> Part:
-    """Copy every part's rows into `data_folder`, one array after the other."""
-    arrays = {}
-    for name, array in plan.spec.arrays().items():
-        writer = ArrayWriter(data_folder / name, array, array_attributes(plan.spec, name))
-        try:
-            for block in plan.blocks():
-                if name == "prompt":
-                    rows: NDArray[Any] = plan.prompt_numbers(block).astype(np.int32)
-                else:
-                    source = plan.folder / plan.parts[block.part].path / name
-                    rows = read_rows(source, array, block.start, block.stop)
-                writer.append(rows)
-            arrays[name] = ArrayChecksums.of(writer.finish())
-        finally:
-            writer.close()
-    prompt_table = write_prompt_table(data_folder, table)
-    write_group(data_folder, arrays, {"millpond:run": plan.spec.name})
-    return Part(
-        path=data_folder.name,
-        rows=sum(part.rows for part in plan.parts),
-        prompts=len(table),
-        arrays=arrays,
-        prompt_table=prompt_table,
-    )

@@ -1,26 +1,26 @@
 """Zarr v3 arrays of rows, written as a stream and read as plain byte ranges.
 
-An uncompressed shard whose chunks span all columns is the rows in C order, then an index of
-(offset, nbytes) pairs in little-endian uint64, then the crc32c of that index
-(https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html). So a shard is
-written with one chunk in memory, read with one `pread`, and every Zarr v3 reader opens it.
+A shard is its chunks, then an index of (offset, nbytes) pairs in little-endian uint64, then the crc32c of
+that index (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html). Uncompressed
+chunks that span all columns are the rows in C order. So a shard is written with one chunk in memory, an
+uncompressed one is read as plain byte ranges without its index, and every Zarr v3 reader opens it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from millpond.store.codecs import decode_chunk, encoder, zarr_codecs
 from millpond.store.errors import LakeCorrupt
-from millpond.store.files import sync_folder
+from millpond.store.objects import Storage, StreamWriter
 
 Array = NDArray[Any]
 
@@ -36,6 +36,8 @@ class ArraySpec:
     chunk_rows: int
     shard_rows: int
     """A multiple of `chunk_rows`."""
+    codec: str = "none"
+    """One of `codecs.CODECS`."""
 
     @property
     def row_bytes(self) -> int:
@@ -47,9 +49,18 @@ class ArraySpec:
         """Chunks of a full shard."""
         return self.shard_rows // self.chunk_rows
 
-    def shard_path(self, folder: Path, shard: int) -> Path:
-        """The file of shard number `shard` of the array in `folder`."""
-        return folder / "c" / str(shard) if self.columns is None else folder / "c" / str(shard) / "0"
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of a shard's index and its checksum."""
+        return 16 * self.chunks_per_shard + 4
+
+    def shard_path(self, shard: int) -> str:
+        """The object of shard number `shard`, below the array."""
+        return f"c/{shard}" if self.columns is None else f"c/{shard}/0"
+
+    def n_shards(self, rows: int) -> int:
+        """Shards of an array of `rows` rows."""
+        return -(-rows // self.shard_rows)
 
     def metadata(self, rows: int, attributes: dict[str, Any]) -> dict[str, Any]:
         """The array's `zarr.json`."""
@@ -67,7 +78,7 @@ class ArraySpec:
                     "name": "sharding_indexed",
                     "configuration": {
                         "chunk_shape": [self.chunk_rows, *tail],
-                        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+                        "codecs": zarr_codecs(self.codec, np.dtype(self.dtype).itemsize),
                         "index_codecs": [
                             {"name": "bytes", "configuration": {"endian": "little"}},
                             {"name": "crc32c"},
@@ -93,86 +104,153 @@ class ArrayRecord:
 class ArrayWriter:
     """Writes one array, a shard after the other; `finish` makes it whole."""
 
-    def __init__(self, folder: Path, spec: ArraySpec, attributes: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Storage,
+        spec: ArraySpec,
+        attributes: dict[str, Any] | None = None,
+        memory: int = 64 << 20,
+        kept: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.folder = folder
         self.spec = spec
         self.attributes = attributes or {}
-        self.rows = 0
-        self._shards: list[tuple[int, int]] = []
-        self._descriptor: int | None = None
-        self._in_shard = 0
-        self._crc = 0
-        folder.mkdir(parents=True)
+        self.memory = memory
+        """Most bytes in flight to a store over a network."""
+        self.rows = len(kept) * spec.shard_rows
+        self._shards: list[tuple[int, int]] = list(kept)
+        """Size and crc32c of each; those given as `kept` are full shards that are in place already."""
+        self._shard: _ShardWriter | None = None
 
     def append(self, rows: Array) -> None:
         """Add `rows`, shape (n,) or (n, columns), of the array's data type."""
         expected = (len(rows),) if self.spec.columns is None else (len(rows), self.spec.columns)
         if rows.shape != expected or rows.dtype != np.dtype(self.spec.dtype):
             raise ValueError(f"{self.folder.name}: got {rows.dtype}{rows.shape}, expected {self.spec.dtype}{expected}")
+        rows = np.ascontiguousarray(rows)
         done = 0
         while done < len(rows):
-            take = min(len(rows) - done, self.spec.shard_rows - self._in_shard)
-            self._write(np.ascontiguousarray(rows[done : done + take]).reshape(-1).view(np.uint8).data)
-            self._in_shard += take
+            if self._shard is None:
+                self._shard = _ShardWriter(self._open_shard(), self.spec)
+            take = min(len(rows) - done, self.spec.shard_rows - self._shard.rows)
+            self._shard.append(rows[done : done + take])
             self.rows += take
             done += take
-            if self._in_shard == self.spec.shard_rows:
+            if self._shard.rows == self.spec.shard_rows:
                 self._close_shard()
 
     def finish(self) -> ArrayRecord:
         """Complete the last shard and write the metadata; the array can be opened from here on."""
-        if self._in_shard:
+        if self._shard is not None:
             self._close_shard()
         metadata = json.dumps(self.spec.metadata(self.rows, self.attributes)).encode()
-        with (self.folder / "zarr.json").open("wb") as handle:
-            handle.write(metadata)
-            handle.flush()
-            os.fsync(handle.fileno())
-        for folder in {self.spec.shard_path(self.folder, shard).parent for shard in range(len(self._shards))}:
-            sync_folder(folder)
-        if self._shards:
-            sync_folder(self.folder / "c")
-        sync_folder(self.folder)
+        self.folder.put("zarr.json", metadata)
         return ArrayRecord(self.rows, tuple(self._shards))
 
     def close(self) -> None:
-        """Release the open file, if any, without completing the array."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Drop the shard being written, if any, without completing the array."""
+        if self._shard is not None:
+            self._shard.stream.abandon()
+            self._shard = None
 
-    def _write(self, data: memoryview | bytes) -> None:
-        if self._descriptor is None:
-            path = self.spec.shard_path(self.folder, len(self._shards))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            self._crc = 0
-        self._crc = google_crc32c.extend(self._crc, bytes(data))
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
+    def _open_shard(self) -> StreamWriter:
+        return self.folder.stream_writer(self.spec.shard_path(len(self._shards)), self.memory)
 
     def _close_shard(self) -> None:
+        assert self._shard is not None
+        self._shards.append(self._shard.finish())
+        self._shard = None
+
+
+GATHER_BYTES = 1 << 20
+"""Small pieces are written together once they have so many bytes."""
+
+
+class _ShardWriter:
+    """One shard: gathers rows into chunks where they are compressed, and small pieces into larger writes."""
+
+    def __init__(self, stream: StreamWriter, spec: ArraySpec) -> None:
+        self.stream = stream
+        self.spec = spec
+        self.rows = 0
+        self._crc = 0
+        self._bytes = 0
+        self._index = np.full((spec.chunks_per_shard, 2), np.iinfo(np.uint64).max, "<u8")
+        self._gathered: list[Array] = []
+        self._gathered_bytes = 0
+        self._encoder = None if spec.codec == "none" else encoder(spec.codec)
+        shape = (spec.chunk_rows,) if spec.columns is None else (spec.chunk_rows, spec.columns)
+        self._chunk = None if self._encoder is None else np.zeros(shape, spec.dtype)
+
+    def append(self, rows: Array) -> None:
+        if self._chunk is None:
+            self._write(rows.reshape(-1).view(np.uint8))
+            self.rows += len(rows)
+            return
+        done, size = 0, self.spec.chunk_rows
+        while done < len(rows):
+            filled = self.rows % size
+            take = min(size - filled, len(rows) - done)
+            if take == size:
+                self._encode(rows[done : done + take])
+            else:
+                self._chunk[filled : filled + take] = rows[done : done + take]
+                if filled + take == size:
+                    self._encode(self._chunk)
+            self.rows += take
+            done += take
+
+    def _encode(self, chunk: Array) -> None:
+        assert self._encoder is not None
+        data = np.frombuffer(self._encoder.encode(chunk), np.uint8)
+        self._index[self.rows // self.spec.chunk_rows] = self._bytes, len(data)
+        self._write(data)
+
+    def _write(self, data: Array) -> None:
+        """Bytes of the shard; kept until there are enough of them."""
+        self._bytes += len(data)
+        if len(data) < GATHER_BYTES:
+            self._gathered.append(data.copy())
+            self._gathered_bytes += len(data)
+            if self._gathered_bytes >= GATHER_BYTES:
+                self._flush()
+            return
+        self._flush()
+        self._put(data)
+
+    def _flush(self) -> None:
+        if self._gathered:
+            self._put(np.concatenate(self._gathered))
+            self._gathered.clear()
+            self._gathered_bytes = 0
+
+    def _put(self, data: Array) -> None:
+        self._crc = google_crc32c.extend(self._crc, data)
+        self.stream.write(data.data)
+
+    def finish(self) -> tuple[int, int]:
+        """Complete the shard; its size and crc32c."""
         spec = self.spec
-        used = -(-self._in_shard // spec.chunk_rows)
-        padding = used * spec.chunk_rows - self._in_shard
-        if padding:
-            self._write(bytes(padding * spec.row_bytes))
-        chunk_bytes = spec.chunk_rows * spec.row_bytes
-        index = np.full((spec.chunks_per_shard, 2), np.iinfo(np.uint64).max, "<u8")
-        index[:used, 0] = np.arange(used, dtype=np.uint64) * np.uint64(chunk_bytes)
-        index[:used, 1] = chunk_bytes
-        encoded = index.tobytes()
-        self._write(encoded + int(google_crc32c.value(encoded)).to_bytes(4, "little"))
-        assert self._descriptor is not None
-        os.fsync(self._descriptor)
-        size = os.fstat(self._descriptor).st_size
-        self.close()
-        self._shards.append((size, self._crc))
-        self._in_shard = 0
+        used = -(-self.rows // spec.chunk_rows)
+        left = self.rows % spec.chunk_rows
+        if self._chunk is None:
+            chunk_bytes = spec.chunk_rows * spec.row_bytes
+            self._index[:used, 0] = np.arange(used, dtype=np.uint64) * np.uint64(chunk_bytes)
+            self._index[:used, 1] = chunk_bytes
+            if left:
+                self._write(np.zeros((spec.chunk_rows - left) * spec.row_bytes, np.uint8))
+        elif left:
+            self._chunk[left:] = 0
+            self._encode(self._chunk)
+        encoded = self._index.tobytes()
+        tail = encoded + int(google_crc32c.value(encoded)).to_bytes(4, "little")
+        self._write(np.frombuffer(tail, np.uint8))
+        self._flush()
+        self.stream.finish()
+        return self._bytes, self._crc
 
 
-def read_rows(folder: Path, spec: ArraySpec, start: int, stop: int) -> Array:
+def read_rows(folder: Storage, spec: ArraySpec, start: int, stop: int) -> Array:
     """Rows `start` to `stop` of the array in `folder`, in its stored data type.
 
     Raises:
@@ -180,35 +258,76 @@ def read_rows(folder: Path, spec: ArraySpec, start: int, stop: int) -> Array:
     """
     shape = (stop - start,) if spec.columns is None else (stop - start, spec.columns)
     out = np.empty(shape, spec.dtype)
-    target = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-    filled = 0
-    for shard in range(start // spec.shard_rows, -(-stop // spec.shard_rows)):
+    done = 0
+    for shard in range(start // spec.shard_rows, spec.n_shards(stop) if stop > start else 0):
         first = max(start - shard * spec.shard_rows, 0)
         last = min(stop - shard * spec.shard_rows, spec.shard_rows)
-        wanted = (last - first) * spec.row_bytes
-        path = spec.shard_path(folder, shard)
+        part = out[done : done + last - first]
+        path = spec.shard_path(shard)
         try:
-            with path.open("rb", buffering=0) as handle:
-                handle.seek(first * spec.row_bytes)
-                got = 0
-                while got < wanted:
-                    count = handle.readinto(target[filled + got : filled + wanted])
-                    if not count:
-                        raise LakeCorrupt(f"{path} ends after {got} of {wanted} wanted bytes; run millpond verify")
-                    got += count
+            if spec.codec == "none":
+                _read_plain(folder, path, first * spec.row_bytes, part)
+            else:
+                _read_chunks(folder, path, spec, first, part)
         except FileNotFoundError:
-            raise LakeCorrupt(f"{path} is missing; run millpond verify") from None
-        filled += wanted
+            raise LakeCorrupt(f"{folder.url}/{path} is missing; run millpond verify") from None
+        done += len(part)
     return out
 
 
-def file_crc32c(path: Path) -> int:
-    """crc32c of a whole file."""
-    crc = 0
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            crc = google_crc32c.extend(crc, block)
-    return crc
+def _read_plain(folder: Storage, path: str, start: int, out: Array) -> None:
+    target = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    got = folder.read_into(path, start, target)
+    if got < len(target):
+        raise LakeCorrupt(f"{folder.url}/{path} ends after {got} of {len(target)} wanted bytes; run millpond verify")
+
+
+def _read_chunks(folder: Storage, path: str, spec: ArraySpec, first: int, out: Array) -> None:
+    """Rows from `first` on of one compressed shard; its chunks lie one after the other, so one range holds them."""
+    size, last = spec.chunk_rows, first + len(out)
+    index = shard_index(folder, path, spec)[first // size : -(-last // size)].astype(np.int64)
+    begin, end = int(index[0, 0]), int(index[-1].sum())
+    if (index < 0).any() or (index[:-1].sum(axis=1) != index[1:, 0]).any():
+        raise LakeCorrupt(f"{folder.url}/{path} has an index that skips chunks; run millpond verify")
+    data = memoryview(folder.get_range(path, begin, end - begin))
+    if len(data) < end - begin:
+        raise LakeCorrupt(
+            f"{folder.url}/{path} ends after {len(data)} of {end - begin} wanted bytes; run millpond verify"
+        )
+    spare = None
+    for number, (offset, nbytes) in enumerate(index, first // size):
+        piece = data[offset - begin : offset - begin + nbytes]
+        low, high = max(number * size, first), min((number + 1) * size, last)
+        where = f"{folder.url}/{path}"
+        if high - low == size:
+            decode_chunk(piece, out[low - first : high - first], where)
+        else:
+            spare = np.empty((size, *out.shape[1:]), out.dtype) if spare is None else spare
+            decode_chunk(piece, spare, where)
+            out[low - first : high - first] = spare[low - number * size : high - number * size]
+
+
+@lru_cache(maxsize=4096)
+def shard_index(folder: Storage, path: str, spec: ArraySpec) -> NDArray[np.uint64]:
+    """Offset and length of each chunk of a shard, read once.
+
+    Raises:
+        LakeCorrupt: the index does not have its checksum.
+    """
+    tail = bytes(folder.get_tail(path, spec.index_bytes))
+    encoded = tail[:-4]
+    if len(tail) < spec.index_bytes or int(google_crc32c.value(encoded)).to_bytes(4, "little") != tail[-4:]:
+        raise LakeCorrupt(f"{folder.url}/{path} has a damaged index; run millpond verify")
+    return np.frombuffer(encoded, "<u8").reshape(-1, 2)
+
+
+def object_crc32c(storage: Storage, path: str) -> tuple[int, int]:
+    """Size and crc32c of a whole object."""
+    crc, size = 0, storage.head(path).size
+    for start in range(0, size, 1 << 23):
+        block = storage.get_range(path, start, min(1 << 23, size - start))
+        crc = google_crc32c.extend(crc, np.frombuffer(block, np.uint8))
+    return size, crc
 
 
 def group_metadata(arrays: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:
@@ -221,11 +340,6 @@ def group_metadata(arrays: dict[str, Any], attributes: dict[str, Any]) -> dict[s
     }
 
 
-def write_group(folder: Path, arrays: Iterable[str], attributes: dict[str, Any]) -> None:
+def write_group(folder: Storage, arrays: dict[str, dict[str, Any]], attributes: dict[str, Any]) -> None:
     """Write the group's `zarr.json` with the metadata of its `arrays` consolidated in it."""
-    metadata = {name: json.loads((folder / name / "zarr.json").read_bytes()) for name in arrays}
-    with (folder / "zarr.json").open("wb") as handle:
-        handle.write(json.dumps(group_metadata(metadata, attributes)).encode())
-        handle.flush()
-        os.fsync(handle.fileno())
-    sync_folder(folder)
+    folder.put("zarr.json", json.dumps(group_metadata(arrays, attributes)).encode())

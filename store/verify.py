@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,14 @@ from tqdm.auto import tqdm
 
 from millpond.store.dtypes import decode
 from millpond.store.errors import LakeCorrupt
-from millpond.store.files import read_json
+from millpond.store.files import decode_document
 from millpond.store.manifest import LabelRecord, Part, read_record
+from millpond.store.objects import Storage
 from millpond.store.rows import RowPlan
 from millpond.store.run import Run, open_run
 from millpond.store.segment import array_attributes
-from millpond.store.shards import ArraySpec, file_crc32c, group_metadata, read_rows
+from millpond.store.shards import ArraySpec, group_metadata, object_crc32c, read_rows
+from millpond.store.stats import unpack_statistics
 
 
 @dataclass
@@ -45,22 +46,22 @@ def verify_run(run: Run, *, progress: bool = False) -> Verification:
     found = Verification(run.name, run.n_rows, len(run.prompts))
     plan = run.plan
     expected = plan.spec.arrays()
-    arrays = [(part, name) for part in plan.parts for name in part.arrays if name in expected]
+    parts = list(run.snapshot.records())
     labels = [] if run.manifest is None else run.labels.token_labels
-    for part, name in tqdm(arrays, desc=f"verify {run.name}", unit="array", disable=not progress):
-        record = part.arrays[name]
-        folder, attributes = plan.folder / part.path / name, array_attributes(plan.spec, name)
-        _check_array(found, folder, plan.spec.arrays()[name], record.rows, record.shards, attributes)
-        if record.rows != part.rows:
-            found.problems.append(f"{part.path}/{name}: {record.rows} rows, but its part has {part.rows}")
-    for part in plan.parts:
+    for part in tqdm(parts, desc=f"verify {run.name}", unit="part", disable=not progress):
         for name in sorted(set(part.arrays) ^ set(expected)):
             found.problems.append(f"{part.path}: {name} is not both an array of the run and recorded")
+        for name in [name for name in part.arrays if name in expected]:
+            record = part.arrays[name]
+            folder, attributes = plan.folder / part.path / name, array_attributes(plan.spec, name)
+            _check_array(found, folder, expected[name], record.rows, record.shards, attributes)
+            if record.rows != part.rows:
+                found.problems.append(f"{part.path}/{name}: {record.rows} rows, but its part has {part.rows}")
         _check_part(found, run, part)
     for name in labels:
         folder = plan.folder / "labels" / name / "1"
         try:
-            label = read_record(folder / "label.json", LabelRecord)
+            label = read_record(folder, "label.json", LabelRecord)
         except LakeCorrupt as error:
             found.problems.append(str(error))
             continue
@@ -86,56 +87,70 @@ def verify_run(run: Run, *, progress: bool = False) -> Verification:
 
 def _check_array(
     found: Verification,
-    folder: Path,
+    folder: Storage,
     spec: ArraySpec,
     rows: int,
     shards: tuple[tuple[int, int], ...],
     attributes: dict[str, Any],
 ) -> None:
-    if len(shards) != -(-rows // spec.shard_rows):
+    if len(shards) != spec.n_shards(rows):
         found.problems.append(
             f"{folder.name}: {len(shards)} shards recorded for {rows} rows of {spec.shard_rows} a shard"
         )
-    _check_json(found, folder / "zarr.json", spec.metadata(rows, attributes))
+    _check_json(found, folder, "zarr.json", spec.metadata(rows, attributes))
     for number, (size, crc) in enumerate(shards):
-        path = spec.shard_path(folder, number)
-        _check_file(found, path, size, crc)
+        _check_object(found, folder, spec.shard_path(number), size, crc)
 
 
-def _check_json(found: Verification, path: Path, expected: Any) -> None:
+def _check_json(found: Verification, folder: Storage, path: str, expected: Any) -> None:
     found.files += 1
+    where = f"{folder.url}/{path}"
     try:
-        found.bytes += path.stat().st_size
-        if read_json(path) != expected:
-            found.problems.append(f"{path} is not what the manifest implies")
+        data = folder.get(path)
+        found.bytes += len(data)
+        if decode_document(data, where) != expected:
+            found.problems.append(f"{where} is not what the manifest implies")
     except FileNotFoundError:
-        found.problems.append(f"{path} is missing")
+        found.problems.append(f"{where} is missing")
     except LakeCorrupt as error:
         found.problems.append(str(error))
 
 
-def _check_file(found: Verification, path: Path, size: int, crc: int) -> None:
+def _check_object(found: Verification, folder: Storage, path: str, size: int, crc: int) -> None:
     found.files += 1
     found.bytes += size
-    if not path.is_file():
-        found.problems.append(f"{path} is missing")
-    elif path.stat().st_size != size:
-        found.problems.append(f"{path} has {path.stat().st_size} bytes, the manifest says {size}")
-    elif file_crc32c(path) != crc:
-        found.problems.append(f"{path} does not have the checksum of the manifest")
+    where = f"{folder.url}/{path}"
+    try:
+        stored = folder.head(path).size
+        if stored != size:
+            found.problems.append(f"{where} has {stored} bytes, the manifest says {size}")
+        elif object_crc32c(folder, path) != (size, crc):
+            found.problems.append(f"{where} does not have the checksum of the manifest")
+    except FileNotFoundError:
+        found.problems.append(f"{where} is missing")
 
 
 def _check_part(found: Verification, run: Run, part: Part) -> None:
     """The files of a part that belong to no array."""
     spec, folder = run.plan.spec, run.plan.folder / part.path
-    _check_file(found, folder / "prompts.parquet", *part.prompt_table)
+    _check_object(found, folder, "prompts.parquet", *part.prompt_table)
+    if part.statistics is not None:
+        _check_object(found, folder, "statistics.safetensors", *part.statistics)
+        try:
+            gathered = unpack_statistics(folder.get("statistics.safetensors"))
+        except (FileNotFoundError, LakeCorrupt):
+            return  # named above
+        for hook, statistics in gathered.items():
+            if statistics.count != part.rows:
+                found.problems.append(f"{part.path}: statistics of {hook} count {statistics.count} of {part.rows} rows")
     arrays = {name: array.metadata(part.rows, array_attributes(spec, name)) for name, array in spec.arrays().items()}
-    _check_json(found, folder / "zarr.json", group_metadata(arrays, {"millpond:run": spec.name}))
+    _check_json(found, folder, "zarr.json", group_metadata(arrays, {"millpond:run": spec.name}))
 
 
 def _check_rows(found: Verification, run: Run) -> None:
     """Positions, tokens and values of whole prompts; needs readable arrays."""
     plan = run.plan
+    expected = plan.spec.arrays()
     ids = run.prompts["id"]
     if ids.duplicated().any():
         found.problems.append(f"prompt {ids[ids.duplicated()].iloc[0]!r} is stored more than once")
@@ -146,17 +161,17 @@ def _check_rows(found: Verification, run: Run) -> None:
         if not np.array_equal(prompt, numbers):
             prompt = numbers
             found.problems.append(f"rows {block.first}..: the stored prompt numbers are not those of the prompt table")
-        position = plan.read("position", block)
+        folder = plan.folder / plan.parts[block.part].path
+        position = read_rows(folder / "position", expected["position"], block.start, block.stop)
         before = np.concatenate([[previous[1]], position[:-1]])
         same = np.concatenate([[previous[0]], prompt[:-1]]) == prompt
         if (position[same] <= before[same]).any():
             found.problems.append(f"rows {block.first}..: positions of a prompt do not ascend")
-        tokens = run.prompts["n_tokens"].to_numpy()[prompt]
+        tokens = run.snapshot.prompts["n_tokens"].to_numpy()[prompt]
         if ((position < 0) | (position >= tokens)).any():
             found.problems.append(f"rows {block.first}..: a position lies outside its prompt")
         for hook in run.hooks:
-            folder = plan.folder / plan.parts[block.part].path / hook
-            stored = read_rows(folder, plan.spec.activation_array, block.start, block.stop)
+            stored = read_rows(folder / hook, plan.spec.activation_array, block.start, block.stop)
             bad = ~np.isfinite(decode(stored, run.dtype)).all(axis=1)
             if bad.any():
                 row = block.first + int(np.flatnonzero(bad)[0])
@@ -167,6 +182,6 @@ def _check_rows(found: Verification, run: Run) -> None:
 def _stored_prompts(plan: RowPlan, block: Any) -> NDArray[np.int64]:
     """Prompt numbers of a block as stored, counted in the whole run."""
     part = plan.parts[block.part]
-    before = sum(earlier.prompts for earlier in plan.parts[: block.part])
+    before = int(plan.parts.prompts[: block.part].sum())
     stored = read_rows(plan.folder / part.path / "prompt", plan.spec.row_array("int32"), block.start, block.stop)
     return stored.astype(np.int64) + before

@@ -27,6 +27,10 @@ SYSTEM_PACKAGES = {
         "python3-venv": lambda: _has_venv(),
         "g++": lambda: shutil.which("g++") is not None,
         "git": lambda: shutil.which("git") is not None,
+        "radosgw": lambda: shutil.which("radosgw") is not None,
+        "ceph-mon": lambda: shutil.which("ceph-mon") is not None,
+        "ceph-osd": lambda: shutil.which("ceph-osd") is not None,
+        "ceph-common": lambda: shutil.which("ceph") is not None,
         "chromium": lambda: shutil.which("chromium") is not None,
         "iproute2": lambda: shutil.which("ip") is not None,
         "postgresql": lambda: (

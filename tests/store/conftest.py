@@ -1,3 +1,4 @@
+import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -9,11 +10,58 @@ import pytest
 
 from millpond.store.dtypes import STORED_AS
 from millpond.store.lake import Lake, open_lake
+from millpond.store.objects import open_storage
 from millpond.store.run import Run
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
+
+_SPEC = importlib.util.spec_from_file_location("s3_server", Path(__file__).parents[2] / "tools" / "s3_server.py")
+s3_server = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(s3_server)
+
+
+class S3:
+    """A running S3 server with a bucket."""
+
+    bucket = "lakes"
+
+    def __init__(self, kind, folder):
+        self.folder = folder
+        self.environment = s3_server.start(kind, folder)
+        s3_server.make_bucket(self.environment, self.bucket)
+
+    def options(self, endpoint=None):
+        names = {"AWS_ENDPOINT_URL": "endpoint_url", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        options = {names[name]: value for name, value in self.environment.items() if name in names}
+        return options | ({"endpoint_url": endpoint} if endpoint else {})
+
+    def url(self, prefix):
+        return f"s3://{self.bucket}/{prefix}"
+
+    def kill_gateway(self):
+        s3_server.kill(self.folder, "rgw", 9)
+
+    def start_gateway(self):
+        s3_server.start_gateway(self.folder)
+
+    def storage(self, prefix, endpoint=None, **more):
+        return open_storage(self.url(prefix), **self.options(endpoint), **more)
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory):
+    server = S3("ceph", tmp_path_factory.mktemp("ceph") / "server")
+    yield server
+    s3_server.stop(server.folder)
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory):
+    server = S3("seaweedfs", tmp_path_factory.mktemp("seaweedfs") / "server")
+    yield server
+    s3_server.stop(server.folder)
 
 
 @dataclass
@@ -46,6 +94,24 @@ class Made:
         return stored.astype(np.float32)
 
     def seal(self) -> Run:
+        run = self._seal()
+        self._reorder([int(name[1:]) for name in run.prompts["id"]])
+        return run
+
+    def _reorder(self, order) -> None:
+        """Sealing keeps whole shards in front; the prompts, once in the order of their numbers, follow."""
+        if not hasattr(self, "as_captured"):
+            self.as_captured = (self.stored, self.token_id, self.position, self.lengths, self.table)
+        stored, token_id, position, lengths, table = self.as_captured
+        self.table = table.iloc[order].reset_index(drop=True)
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
+        rows = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in order] or [np.empty(0, int)])
+        self.stored = {hook: values[rows] for hook, values in stored.items()}
+        self.token_id, self.position = token_id[rows], position[rows]
+        self.lengths = [lengths[number] for number in order]
+        self.prompt = np.repeat(np.arange(len(order)), self.lengths)
+
+    def _seal(self) -> Run:
         return seal_run(
             self.folder,
             prompts=self.table,
@@ -56,7 +122,9 @@ class Made:
         )
 
 
-def make(lengths, *, dtype="bfloat16", chunk_rows=8, shard_rows=32, segment_rows=50, d_model=4, folder=None, seed=0):
+def make(
+    lengths, *, dtype="bfloat16", chunk_rows=8, shard_rows=32, segment_rows=50, d_model=4, folder=None, seed=0, **run
+):
     """An open run with a prompt of each length, all positions captured; seal it with `.seal()`."""
     lake = open_lake(folder or Path(tempfile.mkdtemp()) / "lake", create=True)
     spec = lake.create_run(
@@ -67,6 +135,7 @@ def make(lengths, *, dtype="bfloat16", chunk_rows=8, shard_rows=32, segment_rows
         provenance={"model": "toy"},
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
+        **run,
     )
     writer = RunWriter(lake.run_folder("made"), spec, segment_rows=segment_rows)
     rng = np.random.default_rng(seed)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from millpond.store.errors import LakeCorrupt
+from millpond.store.objects import open_storage
 from millpond.store.prompts import read_prompt_table
 
 
@@ -22,10 +23,10 @@ def test_the_table_says_what_was_captured(sealed):
 
 def test_damage_is_named(tmp_path):
     with pytest.raises(LakeCorrupt, match=r"prompts.parquet is missing"):
-        read_prompt_table(tmp_path)
+        read_prompt_table(open_storage(tmp_path))
     (tmp_path / "prompts.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(LakeCorrupt, match=r"prompts.parquet is no Parquet file"):
-        read_prompt_table(tmp_path)
+        read_prompt_table(open_storage(tmp_path))
     pd.DataFrame({"id": ["a"]}).to_parquet(tmp_path / "prompts.parquet")
     with pytest.raises(LakeCorrupt, match=r"has no column 'sha256'"):
-        read_prompt_table(tmp_path)
+        read_prompt_table(open_storage(tmp_path))

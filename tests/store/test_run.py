@@ -27,7 +27,7 @@ def check_view(made, view, kept):
         for label in view.labels.values():
             assert label.chunks == (array.chunks[0],)
     if view.labels:
-        even = np.concatenate([made.even[f"p{i}"] for i in range(len(made.lengths))])
+        even = np.concatenate([made.even[name] for name in made.table["id"]])
         assert np.array_equal(view.labels["even"].values, even[rows])
         assert np.array_equal(view.labels["source"].values, made.table["source"].to_numpy(str)[made.prompt[rows]])
 

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from millpond.store.collect import collect_run
 from millpond.store.errors import CaptureFailed, InvalidInput
 from millpond.store.lake import open_lake
+from millpond.store.objects import open_storage
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 from millpond.store.verify import verify_run
@@ -86,8 +88,7 @@ def test_two_writers_at_once_are_both_visible(lake):
     assert sorted(run.prompts["id"]) == sorted(f"{name}{number}" for name in "xy" for number in range(12))
     numbers = run.prompts["id"].str[1:].astype(float)
     assert np.array_equal(run[HOOK].values[:, 0], numbers[run.tokens["prompt"].values])
-    commits = sorted(path.name[:8] for path in (lake.run_folder("a") / "commits").iterdir())
-    assert commits == [f"{number:08d}" for number in range(12)]
+    assert len(list((lake.run_folder("a") / "commits").iterdir())) == 12
     assert verify_run(run).ok
 
 
@@ -95,7 +96,7 @@ def test_a_sealed_run_refuses_writers(lake):
     early = writer_of(lake)
     early.append(request("p", 3))
     seal_run(lake.run_folder("a"))
-    with pytest.raises((CaptureFailed, OSError)):
+    with pytest.raises(CaptureFailed, match="was sealed before 3 rows were committed"):
         early.commit()
     with pytest.raises(InvalidInput, match="run 'a' is sealed and cannot grow; capture into a new run"):
         writer_of(lake).append(request("q", 3))
@@ -143,7 +144,9 @@ def test_a_killed_writer_leaves_whole_requests_only(lake):
     sealed = seal_run(lake.run_folder("a"))
     assert len(sealed.prompts) >= acknowledged > 0
     assert verify_run(sealed).ok
+    collect_run(open_storage(lake.run_folder("a")), grace_s=0)
     assert not (lake.run_folder("a") / "segments").exists()
+    assert verify_run(lake["a"]).ok
 
 
 FULL = """
