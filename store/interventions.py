@@ -23,6 +23,10 @@ class _Intervention(PositionFilter):
     """Hook point name or glob."""
 
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
 class _Directed(_Intervention):
     vector: Vector
 
