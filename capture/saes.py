@@ -53,7 +53,9 @@ class StoredSae:
         if self.architecture == "standard":
             return torch.relu(hidden)
         if self.architecture == "jumprelu":
-            return torch.relu(hidden) * (hidden > t["threshold"])
+            latents = torch.relu(hidden)
+            latents *= hidden > t["threshold"]
+            return latents
         if self._rescale:
             hidden = hidden * self.W_dec.norm(dim=1)
         best = hidden.topk(self._k, dim=1)

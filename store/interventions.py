@@ -22,7 +22,6 @@ class _Intervention(PositionFilter):
     hook: str
     """Hook point name or glob."""
 
-
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 

@@ -7,6 +7,7 @@ must be able to run one twice. An old claim can no longer change anything: every
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 import uuid
@@ -18,7 +19,8 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from millpond.store.errors import InvalidInput, JobNotFound, LeaseLost
-from millpond.store.files import locked, read_json, sync_folder, write_json
+from millpond.store.files import encode_document, read_json, write_whole
+from millpond.store.posix import sync_folder
 
 State = Literal["queued", "claimed", "finished", "failed"]
 
@@ -175,7 +177,8 @@ class FolderQueue:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with locked(self.folder / "lock"):
+        with (self.folder / "lock").open("r+b") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # falls with the process, however that ends
             yield
 
     @contextmanager
@@ -205,12 +208,12 @@ class FolderQueue:
         return QueuedJob.model_validate({**read_json(path), "state": path.parent.name})
 
     def _write(self, job: QueuedJob) -> None:
-        write_json(self.folder / job.state / f"{job.id}.json", job.model_dump(mode="json"))
+        write_whole(self.folder / job.state / f"{job.id}.json", encode_document(job.model_dump(mode="json")))
 
     def _move(self, job: QueuedJob, **changes: Any) -> QueuedJob:
         changed = job.model_copy(update=changes)
         source = self.folder / job.state / f"{job.id}.json"
-        write_json(source, changed.model_dump(mode="json"))
+        write_whole(source, encode_document(changed.model_dump(mode="json")))
         if changed.state != job.state:
             source.rename(self.folder / changed.state / source.name)
             sync_folder(self.folder / changed.state)

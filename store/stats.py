@@ -199,7 +199,8 @@ class HookStatistics:
     def covariance_factor(self) -> Float64:
         """R, (`SKETCH_ROWS`, d_model): RᵀR estimates the covariance with the error that the class states."""
         self._absorb()
-        return self._centred_sketch() / np.sqrt(max(self._absorbed, 1))
+        factor: Float64 = self._centred_sketch() / np.sqrt(max(self._absorbed, 1))
+        return factor
 
     def to_bytes(self) -> bytes:
         """The statistics as a safetensors file."""

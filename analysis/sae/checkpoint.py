@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from millpond.store.errors import InvalidInput, LakeCorrupt
-from millpond.store.files import sync_folder
+from millpond.store.posix import sync_folder
 
 NAME = "checkpoint.pt"
 _FORMAT = 1
