@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from millpond.store.errors import InvalidInput
+from millpond.store.errors import InvalidInput, MillpondError
 
 if TYPE_CHECKING:
     from millpond.analysis.sae.fit import Learner, Trained
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=5)
+_GRACE_SECONDS = 30
 
 
 class Group:
@@ -119,10 +121,13 @@ def train_on_workers(
         for rank, address in enumerate(addresses)
     ]
     try:
-        # one that fails ends all: the others would wait for it until the time-out
         wait(futures, return_when="FIRST_COMPLETED")
-        failed = next((future for future in futures if future.status == "error"), None)
-        every: list[Trained] = (failed or futures[0]).result()
+        if any(future.status == "error" for future in futures):
+            with suppress(TimeoutError):  # one that fails breaks the others' connections: theirs is not the reason
+                wait(futures, timeout=_GRACE_SECONDS)
+        failed = [future for future in futures if future.status == "error"]
+        reasons = [future for future in failed if isinstance(future.exception(), MillpondError)]
+        every: list[Trained] = [*reasons, *failed, futures[0]][0].result()
     finally:
         client.cancel(futures, force=True)
     return every
