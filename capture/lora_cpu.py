@@ -1,7 +1,7 @@
 """A repair of vLLM's LoRA arithmetic on the CPU, without which base-model requests would be wrong in mixed batches.
 
 A token without an adapter has index -1. The CUDA kernels skip it; the PyTorch functions that the CPU
-build uses index with it, which selects the last adapter (vllm-project/vllm#48421, in 0.32 and 0.33).
+build uses index with it, which selects the last adapter (vllm-project/vllm#48421, open when 0.32 came out).
 """
 
 from __future__ import annotations
