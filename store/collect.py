@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from millpond.store.commits import commit_path
+from millpond.store.commits import GRACE_SECONDS, commit_path
 from millpond.store.errors import InvalidInput
 from millpond.store.manifest import Manifest, RunSpec, read_record
 from millpond.store.objects import Entry, Storage
@@ -21,9 +21,6 @@ from millpond.store.snapshot import held_ids, load_snapshot
 from millpond.store.versions import VersionRecord, latest_version, read_version, version_number
 
 log = logging.getLogger(__name__)
-
-GRACE_SECONDS = 3600.0
-"""How long readers may go on reading what was superseded, and writers may leave a segment untouched."""
 
 
 @dataclass

@@ -19,6 +19,9 @@ from millpond.store.files import encode_document
 from millpond.store.manifest import Part, RunSpec, encode_record
 from millpond.store.objects import Storage
 
+GRACE_SECONDS = 3600.0
+"""How long readers may go on reading what was superseded, and writers may leave a segment untouched."""
+
 
 def new_segment_id() -> str:
     """A name that nobody else gives: 32 hexadecimal digits, those of one writer ascending."""

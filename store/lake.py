@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticSerializationError
 
 from millpond.store.codecs import check_codec
-from millpond.store.collect import GRACE_SECONDS, Collected, collect_run
-from millpond.store.commits import close_run, reopen_run
+from millpond.store.commits import GRACE_SECONDS, close_run, reopen_run
 from millpond.store.dtypes import check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
 from millpond.store.files import decode_document, encode_document
@@ -32,6 +31,7 @@ from millpond.store.objects import PARALLEL_REQUESTS, Storage, check_once, open_
 from millpond.store.posix import LocalStorage
 
 if TYPE_CHECKING:
+    from millpond.store.collect import Collected
     from millpond.store.run import Run
 
 _MARKER = "millpond.json"
@@ -268,6 +268,8 @@ class Lake(Mapping[str, "Run"]):
 
         Returns what was removed, or would be, by the name of the run.
         """
+        from millpond.store.collect import Collected, collect_run
+
         found = {name: collect_run(self.run_storage(name), grace_s=grace_s, dry_run=dry_run) for name in self.runs()}
         for entry in list(self.storage.list("deleted")):
             name = entry.path.rpartition("/")[2].removesuffix(".json")
