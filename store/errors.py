@@ -8,6 +8,7 @@ MillpondError
 │   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
 │   ├── PromptTooLong     a prompt does not fit the model's context
+│   ├── QuotaExceeded     the lake's configuration does not allow so many bytes
 │   └── UnsafeStore       the store cannot keep the promises that several writers need
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
@@ -58,6 +59,10 @@ class PromptTooLong(InvalidInput):
 
 class UnsafeStore(InvalidInput):
     """The store cannot keep the promises that several writers need."""
+
+
+class QuotaExceeded(InvalidInput):
+    """The lake's configuration does not allow so many bytes."""
 
 
 class CaptureFailed(MillpondError):

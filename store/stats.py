@@ -199,7 +199,7 @@ class HookStatistics:
     def covariance_factor(self) -> Float64:
         """R, (`SKETCH_ROWS`, d_model): RᵀR estimates the covariance with the error that the class states."""
         self._absorb()
-        return self._centred_sketch() / np.sqrt(max(self._absorbed, 1))
+        return np.asarray(self._centred_sketch() / np.sqrt(max(self._absorbed, 1)))
 
     def to_bytes(self) -> bytes:
         """The statistics as a safetensors file."""
