@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -53,6 +54,35 @@ def read_configuration(lake: Lake) -> LakeConfiguration:
 def write_configuration(lake: Lake, configuration: LakeConfiguration) -> None:
     """Replace the configuration of a lake."""
     lake.storage.put(CONFIGURATION, encode_document(configuration.model_dump(mode="json")))
+
+
+def changed(configuration: LakeConfiguration, given: Mapping[str, float]) -> LakeConfiguration:
+    """A configuration with other values; -1 stands for no limit.
+
+    Raises:
+        InvalidInput: a value cannot be used.
+    """
+    values = {name: None if value == -1 else value for name, value in given.items()}
+    try:
+        return LakeConfiguration.model_validate({**configuration.model_dump(), **values})
+    except ValidationError as error:
+        raise InvalidInput(f"lake configuration: {first_problem(error)}") from error
+
+
+def expire_runs(lake: Lake, *, dry_run: bool = False) -> list[str]:
+    """Remove the sealed runs that are older than the configuration keeps them; they can be restored for its grace period."""
+    configuration = read_configuration(lake)
+    if configuration.keep_runs_s is None:
+        return []
+    before = lake.storage.now() - configuration.keep_runs_s
+    found = []
+    for name in lake.runs():
+        manifest = f"runs/{name}/manifest.json"
+        if lake.storage.exists(manifest) and lake.storage.head(manifest).modified < before:
+            found.append(name)
+            if not dry_run:
+                lake.delete(name, grace_s=configuration.deletion_grace_s)
+    return found
 
 
 def used_bytes(lake: Lake, run: str | None = None) -> int:

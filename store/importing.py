@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from millpond.store.configuration import check_quota
+from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import parse_hook
 from millpond.store.prompts import COLUMNS
@@ -169,6 +171,8 @@ def import_run(
         if len(found) != 1:
             raise InvalidInput(f"{str(path)!r}: its files have different {what}: {sorted(found)}; import them apart")
     table = _prompt_table(np.array(sizes), np.concatenate(tokens), prompts)
+    (width,), (kind,), (found_hooks,) = widths, kinds, names
+    check_quota(lake, sum(sizes) * len(found_hooks) * width * np.dtype(STORED_AS[kind]).itemsize, name)
 
     def blocks(array: str) -> Iterator[NDArray[Any]]:
         if array == "token_id":
@@ -187,9 +191,9 @@ def import_run(
         lake,
         name,
         like={
-            "hooks": next(iter(names)),
-            "d_model": widths.pop(),
-            "dtype": kinds.pop(),
+            "hooks": found_hooks,
+            "d_model": width,
+            "dtype": kind,
             "chunk_rows": chunk_rows,
             "shard_rows": shard_rows,
             "provenance": {"model": model, "imported_from": origin},

@@ -97,9 +97,7 @@ def write_prompt_table_label(
     dtype = {"b": "bool", "i": "int64", "u": "int64", "f": "float32"}.get(values.dtype.kind, "str")
     column = pa.array(values.astype(object) if dtype == "str" else values.astype(dtype))
     table = pa.table({"id": pa.array(ids.astype(object), pa.string()), "value": column})
-    return _write_table(
-        run, name, table, LabelRecord(rows=len(ids), shards=(), dtype=dtype, by="prompt", source=source)
-    )
+    return _write_table(run, name, table, {"rows": len(ids), "dtype": dtype, "by": "prompt", "source": source})
 
 
 def write_token_table_label(

@@ -11,7 +11,8 @@ from typing import Annotated, Protocol
 
 import tyro
 
-from millpond.store.errors import InvalidInput, LakeCorrupt, MillpondError
+from millpond.store.commands import COMMANDS, one_line
+from millpond.store.errors import InvalidInput, MillpondError
 
 
 class _Command(Protocol):
@@ -50,110 +51,6 @@ class Capture:
 
 
 @dataclass(frozen=True)
-class Ls:
-    """List the runs of a lake."""
-
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
-
-    def run(self) -> int:
-        """Print one line a run."""
-        import millpond
-        from millpond.store.reprs import human_bytes
-
-        lake = millpond.open(self.lake)
-        readable = True
-        for name in lake.runs():
-            try:
-                run = lake[name]
-            except LakeCorrupt as error:
-                print(f"{name:32} {_one_line(error)}")
-                readable = False
-                continue
-            print(
-                f"{name:32} {run.state:7} {len(run.prompts):>9,} prompts {run.n_rows:>13,} rows "
-                f"{len(run.hooks):>3} hooks {human_bytes(run.nbytes):>10}"
-            )
-        return 0 if readable else 1
-
-
-@dataclass(frozen=True)
-class Show:
-    """Show what a run holds and where it came from."""
-
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
-    name: Annotated[str, tyro.conf.Positional]
-    """The run."""
-
-    def run(self) -> int:
-        """Print the run's facts and provenance."""
-        import json
-
-        import millpond
-
-        run = millpond.open(self.lake)[self.name]
-        print(run)
-        print("  provenance:")
-        for line in json.dumps(run.provenance, indent=2).splitlines()[1:-1]:
-            print("  " + line)
-        return 0
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Check every byte, count and value of a lake's runs against their manifests."""
-
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """The runs; all of them by default."""
-
-    def run(self) -> int:
-        """Print one line a run and one a problem; 1 if there is any."""
-        import millpond
-        from millpond.store.reprs import human_bytes
-        from millpond.store.verify import verify_run
-
-        lake = millpond.open(self.lake)
-        whole = True
-        for name in self.names or lake.runs():
-            try:
-                found = verify_run(lake[name], progress=sys.stderr.isatty())
-            except LakeCorrupt as error:
-                print(f"{name}: {_one_line(error)}")
-                whole = False
-                continue
-            verdict = "whole" if found.ok else f"{len(found.problems)} problems"
-            print(
-                f"{name}: {verdict}; {found.rows:,} rows, {found.prompts:,} prompts, "
-                f"{found.files} files, {human_bytes(found.bytes)} checked"
-            )
-            for problem in found.problems:
-                print(f"  {problem}")
-            whole = whole and found.ok
-        return 0 if whole else 1
-
-
-@dataclass(frozen=True)
-class Rm:
-    """Remove a run and everything in it."""
-
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
-    name: Annotated[str, tyro.conf.Positional]
-    """The run."""
-
-    def run(self) -> int:
-        """Remove the run."""
-        import millpond
-
-        millpond.open(self.lake).delete(self.name)
-        print(f"removed run {self.name!r}")
-        return 0
-
-
-@dataclass(frozen=True)
 class Demo:
     """The main job on real input: capture the example model, sweep probes, train an SAE, write a report."""
 
@@ -174,10 +71,7 @@ class Demo:
 
 _COMMANDS: dict[str, Callable[..., _Command]] = {
     "capture": Capture,
-    "ls": Ls,
-    "show": Show,
-    "verify": Verify,
-    "rm": Rm,
+    **COMMANDS,
     "demo": Demo,
 }
 
@@ -197,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = command.run()
     except InvalidInput as error:
-        print(f"millpond: {_one_line(error)}", file=sys.stderr)
+        print(f"millpond: {one_line(error)}", file=sys.stderr)
         return 2
     except MillpondError as error:
-        print(f"millpond: {_one_line(error)}", file=sys.stderr)
+        print(f"millpond: {one_line(error)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -211,10 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     return code
-
-
-def _one_line(error: MillpondError) -> str:
-    return f"{type(error).__name__}: " + " ".join(str(error).split())
 
 
 if __name__ == "__main__":
