@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def materialise(view: Run, name: str, *, lake: Lake | None = None, hooks: tuple[str, ...] | None = None) -> Run:
     """See `Run.materialise`."""
     plan, spec = view.plan, view.plan.spec
-    lake = lake or view.lake
+    lake = view.lake if lake is None else lake  # an empty lake is false
     if lake is None:
         raise InvalidInput(f"run {view.name!r} was not opened from a lake; say into which with lake=")
     hooks = hooks or spec.hooks
