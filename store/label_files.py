@@ -84,9 +84,8 @@ def write_row_label(run: Storage, name: str, array: ArraySpec, blocks: Iterable[
         writer.close()
         home.delete_tree(data)
         raise
-    record = LabelRecord(
-        **checksums.model_dump(), dtype=array.dtype, by="token", data=data, created=_now(), source=source
-    )
+    about = {"dtype": array.dtype, "by": "token", "data": data, "created": _now(), "source": source}
+    record = LabelRecord.model_validate({**checksums.model_dump(), **about})
     return _publish(home, record)
 
 
