@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticSerializationError
 
 from millpond.store.codecs import check_codec
-from millpond.store.collect import GRACE_SECONDS, Collected, collect_run
 from millpond.store.commits import close_run, reopen_run
 from millpond.store.dtypes import check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
@@ -34,6 +33,7 @@ from millpond.store.posix import LocalStorage
 if TYPE_CHECKING:
     import xarray as xr
 
+    from millpond.store.collect import Collected
     from millpond.store.run import Run
 
 _MARKER = "millpond.json"
@@ -265,11 +265,14 @@ class Lake(Mapping[str, "Run"]):
         reopen_run(self.run_storage(name), "deleted")
         self.storage.delete(f"deleted/{name}.json")
 
-    def collect(self, *, grace_s: float = GRACE_SECONDS, dry_run: bool = False) -> dict[str, Collected]:
+    def collect(self, *, grace_s: float | None = None, dry_run: bool = False) -> dict[str, Collected]:
         """Collect the garbage of every run, and remove deleted runs whose own grace period has passed.
 
         Returns what was removed, or would be, by the name of the run.
         """
+        from millpond.store.collect import GRACE_SECONDS, Collected, collect_run
+
+        grace_s = GRACE_SECONDS if grace_s is None else grace_s
         found = {name: collect_run(self.run_storage(name), grace_s=grace_s, dry_run=dry_run) for name in self.runs()}
         for entry in list(self.storage.list("deleted")):
             name = entry.path.rpartition("/")[2].removesuffix(".json")

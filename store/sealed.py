@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from millpond.store.errors import CaptureFailed, InvalidInput
 from millpond.store.manifest import ArrayChecksums, Manifest, Part, RunSpec, encode_record
 from millpond.store.prompts import write_prompt_table
-from millpond.store.segment import all_finite, array_attributes
+from millpond.store.segment import all_finite, array_attributes, write_statistics
 from millpond.store.shards import ArrayWriter, write_group
-from millpond.store.stats import HookStatistics, pack_statistics
+from millpond.store.stats import HookStatistics
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
@@ -82,8 +81,6 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
         metadata[name] = array.metadata(record.rows, attributes)
         if found is not None:
             statistics[name] = found
-    packed = pack_statistics(statistics)
-    (run / data).put("statistics.safetensors", packed)
     prompt_table = write_prompt_table(run / data, table)
     write_group(run / data, metadata, {"millpond:run": spec.name})
     part = Part(
@@ -92,7 +89,7 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
         prompts=len(table),
         arrays=arrays,
         prompt_table=prompt_table,
-        statistics=(len(packed), int(google_crc32c.value(packed))),
+        statistics=write_statistics(run / data, statistics),
     )
     manifest = Manifest(
         run=spec,
