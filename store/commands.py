@@ -28,10 +28,10 @@ class Ls:
 
     def run(self) -> int:
         """Print one line a run."""
-        import millpond
+        from millpond.store.lake import open_lake
         from millpond.store.reprs import human_bytes
 
-        lake = millpond.open(self.lake)
+        lake = open_lake(self.lake)
         readable = True
         for name in lake.runs():
             try:
@@ -60,9 +60,9 @@ class Show:
 
     def run(self) -> int:
         """Print the run's facts and provenance."""
-        import millpond
+        from millpond.store.lake import open_lake
 
-        run = millpond.open(self.lake)[self.name]
+        run = open_lake(self.lake)[self.name]
         print(run)
         if self.stats:
             for hook, found in run.stats.items():
@@ -84,11 +84,11 @@ class Verify:
 
     def run(self) -> int:
         """Print one line a run and one a problem; 1 if there is any."""
-        import millpond
+        from millpond.store.lake import open_lake
         from millpond.store.reprs import human_bytes
         from millpond.store.verify import verify_run
 
-        lake = millpond.open(self.lake)
+        lake = open_lake(self.lake)
         whole = True
         for name in self.names or lake.runs():
             try:
@@ -121,11 +121,11 @@ class Gc:
 
     def run(self) -> int:
         """Print one line a run with something to remove."""
-        import millpond
         from millpond.store.configuration import expire_runs, read_configuration
+        from millpond.store.lake import open_lake
         from millpond.store.reprs import human_bytes
 
-        lake = millpond.open(self.lake)
+        lake = open_lake(self.lake)
         for name in expire_runs(lake, dry_run=self.dry_run):
             print(f"{name}: {'would be' if self.dry_run else ''} removed, older than keep_runs_s".replace("  ", " "))
         grace = read_configuration(lake).collection_grace_s if self.grace is None else self.grace
@@ -147,10 +147,10 @@ class Compact:
 
     def run(self) -> int:
         """Print one line a run."""
-        import millpond
         from millpond.store.compaction import compact
+        from millpond.store.lake import open_lake
 
-        lake = millpond.open(self.lake)
+        lake = open_lake(self.lake)
         for name in self.names or [name for name in lake.runs() if lake[name].state == "open"]:
             print(f"{name}: {compact(lake[name].plan.folder)} commits folded")
         return 0
@@ -169,10 +169,10 @@ class Rm:
 
     def run(self) -> int:
         """Remove the run."""
-        import millpond
         from millpond.store.configuration import read_configuration
+        from millpond.store.lake import open_lake
 
-        lake = millpond.open(self.lake)
+        lake = open_lake(self.lake)
         grace = read_configuration(lake).deletion_grace_s if self.grace is None else self.grace
         lake.delete(self.name, grace_s=grace)
         kept = f"; millpond restore brings it back for {grace:,.0f} s" if grace > 0 else ""
@@ -191,9 +191,9 @@ class Restore:
 
     def run(self) -> int:
         """Restore the run."""
-        import millpond
+        from millpond.store.lake import open_lake
 
-        millpond.open(self.lake).restore(self.name)
+        open_lake(self.lake).restore(self.name)
         print(f"restored run {self.name!r}")
         return 0
 
@@ -217,11 +217,10 @@ class Cp:
 
     def run(self) -> int:
         """Copy the run."""
-        import millpond
         from millpond.store.configuration import check_quota
         from millpond.store.lake import open_lake
 
-        view = millpond.open(self.lake)[self.name]
+        view = open_lake(self.lake)[self.name]
         if self.where is not None:
             view = view.select(where=self.where)
         target = open_lake(self.target_lake, create=True)
@@ -299,10 +298,10 @@ class Export:
 
     def run(self) -> int:
         """Export the rows."""
-        import millpond
         from millpond.store.exporting import export_run
+        from millpond.store.lake import open_lake
 
-        view: Run = millpond.open(self.lake)[self.name]
+        view: Run = open_lake(self.lake)[self.name]
         if self.where is not None:
             view = view.select(where=self.where)
         files = export_run(view, self.out, self.format, hooks=view.match(self.hooks) if self.hooks else None)
@@ -329,10 +328,10 @@ class Configure:
 
     def run(self) -> int:
         """Print the configuration."""
-        import millpond
         from millpond.store.configuration import changed, read_configuration, write_configuration
+        from millpond.store.lake import open_lake
 
-        lake = millpond.open(self.lake)
+        lake = open_lake(self.lake)
         given = {name: value for name, value in vars(self).items() if name != "lake" and value is not None}
         configuration = read_configuration(lake)
         if given:
@@ -352,10 +351,10 @@ class Metrics:
 
     def run(self) -> int:
         """Print the metrics."""
-        import millpond
+        from millpond.store.lake import open_lake
         from millpond.store.metrics import metrics
 
-        print(metrics(millpond.open(self.lake)), end="")
+        print(metrics(open_lake(self.lake)), end="")
         return 0
 
 

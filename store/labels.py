@@ -72,7 +72,9 @@ def write_token_label(plan: RowPlan, name: str, values: Mapping[int, NDArray[Any
 
     def blocks() -> Iterator[NDArray[Any]]:
         for block in plan.blocks():
-            prompts = plan.prompt_numbers(block)
+            prompts = plan.piece(block).prompts()
+            if not len(prompts):
+                continue
             positions = plan.read("position", block)
             out = np.empty(len(prompts), dtype)
             edges = np.flatnonzero(np.diff(prompts)) + 1
@@ -92,7 +94,13 @@ def write_token_label(plan: RowPlan, name: str, values: Mapping[int, NDArray[Any
                 out[rows] = of_prompt[positions[rows]]
             yield out
 
-    return write_row_label(plan.folder, name, plan.spec.row_array(dtype), blocks())
+    if not any(path.startswith("segments/") for path in plan.parts.paths[:1].tolist()):
+        return write_row_label(plan.folder, name, plan.spec.row_array(dtype), blocks())
+    from millpond.store.run import open_run  # the rows of an open run will move: its labels are kept by prompt
+
+    ids = open_run(plan.folder).prompt_table["id"].to_numpy().astype(str)[: len(plan.chosen)][plan.chosen]
+    found = np.concatenate([np.zeros(0, dtype), *blocks()])
+    return write_token_table_label(plan.folder, name, ids, found, np.diff(plan.offsets)[plan.chosen])
 
 
 class _ReadRowLabel(Reader):
