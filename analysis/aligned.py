@@ -114,6 +114,20 @@ class LazyChunks:
             self._parts = [(cull(graph, [key])[0], key) for key in keys]
         self._stored = stored and hasattr(self._reader, "stored")
 
+    @property
+    def divisible(self) -> bool:
+        """Whether the chunks can be read in smaller parts, as a run's can."""
+        return hasattr(self._reader, "divide")
+
+    def divided(self, rows: int) -> LazyChunks:
+        """The same rows in chunks of at most about `rows`."""
+        parts = [part for span in self._parts for part in self._reader.divide(span, rows)]
+        chosen = LazyChunks.__new__(LazyChunks)
+        chosen.sizes = tuple(count for _, count in parts)
+        chosen._reader, chosen._stored = self._reader, self._stored
+        chosen._parts = [part for part, _ in parts]
+        return chosen
+
     def take(self, numbers: Iterable[int]) -> LazyChunks:
         """Some of the chunks, in the order given."""
         chosen = LazyChunks.__new__(LazyChunks)
@@ -232,9 +246,16 @@ class AlignedRows:
                 )
         row_bytes = [_row_bytes(array) for array in plain]
         block_rows = max(1, block_bytes // max(row_bytes))
-        chunks = lazy[0].chunks[0] if lazy else _even_chunks(self.n_rows, block_rows)
         self.memory = [array if isinstance(array, InMemory) else None for array in plain]
         self.sources = [_source(array, stored) for array in plain]
+        read = [source.chunks for source in self.sources if isinstance(source, Chunks)]
+        if read and all(chunks.divisible for chunks in read):  # a run's chunks are whole shards: too much for a task
+            self.sources = [
+                Chunks(source.chunks.divided(block_rows)) if isinstance(source, Chunks) else source
+                for source in self.sources
+            ]
+            read = [source.chunks for source in self.sources if isinstance(source, Chunks)]
+        chunks = read[0].sizes if read else _even_chunks(self.n_rows, block_rows)
         self.blocks = _make_blocks(chunks, block_rows)
         self.block_bytes = max(block.stop - block.start for block in self.blocks) * sum(row_bytes)
         """Bytes of the largest block of all arrays, decoded."""

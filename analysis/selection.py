@@ -188,6 +188,8 @@ class TokenView:
     def _stored(self) -> NDArray[np.int64]:
         """Chosen rows, counted in the whole run as it is stored."""
         plan = self.run.plan
+        if plan.marks is not None:
+            return np.flatnonzero(plan.marks)[self._rows]
         counts = np.diff(plan.row_counts)
         before = np.cumsum(counts) - counts
         prompt = np.searchsorted(np.cumsum(counts), self._rows, "right")

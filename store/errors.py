@@ -16,6 +16,7 @@ MillpondError
 │   ├── OverlappingGroups training and test part share prompts or groups
 │   ├── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
 │   ├── PromptTooLong     a prompt does not fit the model's context
+│   ├── QuotaExceeded     the lake's configuration does not allow so many bytes
 │   └── UnsafeStore       the store cannot keep the promises that several writers need
 ├── BudgetSpent           more bytes would leave than a cap allows; none did
 ├── Cancelled             the caller stopped it
@@ -104,6 +105,10 @@ class Cancelled(MillpondError):
 
 class UnsafeStore(InvalidInput):
     """The store cannot keep the promises that several writers need."""
+
+
+class QuotaExceeded(InvalidInput):
+    """The lake's configuration does not allow so many bytes."""
 
 
 class CaptureFailed(MillpondError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticSerializationError
 
 from millpond.store.codecs import check_codec
-from millpond.store.commits import GRACE_SECONDS, close_run, reopen_run
+from millpond.store.commits import close_run, reopen_run
 from millpond.store.dtypes import check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
 from millpond.store.files import decode_document, encode_document
@@ -31,6 +31,8 @@ from millpond.store.objects import PARALLEL_REQUESTS, Storage, check_once, open_
 from millpond.store.posix import LocalStorage
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from millpond.store.collect import Collected
     from millpond.store.run import Run
 
@@ -120,7 +122,7 @@ class Lake(Mapping[str, "Run"]):
         from millpond.store.run import open_run
 
         self._check_held(name)
-        return open_run(self.run_storage(name))
+        return open_run(self.run_storage(name), lake=self)
 
     def _check_held(self, name: str) -> None:
         if not self._holds(name):
@@ -285,6 +287,12 @@ class Lake(Mapping[str, "Run"]):
         """The last step is the one that frees the name, so an interrupted removal is done again by `collect`."""
         self.storage.delete_tree(f"runs/{name}")
         self.storage.delete(f"deleted/{name}.json")
+
+    def to_datatree(self, runs: Iterable[str] | None = None) -> xr.DataTree:
+        """Runs as the branches of a tree of lazy Datasets (`Run.to_xarray`), by default all."""
+        import xarray as xr
+
+        return xr.DataTree.from_dict({name: self[name].to_xarray() for name in (self.runs() if runs is None else runs)})
 
     def __repr__(self) -> str:
         return f"<Lake {self.url!r}: {len(self)} runs>"

@@ -1,35 +1,73 @@
-"""Lazy xarray views over a row plan, backed by Dask."""
+"""Lazy xarray views over a row plan, backed by Dask: one task a shard."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.store.rows import Block, RowPlan
+from millpond.store.dtypes import check_view_dtype, view_as
+from millpond.store.objects import PARALLEL_REQUESTS
+from millpond.store.rows import Piece, RowPlan
+from millpond.store.shards import ArraySpec
 
 if TYPE_CHECKING:
     import dask.array
     import xarray as xr
 
-Reader = Callable[[Block], NDArray[Any]]
+    from millpond.store.run import Run
 
 
-class _ReadBlock:
-    """Reads one block of a lazy array: picklable, and small however many blocks there are."""
+@dataclass(frozen=True)
+class Span:
+    """What one task reads."""
 
-    def __init__(self, plan: RowPlan, name: str) -> None:
-        self.plan = plan
+    pieces: tuple[Piece, ...]
+
+
+class Reader(ABC):
+    """Reads the values of a piece's chosen rows: picklable, and small however many pieces there are."""
+
+    def for_span(self, span: Span) -> Reader:
+        """A reader with no more than the pieces of `span` need."""
+        return self
+
+    @abstractmethod
+    def read(self, piece: Piece) -> NDArray[Any]:
+        """One value, or row of values, a chosen row."""
+
+    def __call__(self, span: Span) -> NDArray[Any]:
+        """The values of several pieces."""
+        found = [self.read(piece) for piece in span.pieces]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+class ReadArray(Reader):
+    """Reads one of the run's arrays; activations in the data type asked for."""
+
+    def __init__(self, plan: RowPlan, name: str, dtype: str | None = None) -> None:
         self.name = name
+        self.array: ArraySpec = plan.spec.arrays()[name]
+        self.stored_dtype = plan.spec.dtype
+        self.dtype = dtype
 
-    def __call__(self, block: Block) -> NDArray[Any]:
-        return self.plan.read(self.name, block)
+    def read(self, piece: Piece) -> NDArray[Any]:
+        """Rows of the array."""
+        stored = piece.read(self.name, self.array)
+        return stored if self.dtype is None else view_as(stored, self.stored_dtype, self.dtype)
 
-    def stored(self, block: Block) -> NDArray[Any]:
+    def stored(self, span: Span) -> NDArray[Any]:
         """The same rows in their stored data type, for readers that decode them where they use them."""
-        return self.plan.read_stored(self.name, block)
+        found = [piece.read(self.name, self.array) for piece in span.pieces]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def divide(self, span: Span, rows: int) -> list[tuple[Span, int]]:
+        """`span` in parts of at most `rows` stored rows, each with its number of chosen ones."""
+        return [(Span((part,)), part.count) for piece in span.pieces for part in piece.divide(rows)]
 
 
 def block_array(
@@ -40,14 +78,15 @@ def block_array(
     from dask.base import tokenize
     from dask.highlevelgraph import HighLevelGraph
 
-    blocks = [(block, count) for block in plan.blocks() if (count := plan.count(block))]
-    key = f"millpond-{name}-{tokenize(plan.folder, plan.spec.id, [p.path for p in plan.parts], plan.chosen, name)}"
+    spans = plan.spans
+    if not spans:
+        return dask.array.from_array(np.empty((0,) if columns is None else (0, columns), dtype))
+    marks = None if plan.marks is None else np.packbits(plan.marks)
+    paths = [part.path for part in plan.parts]
+    key = f"millpond-{name}-{tokenize(str(plan.folder), plan.spec.id, paths, plan.chosen, marks, name, str(dtype))}"
     tail = () if columns is None else (0,)
-    layer = {(key, number, *tail): (read, block) for number, (block, _) in enumerate(blocks)}
-    row_chunks = tuple(count for _, count in blocks) or (0,)
-    if not blocks:
-        empty = np.empty((0,) if columns is None else (0, columns), dtype)
-        return dask.array.from_array(empty)
+    layer = {(key, number, *tail): (read.for_span(Span(span)), Span(span)) for number, span in enumerate(spans)}
+    row_chunks = tuple(sum(piece.count for piece in span) for span in spans)
     chunks = (row_chunks,) if columns is None else (row_chunks, (columns,))
     return dask.array.Array(HighLevelGraph.from_collections(key, layer), key, chunks, dtype=dtype)
 
@@ -58,22 +97,70 @@ def coordinates(plan: RowPlan) -> dict[str, xr.Variable]:
 
     dtype = np.dtype(np.int32)
     return {
-        name: xr.Variable(("row",), block_array(plan, _ReadBlock(plan, name), name, dtype))
+        name: xr.Variable(("row",), block_array(plan, ReadArray(plan, name), name, dtype))
         for name in ("prompt", "position", "token_id")
     }
 
 
-def activations(plan: RowPlan, hook: str) -> xr.DataArray:
-    """The lazy activations of `hook`: float32, dimensions (row, d_model)."""
+def activations(plan: RowPlan, hook: str, dtype: str = "float32") -> xr.DataArray:
+    """The lazy activations of `hook`, dimensions (row, d_model).
+
+    Raises:
+        InvalidInput: `dtype` is neither float32 nor the run's.
+    """
     import xarray as xr
 
+    return xr.DataArray(
+        activation_blocks(plan, hook, dtype),
+        dims=("row", "d_model"),
+        coords=coordinates(plan),
+        name=hook,
+        attrs=activation_attributes(plan, hook),
+    )
+
+
+def activation_blocks(plan: RowPlan, hook: str, dtype: str) -> dask.array.Array:
+    """The Dask array of `activations`."""
+    kind = check_view_dtype(dtype, plan.spec.dtype)
+    return block_array(plan, ReadArray(plan, hook, dtype), hook, kind, plan.spec.d_model)
+
+
+def activation_attributes(plan: RowPlan, hook: str) -> dict[str, Any]:
+    """What an array of activations says of itself."""
     spec = plan.spec
-    data = block_array(plan, _ReadBlock(plan, hook), hook, np.dtype(np.float32), spec.d_model)
-    attributes = {
+    return {
         "run": spec.name,
         "run_id": spec.id,
         "hook": hook,
         "model": spec.provenance.get("model", ""),
         "dtype": spec.dtype,
     }
-    return xr.DataArray(data, dims=("row", "d_model"), coords=coordinates(plan), name=hook, attrs=attributes)
+
+
+def read_all(plan: RowPlan, hook: str, dtype: str) -> NDArray[Any]:
+    """All activations of `hook` in memory, read by several threads into one array."""
+    out = np.empty((plan.n_rows, plan.spec.d_model), check_view_dtype(dtype, plan.spec.dtype))
+    reader = ReadArray(plan, hook, dtype)
+    pieces = [piece for span in plan.spans for piece in span]
+    starts = np.cumsum([0, *(piece.count for piece in pieces)])
+
+    def read(number: int) -> None:
+        out[starts[number] : starts[number + 1]] = reader.read(pieces[number])
+
+    with ThreadPoolExecutor(PARALLEL_REQUESTS, thread_name_prefix="millpond-read") as pool:
+        list(pool.map(read, range(len(pieces))))
+    return out
+
+
+def dataset(run: Run, hooks: tuple[str, ...], dtype: str) -> xr.Dataset:
+    """Hooks as variables, the row coordinates and labels as coordinates."""
+    import xarray as xr
+
+    plan, spec = run.plan, run.plan.spec
+    variables = {
+        hook: xr.Variable(("row", "d_model"), activation_blocks(plan, hook, dtype), activation_attributes(plan, hook))
+        for hook in hooks
+    }
+    labels = {f"label_{name}": label.variable for name, label in run.labels.items()}
+    about = {"run": spec.name, "model": spec.provenance.get("model", ""), "dtype": spec.dtype}
+    return xr.Dataset(variables, {**coordinates(plan), **labels}, about)

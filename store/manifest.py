@@ -94,9 +94,18 @@ class ArrayChecksums(_Record):
 
 
 class LabelRecord(ArrayChecksums):
-    """A token label as it was when it was added (`label.json`)."""
+    """One version of a label as it was when it was added (`label.json`); of a table `rows` counts the values."""
 
-    dtype: Literal["bool", "int64", "float32"]
+    dtype: Literal["bool", "int64", "float32", "str"]
+    by: Literal["prompt", "token"] = "token"
+    data: str = ""
+    """The array or table, below the label's folder; format 1 kept the array beside this record."""
+    table: tuple[int, int] | None = None
+    """Bytes and crc32c of a table of values by prompt id; None for an array of the sealed run's rows."""
+    created: str = ""
+    """UTC, ISO 8601."""
+    source: str = ""
+    """Where the values come from, in the words of whoever added them."""
 
 
 class Part(_Record):

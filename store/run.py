@@ -1,9 +1,9 @@
-"""A run, or the part of it that some prompts make."""
+"""A run, or the part of it that some prompts or rows make."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,13 +19,18 @@ from millpond.store.rows import RowPlan
 from millpond.store.snapshot import Snapshot, load_snapshot
 
 if TYPE_CHECKING:
+    import dask.array
+    import torch
     import xarray as xr
 
     from millpond.store.labels import Labels
+    from millpond.store.lake import Lake
+    from millpond.store.selection import PositionChoice
+    from millpond.store.statistics_files import RunStatistics
     from millpond.store.stream import ActivationStream
 
 
-def open_run(where: Storage | str | os.PathLike[str], version: int | None = None) -> Run:
+def open_run(where: Storage | str | os.PathLike[str], version: int | None = None, *, lake: Lake | None = None) -> Run:
     """Open the run at `where`, its folder or URL, as it is now; what is committed later is seen by opening it again.
 
     With `version`, an open run as it was when that manifest version was made.
@@ -33,18 +38,20 @@ def open_run(where: Storage | str | os.PathLike[str], version: int | None = None
     snapshot = load_snapshot(as_storage(where), version)
     offsets = np.concatenate([[0], np.cumsum(snapshot.n_rows)]).astype(np.int64)
     plan = RowPlan(snapshot.run, snapshot.spec, snapshot.parts, offsets, snapshot.visible)
-    return Run(plan, snapshot)
+    return Run(plan, snapshot, lake)
 
 
 class Run:
     """Activations of one capture campaign, with their tokens, prompts and labels.
 
     Opening a run and looking at it reads no activation. `run[hook]` is lazy; `run.split` and
-    `run.select` give the same kind of object over some of the prompts.
+    `run.select` give the same kind of object over some of the prompts or rows.
     """
 
-    def __init__(self, plan: RowPlan, snapshot: Snapshot) -> None:
+    def __init__(self, plan: RowPlan, snapshot: Snapshot, lake: Lake | None = None) -> None:
         self.plan = plan
+        self.lake = lake
+        """Which it was opened from, if it was."""
         self.snapshot = snapshot
         self.manifest = snapshot.manifest
 
@@ -54,7 +61,8 @@ class Run:
         return self.snapshot.version.number
 
     @property
-    def _prompts(self) -> pd.DataFrame:
+    def prompt_table(self) -> pd.DataFrame:
+        """One row a stored prompt of the whole run, whatever the view; `run.prompts` is the view's."""
         return self.snapshot.prompts
 
     @property
@@ -103,14 +111,25 @@ class Run:
     @cached_property
     def prompts(self) -> pd.DataFrame:
         """One row a prompt, its index the number that the `prompt` coordinate holds."""
-        return self._prompts[self.plan.chosen]
+        return self.prompt_table[self.plan.chosen]
 
     @cached_property
     def labels(self) -> Labels:
         """Labels by name, one value a row each."""
         from millpond.store.labels import Labels
 
-        return Labels(self.plan, self._prompts, self.manifest.prompt_labels if self.manifest else ())
+        captured = self.manifest.prompt_labels if self.manifest else ()
+        return Labels(self.plan, self.prompt_table, captured, self.manifest is not None)
+
+    @cached_property
+    def stats(self) -> RunStatistics:
+        """Statistics of each hook over the whole run, gathered when it was written: no activation is read.
+
+        They are those of the run, so a view has none.
+        """
+        from millpond.store.statistics_files import RunStatistics
+
+        return RunStatistics(self)
 
     def match(self, hooks: str | Iterable[str]) -> tuple[str, ...]:
         """The run's hooks that `hooks` (names or globs such as `blocks.*.hook_resid_post`) selects.
@@ -128,12 +147,15 @@ class Run:
         """
         from millpond.store.lazy import activations
 
+        return activations(self.plan, self._one(hook)).assign_attrs(state=self.state)
+
+    def _one(self, hook: str) -> str:
         names = self.match(hook) if isinstance(hook, str) else ()
         if len(names) != 1:
             raise HookNotCaptured(
                 f"{hook!r} names {len(names)} hook points; name one: run {self.name!r} holds {summarize_hooks(self.hooks)}"
             )
-        return activations(self.plan, names[0]).assign_attrs(state=self.state)
+        return names[0]
 
     @property
     def tokens(self) -> xr.Dataset:
@@ -144,23 +166,58 @@ class Run:
 
         return xr.Dataset(coordinates(self.plan))
 
-    def select(self, prompts: NDArray[np.bool_] | pd.Series[bool]) -> Run:
-        """The part of the run whose prompts `prompts` marks, one boolean for each row of `run.prompts`.
+    def select(
+        self,
+        prompts: NDArray[np.bool_] | pd.Series[bool] | Sequence[str] | None = None,
+        *,
+        where: str | None = None,
+        position: PositionChoice | None = None,
+        token_id: int | Sequence[int] | None = None,
+        sample: int | float | None = None,
+        seed: int = 0,
+    ) -> Run:
+        """The rows of this view that satisfy every condition given; reads the index and labels that they name, no more.
+
+        Args:
+            prompts: one boolean for each row of `run.prompts`, or ids.
+            where: a condition on columns of `run.prompts`, labels (`mood@1` for an old version), `prompt`, `position` and
+                `token_id`, such as `"deceptive and position > 0 and source in ['web', 'book']"`.
+            position: `prompt`, `generated`, `last` (prompt token), a number or numbers (negative ones from the prompt's
+                end), or a slice.
+            token_id: one, or several.
+            sample: a random sample of what is left: a number of rows, or a fraction of them.
+            seed: of the sample.
 
         Raises:
-            InvalidInput: `prompts` is not that.
+            InvalidInput: a condition does not fit the run.
         """
+        from millpond.store.selection import prompts_by_id, select_rows
+
+        plan = self.plan
+        if prompts is not None:
+            if isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts):
+                marks = prompts_by_id(self, prompts)
+            else:
+                marks = self._prompt_marks(prompts)
+            chosen = plan.chosen.copy()
+            chosen[np.flatnonzero(chosen)] = marks
+            plan = plan.select_prompts(chosen)
+        view = Run(plan, self.snapshot, self.lake)
+        if where is position is token_id is sample is None:
+            return view
+        plan = select_rows(view, where=where, position=position, token_id=token_id, sample=sample, seed=seed)
+        return Run(plan, self.snapshot, self.lake)
+
+    def _prompt_marks(self, prompts: Any) -> NDArray[np.bool_]:
         if isinstance(prompts, pd.Series) and not prompts.index.equals(self.prompts.index):
             raise InvalidInput("prompts is a Series with another index than run.prompts; reindex it or give an array")
         marks = np.asarray(prompts)
         if marks.dtype != bool or marks.shape != (len(self.prompts),):
             raise InvalidInput(
-                f"prompts has data type {marks.dtype} and shape {marks.shape}; give {len(self.prompts)} booleans, one a prompt"
+                f"prompts has data type {marks.dtype} and shape {marks.shape}; give {len(self.prompts)} booleans, one a "
+                "prompt, or ids"
             )
-        chosen = self.plan.chosen.copy()
-        chosen[np.flatnonzero(chosen)] = marks
-        plan = RowPlan(self.plan.folder, self.plan.spec, self.plan.parts, self.plan.offsets, chosen)
-        return Run(plan, self.snapshot)
+        return marks
 
     def split(self, test: float = 0.2, seed: int = 0, by: str | None = None) -> tuple[Run, Run]:
         """Split by prompt into a training and a test part, never by token.
@@ -192,35 +249,52 @@ class Run:
 
     def stream(
         self,
-        hook: str,
-        batch_size: int = 4096,
+        hooks: str | Iterable[str],
+        batch_rows: int = 4096,
         *,
         seed: int = 0,
         epochs: int | None = None,
         buffer_rows: int = 65_536,
-        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        dtype: str = "float32",
+        state: Mapping[str, Any] | None = None,
     ) -> ActivationStream:
-        """Shuffled batches of `hook` for a trainer: float32 arrays (batch_size, d_model).
+        """Shuffled batches for a trainer: arrays (batch_rows, d_model), or a dict of them if `hooks` is not one name.
 
-        Whole chunks are read in random order and mixed in a buffer of about `buffer_rows` rows, so
-        memory is bounded by three such buffers. The batches depend on the arguments alone;
-        `start_step` goes on exactly after that many batches. The last batch of an epoch is filled
-        from the next epoch; with `epochs` given, an incomplete last batch is left out.
+        Whole chunks are read in random order and mixed in a buffer of `buffer_rows` rows, and at least two chunks;
+        memory is bounded by three such buffers. Hooks are aligned by row. The batches depend on the arguments
+        alone. The last batch of an epoch is filled from the next one; with `epochs`, an incomplete last batch is left out.
+
+        Args:
+            hooks: one name, or names and globs.
+            batch_rows: rows a batch.
+            seed: of the order.
+            epochs: times that every row is given; without end by default.
+            buffer_rows: rows that are mixed.
+            rank: this trainer's number among `world`, which share the rows of every epoch evenly.
+            world: number of trainers.
+            dtype: `float32`, or the run's own: bfloat16 batches are `ml_dtypes.bfloat16`, or torch's from `stream.torch()`.
+            state: what `stream.state()` returned, to go on exactly after it.
 
         Raises:
-            HookNotCaptured: the run does not hold `hook`.
-            InvalidInput: the view has fewer rows than a batch.
+            HookNotCaptured: the run does not hold a hook.
+            InvalidInput: an argument cannot be used, or the state is that of another stream.
         """
         from millpond.store.stream import ActivationStream
 
+        names = self._one(hooks) if isinstance(hooks, str) and not set("*?[") & set(hooks) else self.match(hooks)
         return ActivationStream(
             self.plan,
-            self[hook].attrs["hook"],
-            batch_size,
+            names,
+            batch_rows,
             seed=seed,
             epochs=epochs,
             buffer_rows=buffer_rows,
-            step=start_step,
+            rank=rank,
+            world=world,
+            dtype=dtype,
+            state=state,
         )
 
     def as_data_provider(
@@ -243,6 +317,58 @@ class Run:
         if isinstance(hooks, str) and len(names) == 1:
             return tensors(self, names[0], batch_size, **options)
         return tensors_by_hook(self, names, batch_size, **options)
+
+    def follow(
+        self, consumer: str | None = None, *, poll_s: float = 1.0, timeout_s: float | None = None
+    ) -> Iterator[Run]:
+        """Views of what is new, as the run grows, until it is sealed; every prompt is in exactly one of them.
+
+        Args:
+            consumer: a name under which the prompts that were used are recorded: a view counts as used when the next
+                one is asked for. Following again under the same name goes on after them, and retention `consumed` may
+                remove them.
+            poll_s: seconds between looks.
+            timeout_s: stop after so long without anything new; by default only sealing ends it.
+        """
+        from millpond.store.follow import follow
+
+        return follow(self, consumer, poll_s, timeout_s)
+
+    def materialise(self, name: str, *, lake: Lake | None = None, hooks: str | Iterable[str] | None = None) -> Run:
+        """Write the rows of this view as a new, sealed run with its metadata, labels and provenance.
+
+        Args:
+            name: of the new run.
+            lake: where it goes; by default this run's.
+            hooks: which hooks are kept; by default all.
+        """
+        from millpond.store.materialise import materialise
+
+        return materialise(self, name, lake=lake, hooks=None if hooks is None else self.match(hooks))
+
+    def to_dask(self, hook: str, dtype: str = "float32") -> dask.array.Array:
+        """The activations of `hook` as a Dask array (row, d_model), at most one task a shard."""
+        from millpond.store.lazy import activation_blocks
+
+        return activation_blocks(self.plan, self._one(hook), dtype)
+
+    def to_numpy(self, hook: str, dtype: str = "float32") -> NDArray[Any]:
+        """The activations of `hook` in memory, (row, d_model); bfloat16 as `ml_dtypes.bfloat16`."""
+        from millpond.store.lazy import read_all
+
+        return read_all(self.plan, self._one(hook), dtype)
+
+    def to_torch(self, hook: str, dtype: str = "float32") -> torch.Tensor:
+        """The activations of `hook` as a tensor on the CPU, (row, d_model)."""
+        from millpond.store.dtypes import to_torch
+
+        return to_torch(self.to_numpy(hook, dtype))
+
+    def to_xarray(self, hooks: str | Iterable[str] | None = None, dtype: str = "float32") -> xr.Dataset:
+        """The hooks as variables of one lazy Dataset, with the row coordinates and every label as coordinates."""
+        from millpond.store.lazy import dataset
+
+        return dataset(self, self.hooks if hooks is None else self.match(hooks), dtype)
 
     def check_sealed(self) -> Manifest:
         """The manifest.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from millpond.store.commits import closing
 from millpond.store.errors import CaptureFailed, InvalidInput
+from millpond.store.label_files import remove_row_labels
 from millpond.store.labels import check_label_name, write_token_label
 from millpond.store.manifest import Manifest, encode_record
 from millpond.store.merge import Merge
@@ -39,7 +40,7 @@ def seal_run(
     the others are packed behind them. Readers see the run change from open to sealed at once, when the manifest
     appears; until then an interrupted sealing is simply done again. Nothing can be committed meanwhile, nor after
     an interruption. What the open run was read from stays until garbage collection.
-    Labels that were added to the open run are dropped.
+    Labels that were added to the open run stay.
 
     Args:
         where: the run's folder or URL.
@@ -87,7 +88,7 @@ def _seal(
     merge = Merge(run.snapshot)
     table = _with_metadata(run.snapshot.prompts.iloc[merge.order].reset_index(drop=True), prompts)
     _check_labels(table, prompt_labels, token_labels, token_label_dtypes)
-    storage.delete_tree("labels")
+    remove_row_labels(storage)
     part = merge.write(storage, f"data-{uuid.uuid4().hex}", table)
     offsets = np.concatenate([[0], np.cumsum(table["n_rows"].to_numpy(np.int64))]).astype(np.int64)
     plan = RowPlan(storage, run.plan.spec, Parts.of([part]), offsets, np.ones(len(table), bool))

@@ -94,12 +94,14 @@ class HookStatistics:
                     self._absorb()
 
     def _absorb(self) -> None:
-        if self._buffer is None or not self._buffered:
-            return
-        rows, n = self._buffer[: self._buffered], self._buffered
+        if self._buffer is not None and self._buffered:
+            with np.errstate(over="ignore", invalid="ignore"):  # rows may be kept that are not finite
+                self._absorb_buffer(self._buffer)
+
+    def _absorb_buffer(self, buffer: NDArray[np.float32]) -> None:
+        rows, n = buffer[: self._buffered], self._buffered
         self._buffered = 0
-        with np.errstate(over="ignore"):
-            norms = np.sqrt(np.einsum("ij,ij->i", rows, rows), dtype=np.float64)
+        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows), dtype=np.float64)
         for odd in np.flatnonzero(~np.isfinite(norms)):  # beyond float32's range when squared
             norms[odd] = np.linalg.norm(rows[odd].astype(np.float64))
         self._norms = np.array([self._norms[0] + norms.sum(), max(self._norms[1], norms.max())])
@@ -199,8 +201,7 @@ class HookStatistics:
     def covariance_factor(self) -> Float64:
         """R, (`SKETCH_ROWS`, d_model): RᵀR estimates the covariance with the error that the class states."""
         self._absorb()
-        factor: Float64 = self._centred_sketch() / np.sqrt(max(self._absorbed, 1))
-        return factor
+        return np.asarray(self._centred_sketch() / np.sqrt(max(self._absorbed, 1)))
 
     def to_bytes(self) -> bytes:
         """The statistics as a safetensors file."""
@@ -239,9 +240,8 @@ def _moments(rows: NDArray[np.float32]) -> tuple[Float64, Float64]:
     """Mean and sum of squares about it; the rows are centred anew where the mean would drown the variance."""
     n = len(rows)
     mean = rows.sum(0).astype(np.float64) / n
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.einsum("ij,ij->j", rows, rows) - n * mean**2
-        unsafe = ~(n * mean**2 <= 64 * squares)
+    squares = np.einsum("ij,ij->j", rows, rows) - n * mean**2
+    unsafe = ~(n * mean**2 <= 64 * squares)
     if unsafe.any():
         exact = rows[:, unsafe].astype(np.float64)
         mean[unsafe] = exact.mean(0)

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from millpond.store.dtypes import decode
 from millpond.store.errors import LakeCorrupt
 from millpond.store.files import decode_document
-from millpond.store.manifest import LabelRecord, Part, read_record
+from millpond.store.label_files import LABEL_FILE, read_label, row_label_array
+from millpond.store.manifest import Part
 from millpond.store.objects import Storage
 from millpond.store.rows import RowPlan
 from millpond.store.run import Run, open_run
@@ -41,13 +42,12 @@ class Verification:
 
 def verify_run(run: Run, *, progress: bool = False) -> Verification:
     """Check every byte of `run` against its manifest, its counts against each other, and every value for finiteness."""
-    if not run.plan.chosen.all():
+    if run.plan.marks is not None or not run.plan.chosen.all():
         run = open_run(run.plan.folder)  # a view is verified with the whole run that it belongs to
     found = Verification(run.name, run.n_rows, len(run.prompts))
     plan = run.plan
     expected = plan.spec.arrays()
     parts = list(run.snapshot.records())
-    labels = [] if run.manifest is None else run.labels.token_labels
     for part in tqdm(parts, desc=f"verify {run.name}", unit="part", disable=not progress):
         for name in sorted(set(part.arrays) ^ set(expected)):
             found.problems.append(f"{part.path}: {name} is not both an array of the run and recorded")
@@ -58,18 +58,7 @@ def verify_run(run: Run, *, progress: bool = False) -> Verification:
             if record.rows != part.rows:
                 found.problems.append(f"{part.path}/{name}: {record.rows} rows, but its part has {part.rows}")
         _check_part(found, run, part)
-    for name in labels:
-        folder = plan.folder / "labels" / name / "1"
-        try:
-            label = read_record(folder, "label.json", LabelRecord)
-        except LakeCorrupt as error:
-            found.problems.append(str(error))
-            continue
-        _check_array(
-            found, folder, plan.spec.row_array(label.dtype), label.rows, label.shards, {"millpond:label": name}
-        )
-        if label.rows != run.n_rows:
-            found.problems.append(f"labels/{name}: {label.rows} values, but the run has {run.n_rows} rows")
+    _check_labels(found, run)
     if not found.problems:
         _check_rows(found, run)
     if run.manifest is not None:
@@ -145,6 +134,30 @@ def _check_part(found: Verification, run: Run, part: Part) -> None:
                 found.problems.append(f"{part.path}: statistics of {hook} count {statistics.count} of {part.rows} rows")
     arrays = {name: array.metadata(part.rows, array_attributes(spec, name)) for name, array in spec.arrays().items()}
     _check_json(found, folder, "zarr.json", group_metadata(arrays, {"millpond:run": spec.name}))
+
+
+def _check_labels(found: Verification, run: Run) -> None:
+    """Every version of every label that readers see."""
+    plan = run.plan
+    for entry in list(plan.folder.list("labels")):
+        name, version, *rest = entry.path.split("/")[1:]
+        if rest != [LABEL_FILE] or not version.isdigit():
+            continue
+        home = plan.folder / f"labels/{name}"
+        try:
+            label = read_label(home, version)
+            if label.table is not None:
+                _check_object(found, home, label.data, *label.table)
+                continue
+        except LakeCorrupt as error:
+            found.problems.append(str(error))
+            continue
+        if run.manifest is None:
+            continue  # of a sealing that was interrupted
+        array, folder = plan.spec.row_array(label.dtype), row_label_array(home, version, label)
+        _check_array(found, folder, array, label.rows, label.shards, {"millpond:label": name})
+        if label.rows != run.n_rows:
+            found.problems.append(f"labels/{name}: {label.rows} values, but the run has {run.n_rows} rows")
 
 
 def _check_rows(found: Verification, run: Run) -> None:

@@ -13,7 +13,9 @@ import tyro
 
 from millpond.analysis.jobs import ProbeJob, read_probe_job
 from millpond.analysis.sae.commands import SaeCommand
-from millpond.store.errors import InvalidInput, LakeCorrupt, MillpondError
+from millpond.store.commands import COMMANDS, one_line
+from millpond.store.commands import Verify as VerifyStored
+from millpond.store.errors import InvalidInput, MillpondError
 
 if TYPE_CHECKING:
     from millpond.hub.ledger import Ledger
@@ -197,64 +199,9 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Ls:
-    """List the runs of a lake."""
-
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
-
-    def run(self) -> int:
-        """Print one line a run."""
-        import millpond
-        from millpond.store.reprs import human_bytes
-
-        lake = millpond.open(self.lake)
-        readable = True
-        for name in lake.runs():
-            try:
-                run = lake[name]
-            except LakeCorrupt as error:
-                print(f"{name:32} {_one_line(error)}")
-                readable = False
-                continue
-            print(
-                f"{name:32} {run.state:7} {len(run.prompts):>9,} prompts {run.n_rows:>13,} rows "
-                f"{len(run.hooks):>3} hooks {human_bytes(run.nbytes):>10}"
-            )
-        return 0 if readable else 1
-
-
-@dataclass(frozen=True)
-class Show:
-    """Show what a run holds and where it came from."""
-
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
-    name: Annotated[str, tyro.conf.Positional]
-    """The run."""
-
-    def run(self) -> int:
-        """Print the run's facts and provenance."""
-        import json
-
-        import millpond
-
-        run = millpond.open(self.lake)[self.name]
-        print(run)
-        print("  provenance:")
-        for line in json.dumps(run.provenance, indent=2).splitlines()[1:-1]:
-            print("  " + line)
-        return 0
-
-
-@dataclass(frozen=True)
-class Verify:
+class Verify(VerifyStored):
     """Check every byte, count and value of a lake's runs against their manifests."""
 
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """The runs; all of them by default."""
     reference: bool = False
     """Recompute the rows of some prompts with Hugging Face too, and print how far the stored ones are from them."""
     model: Path | None = None
@@ -266,41 +213,26 @@ class Verify:
 
     def run(self) -> int:
         """Print one line a run and one a problem; 1 if there is any."""
+        code = super().run()
+        if not self.reference or code:
+            return code
         import millpond
-        from millpond.store.reprs import human_bytes
-        from millpond.store.verify import verify_run
+        from millpond.capture.reference import check_reference
 
         lake = millpond.open(self.lake)
-        whole = True
+        close = True
         for name in self.names or lake.runs():
-            try:
-                found = verify_run(lake[name], progress=sys.stderr.isatty())
-            except LakeCorrupt as error:
-                print(f"{name}: {_one_line(error)}")
-                whole = False
-                continue
-            verdict = "whole" if found.ok else f"{len(found.problems)} problems"
-            print(
-                f"{name}: {verdict}; {found.rows:,} rows, {found.prompts:,} prompts, "
-                f"{found.files} files, {human_bytes(found.bytes)} checked"
+            check = check_reference(
+                lake[name],
+                model=self.model,
+                adapter=self.adapter,
+                prompts=self.prompts,
+                progress=sys.stderr.isatty(),
             )
-            for problem in found.problems:
-                print(f"  {problem}")
-            whole = whole and found.ok
-            if self.reference and found.ok:
-                from millpond.capture.reference import check_reference
-
-                check = check_reference(
-                    lake[name],
-                    model=self.model,
-                    adapter=self.adapter,
-                    prompts=self.prompts,
-                    progress=sys.stderr.isatty(),
-                )
-                print(f"  {check.rows:,} rows of {check.prompts} prompts against Hugging Face in float32:")
-                print("\n".join(f"  {line}" for line in check.table().splitlines()))
-                whole = whole and check.ok
-        return 0 if whole else 1
+            print(f"{name}: {check.rows:,} rows of {check.prompts} prompts against Hugging Face in float32:")
+            print("\n".join(f"  {line}" for line in check.table().splitlines()))
+            close = close and check.ok
+        return 0 if close else 1
 
 
 @dataclass(frozen=True)
@@ -321,24 +253,6 @@ class Seal:
         if lake[self.name].state == "sealed":
             raise InvalidInput(f"run {self.name!r} is sealed already")
         print(seal_run(lake.run_folder(self.name)))
-        return 0
-
-
-@dataclass(frozen=True)
-class Rm:
-    """Remove a run and everything in it."""
-
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
-    name: Annotated[str, tyro.conf.Positional]
-    """The run."""
-
-    def run(self) -> int:
-        """Remove the run."""
-        import millpond
-
-        millpond.open(self.lake).delete(self.name)
-        print(f"removed run {self.name!r}")
         return 0
 
 
@@ -510,11 +424,9 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     "submit": Submit,
     "jobs": Jobs,
     "probe": Probe,
-    "ls": Ls,
-    "show": Show,
-    "verify": Verify,
     "seal": Seal,
-    "rm": Rm,
+    **COMMANDS,
+    "verify": Verify,
     "demo": Demo,
     "sae": SaeCommand,
 }
@@ -542,10 +454,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = tyro.cli(Probe, prog="millpond probe", args=arguments[1:], default=command)
         code: int = command.run()
     except InvalidInput as error:
-        print(f"millpond: {_one_line(error)}", file=sys.stderr)
+        print(f"millpond: {one_line(error)}", file=sys.stderr)
         return 2
     except MillpondError as error:
-        print(f"millpond: {_one_line(error)}", file=sys.stderr)
+        print(f"millpond: {one_line(error)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -562,10 +474,6 @@ def _json(value: dict[str, object]) -> str:
     import json
 
     return json.dumps(value) if value else ""
-
-
-def _one_line(error: MillpondError) -> str:
-    return f"{type(error).__name__}: " + " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""What a lake's owner decides for everybody: quotas, and how long things are kept (`lake.json` in the lake)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from millpond.store.capture_spec import first_problem
+from millpond.store.errors import InvalidInput, QuotaExceeded
+from millpond.store.files import decode_document, encode_document
+
+if TYPE_CHECKING:
+    from millpond.store.lake import Lake
+
+CONFIGURATION = "lake.json"
+
+
+class LakeConfiguration(BaseModel):
+    """Settings of a lake; every field has a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quota_bytes: int | None = Field(default=None, ge=0)
+    """Most bytes of all runs together; None for no limit."""
+    run_quota_bytes: int | None = Field(default=None, ge=0)
+    """Most bytes of one run."""
+    deletion_grace_s: float = Field(default=7 * 86400, ge=0)
+    """How long a removed run can be restored."""
+    collection_grace_s: float = Field(default=3600, ge=0)
+    """How long readers may go on reading what was superseded, and writers may leave a segment untouched."""
+    keep_runs_s: float | None = Field(default=None, gt=0)
+    """Sealed runs older than this are removed by `millpond gc`, with the grace period; None keeps them."""
+
+
+def read_configuration(lake: Lake) -> LakeConfiguration:
+    """The configuration of a lake, or the defaults where it has none.
+
+    Raises:
+        InvalidInput: it cannot be used.
+    """
+    try:
+        data = lake.storage.get(CONFIGURATION)
+    except FileNotFoundError:
+        return LakeConfiguration()
+    where = f"{lake.url}/{CONFIGURATION}"
+    try:
+        return LakeConfiguration.model_validate(decode_document(data, where))
+    except ValidationError as error:
+        raise InvalidInput(f"{where}: {first_problem(error)}") from error
+
+
+def write_configuration(lake: Lake, configuration: LakeConfiguration) -> None:
+    """Replace the configuration of a lake."""
+    lake.storage.put(CONFIGURATION, encode_document(configuration.model_dump(mode="json")))
+
+
+def changed(configuration: LakeConfiguration, given: Mapping[str, float]) -> LakeConfiguration:
+    """A configuration with other values; -1 stands for no limit.
+
+    Raises:
+        InvalidInput: a value cannot be used.
+    """
+    values = {name: None if value == -1 else value for name, value in given.items()}
+    try:
+        return LakeConfiguration.model_validate({**configuration.model_dump(), **values})
+    except ValidationError as error:
+        raise InvalidInput(f"lake configuration: {first_problem(error)}") from error
+
+
+def expire_runs(lake: Lake, *, dry_run: bool = False) -> list[str]:
+    """Remove the sealed runs that are older than the configuration keeps them; they can be restored for its grace period."""
+    configuration = read_configuration(lake)
+    if configuration.keep_runs_s is None:
+        return []
+    before = lake.storage.now() - configuration.keep_runs_s
+    found = []
+    for name in lake.runs():
+        manifest = f"runs/{name}/manifest.json"
+        if lake.storage.exists(manifest) and lake.storage.head(manifest).modified < before:
+            found.append(name)
+            if not dry_run:
+                lake.delete(name, grace_s=configuration.deletion_grace_s)
+    return found
+
+
+def used_bytes(lake: Lake, run: str | None = None) -> int:
+    """Bytes of all objects of the lake's runs, or of one run; lists them."""
+    return sum(entry.size for entry in lake.storage.list("runs" if run is None else f"runs/{run}"))
+
+
+def check_quota(lake: Lake, more_bytes: int, run: str = "") -> None:
+    """Check that `more_bytes` may be added to the lake, in the new run `run`.
+
+    Raises:
+        QuotaExceeded: they may not.
+    """
+    configuration = read_configuration(lake)
+    limit = configuration.run_quota_bytes
+    if limit is not None and more_bytes > limit:
+        raise QuotaExceeded(
+            f"run {run!r} would have {more_bytes:,} bytes, but a run of the lake {lake.url!r} may have {limit:,}; write "
+            "fewer rows or hooks, or raise run_quota_bytes: millpond configure"
+        )
+    limit = configuration.quota_bytes
+    if limit is not None and (used := used_bytes(lake)) + more_bytes > limit:
+        raise QuotaExceeded(
+            f"the lake {lake.url!r} has {used:,} bytes, and run {run!r} would add {more_bytes:,}, but it may have {limit:,}; "
+            "remove runs (millpond rm, then millpond gc) or raise quota_bytes: millpond configure"
+        )

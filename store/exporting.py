@@ -1,0 +1,117 @@
+"""Rows of a view as files of other tools, for use inside the vault: safetensors, Parquet or NumPy."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from millpond.store.dtypes import decode
+from millpond.store.errors import InvalidInput
+from millpond.store.tensor_files import write_safetensors
+
+if TYPE_CHECKING:
+    from millpond.store.run import Run
+
+Form = Literal["safetensors", "parquet", "numpy"]
+_KINDS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def export_run(
+    view: Run, path: str | os.PathLike[str], form: Form, *, hooks: tuple[str, ...] | None = None
+) -> list[Path]:
+    """Write the rows of a view, with their prompts, positions, token ids and labels, into the new folder `path`.
+
+    safetensors: `rows-00000.safetensors` and so on, a shard of rows each, every hook in the run's data type. Parquet:
+    the same, hooks as lists of float32. NumPy: one `.npy` for each hook (bfloat16 as float32) and column.
+    `prompts.parquet` and `run.json` lie beside them. Returns the files.
+
+    Raises:
+        InvalidInput: the folder exists and is not empty.
+    """
+    folder = Path(path)
+    if form not in ("safetensors", "parquet", "numpy"):
+        raise InvalidInput(f"form is {form!r}; give safetensors, parquet or numpy")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidInput(f"{str(folder)!r} exists and is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    hooks = hooks or view.hooks
+    view.prompts.rename_axis("prompt").reset_index().to_parquet(folder / "prompts.parquet", index=False)
+    about = {"run": view.name, "id": view.plan.spec.id, "rows": view.n_rows, "dtype": view.dtype}
+    (folder / "run.json").write_text(json.dumps({**about, "provenance": dict(view.provenance)}, indent=1))
+    write = {"safetensors": _safetensors, "parquet": _parquet, "numpy": _numpy}[form]
+    return [folder / "prompts.parquet", folder / "run.json", *write(view, folder, hooks)]
+
+
+def _columns(view: Run) -> dict[str, Any]:
+    """The lazy columns of one value a row."""
+    tokens = view.tokens
+    columns = {str(name): tokens[name].data for name in ("prompt", "position", "token_id")}
+    return columns | {f"label_{name}": label.data for name, label in view.labels.items()}
+
+
+def _pieces(view: Run, hooks: tuple[str, ...]) -> Iterator[dict[str, NDArray[Any]]]:
+    """Hooks as stored, and the columns, block by block."""
+    plan = view.plan
+    columns = _columns(view)
+    for number, span in enumerate(plan.spans):
+        rows = {
+            hook: np.concatenate([piece.read(hook, plan.spec.activation_array) for piece in span]) for hook in hooks
+        }
+        yield rows | {name: np.asarray(data.blocks[number]) for name, data in columns.items()}
+
+
+def _safetensors(view: Run, folder: Path, hooks: tuple[str, ...]) -> list[Path]:
+    files = []
+    names = {"int32": "I32", "int64": "I64", "bool": "BOOL", "float32": "F32", "float64": "F64"}
+    for number, piece in enumerate(_pieces(view, hooks)):
+        tensors = {hook: (_KINDS[view.dtype], piece[hook]) for hook in hooks}
+        tensors |= {  # safetensors holds no text; prompts.parquet has such labels
+            name: (names[values.dtype.name], values)
+            for name, values in piece.items()
+            if name not in hooks and values.dtype.name in names
+        }
+        files.append(folder / f"rows-{number:05d}.safetensors")
+        write_safetensors(files[-1], tensors, {"run": view.name, "millpond:dtype": view.dtype})
+    return files
+
+
+def _parquet(view: Run, folder: Path, hooks: tuple[str, ...]) -> list[Path]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = []
+    for number, piece in enumerate(_pieces(view, hooks)):
+        columns: dict[str, Any] = {name: pa.array(values) for name, values in piece.items() if name not in hooks}
+        for hook in hooks:
+            flat = pa.array(decode(piece[hook], view.dtype).reshape(-1))
+            columns[hook] = pa.FixedSizeListArray.from_arrays(flat, view.d_model)
+        files.append(folder / f"rows-{number:05d}.parquet")
+        pq.write_table(pa.table(columns), files[-1])
+    return files
+
+
+def _numpy(view: Run, folder: Path, hooks: tuple[str, ...]) -> list[Path]:
+    dtype = "float32" if view.dtype == "bfloat16" else view.dtype
+    files = []
+    for hook in hooks:
+        files.append(folder / f"{hook}.npy")
+        out = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            files[-1], "w+", np.dtype(dtype), (view.n_rows, view.d_model)
+        )
+        start = 0
+        for span in view.plan.spans:
+            for piece in span:
+                rows = piece.read(hook, view.plan.spec.activation_array)
+                out[start : start + len(rows)] = decode(rows, view.dtype) if dtype == "float32" else rows
+                start += len(rows)
+        out.flush()
+    for name, data in _columns(view).items():
+        files.append(folder / f"{name}.npy")
+        np.save(files[-1], np.asarray(data), allow_pickle=False)
+    return files

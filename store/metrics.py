@@ -1,0 +1,84 @@
+"""A lake's state in Prometheus' text format, worked out anew whenever it is asked for, and events as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from millpond.store.errors import MillpondError
+
+if TYPE_CHECKING:
+    from millpond.store.lake import Lake
+
+_HELP = {
+    "millpond_run_rows": "Visible rows of a run.",
+    "millpond_run_prompts": "Visible prompts of a run.",
+    "millpond_run_parts": "Segments that a run's rows lie in; 1 after sealing.",
+    "millpond_run_activation_bytes": "Uncompressed bytes of a run's activations.",
+    "millpond_run_sealed": "1 if the run is sealed.",
+    "millpond_run_unreadable": "1 if the run cannot be opened.",
+    "millpond_lake_bytes": "Bytes of all objects of all runs.",
+    "millpond_lake_quota_bytes": "Most bytes that the lake may have.",
+    "millpond_lake_deleted_runs": "Removed runs that can still be restored.",
+}
+
+
+def metrics(lake: Lake) -> str:
+    """The lake's metrics in the text exposition format 0.0.4."""
+    from millpond.store.configuration import read_configuration, used_bytes
+
+    samples: list[tuple[str, str, float]] = []
+    for name in lake.runs():
+        label = f'{{run="{name}"}}'  # run names need no escaping
+        try:
+            run = lake[name]
+        except MillpondError:
+            samples.append(("millpond_run_unreadable", label, 1))
+            continue
+        samples += [
+            ("millpond_run_unreadable", label, 0),
+            ("millpond_run_rows", label, run.n_rows),
+            ("millpond_run_prompts", label, int(run.plan.chosen.sum())),
+            ("millpond_run_parts", label, len(run.plan.parts)),
+            ("millpond_run_activation_bytes", label, run.nbytes),
+            ("millpond_run_sealed", label, run.state == "sealed"),
+        ]
+    samples.append(("millpond_lake_bytes", "", used_bytes(lake)))
+    quota = read_configuration(lake).quota_bytes
+    if quota is not None:
+        samples.append(("millpond_lake_quota_bytes", "", quota))
+    samples.append(("millpond_lake_deleted_runs", "", sum(1 for _ in lake.storage.list("deleted"))))
+    return "".join(_lines(samples))
+
+
+def _lines(samples: list[tuple[str, str, float]]) -> Iterator[str]:
+    for name in _HELP:
+        of_name = [sample for sample in samples if sample[0] == name]
+        if of_name:
+            yield f"# HELP {name} {_HELP[name]}\n# TYPE {name} gauge\n"
+            yield from (
+                f"{name}{label} {value:g}\n" if value < 1e6 else f"{name}{label} {int(value)}\n"
+                for _, label, value in of_name
+            )
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one JSON object: time, level, logger, event, and the fields given with `extra`."""
+
+    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        fields = {name: value for name, value in vars(record).items() if name not in self._OWN}
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **fields,
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

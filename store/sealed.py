@@ -1,0 +1,111 @@
+"""Writing a sealed run at once, array after array: for copies, imports and materialised views."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from millpond.store.errors import CaptureFailed, InvalidInput
+from millpond.store.manifest import ArrayChecksums, Manifest, Part, RunSpec, encode_record
+from millpond.store.prompts import write_prompt_table
+from millpond.store.segment import all_finite, array_attributes, write_statistics
+from millpond.store.shards import ArrayWriter, write_group
+from millpond.store.stats import HookStatistics
+
+if TYPE_CHECKING:
+    from millpond.store.lake import Lake
+    from millpond.store.run import Run
+
+Blocks = Callable[[str], Iterable[NDArray[Any]]]
+
+
+def write_sealed(
+    lake: Lake,
+    name: str,
+    *,
+    like: Mapping[str, Any],
+    table: pd.DataFrame,
+    blocks: Blocks,
+    prompt_labels: tuple[str, ...] = (),
+) -> Run:
+    """Create the run `name` and fill it; after an error there is no such run.
+
+    Args:
+        lake: where it goes.
+        name: of the run.
+        like: arguments of `Lake.create_run`.
+        table: its prompt table, whose `n_rows` are the rows of each prompt in order.
+        blocks: array name to its rows in blocks, as they are stored.
+        prompt_labels: columns of the table that are labels.
+
+    Raises:
+        InvalidInput: the rows are not finite, or not those that the table counts.
+    """
+    spec = lake.create_run(name, **like)
+    try:
+        _fill(lake, spec, table, blocks, prompt_labels)
+    except BaseException:
+        lake.delete(name)
+        raise
+    return lake[name]
+
+
+def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt_labels: tuple[str, ...]) -> None:
+    run = lake.run_storage(spec.name)
+    data = f"data-{uuid.uuid4().hex}"
+    rows = int(table["n_rows"].sum())
+    arrays, metadata, statistics = {}, {}, {}
+    for name, array in spec.arrays().items():
+        attributes = array_attributes(spec, name)
+        writer = ArrayWriter(run / f"{data}/{name}", array, attributes)
+        found = HookStatistics(spec.d_model, key=int(spec.id, 16)) if name in spec.hooks else None
+        try:
+            for block in _prompt_blocks(table) if name == "prompt" else blocks(name):
+                if found is not None:
+                    if not all_finite(block):
+                        raise InvalidInput(f"{name} of run {spec.name!r} holds an infinity or NaN; leave such rows out")
+                    found.update(block)
+                writer.append(block)
+            record = writer.finish()
+        finally:
+            writer.close()
+        if record.rows != rows:
+            raise InvalidInput(f"{name} of run {spec.name!r} has {record.rows} rows, but its prompts have {rows}")
+        arrays[name] = ArrayChecksums.of(record)
+        metadata[name] = array.metadata(record.rows, attributes)
+        if found is not None:
+            statistics[name] = found
+    prompt_table = write_prompt_table(run / data, table)
+    write_group(run / data, metadata, {"millpond:run": spec.name})
+    part = Part(
+        path=data,
+        rows=rows,
+        prompts=len(table),
+        arrays=arrays,
+        prompt_table=prompt_table,
+        statistics=write_statistics(run / data, statistics),
+    )
+    manifest = Manifest(
+        run=spec,
+        sealed=datetime.now(UTC).isoformat(timespec="seconds"),
+        data=part,
+        prompt_labels=prompt_labels,
+        counts={
+            "rows": rows,
+            "prompts": len(table),
+            "rows_asked": rows,
+            "tokens": int(table["n_tokens"].sum()),
+        },
+    )
+    if not run.create("manifest.json", encode_record(manifest)):
+        raise CaptureFailed(f"run {spec.name!r} was sealed by somebody else while it was written")
+
+
+def _prompt_blocks(table: pd.DataFrame) -> Iterable[NDArray[Any]]:
+    yield np.repeat(np.arange(len(table), dtype=np.int32), table["n_rows"].to_numpy(np.int64))
