@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticSerializationError
 
 from millpond.store.codecs import check_codec
-from millpond.store.commits import close_run, reopen_run
+from millpond.store.commits import GRACE_SECONDS, close_run, reopen_run
 from millpond.store.dtypes import check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
 from millpond.store.files import decode_document, encode_document
