@@ -157,10 +157,13 @@ def _one(run: Run, hook: str) -> tuple[str, ...]:
 
 def _kept(run: Run, name: str) -> dict[str, Any] | None:
     """What was gathered at ingest, if it is about all rows of this view."""
-    kept = getattr(run, "stats", None)
-    if kept is None or name not in kept or kept[name].count != run.n_rows:
+    try:
+        kept = run.stats[name]
+    except InvalidInput:  # a view of some rows, or a run that was written without
         return None
-    return {key: getattr(kept[name], key) for key in ("mean", "variance", "max_abs", "mean_norm", "max_norm")}
+    if kept.count != run.n_rows:
+        return None
+    return {key: getattr(kept, key) for key in ("mean", "variance", "max_abs", "mean_norm", "max_norm")}
 
 
 def _together(run: Run, names: Sequence[str]) -> AlignedRows:

@@ -106,15 +106,14 @@ def test_the_wire_form_survives_json_and_gives_the_same_bits(run, v):
 
 
 def test_expressions_share_each_read(run, v, monkeypatch):
-    from millpond.store.rows import RowPlan
+    from millpond.store.rows import Piece
 
     reads = []
-    real = RowPlan.read_stored
-    monkeypatch.setattr(RowPlan, "read_stored", lambda self, name, block: reads.append(name) or real(self, name, block))
+    real = Piece.read
+    monkeypatch.setattr(Piece, "read", lambda self, name, array: reads.append(name) or real(self, name, array))
     score = lazy(run)[HOOK] @ v
     execute_all([score.mean().expression, score.top(3).expression, score.variance().expression], run)
-    blocks = len(run.plan.blocks())
-    assert reads.count(HOOK) == blocks
+    assert reads.count(HOOK) == sum(map(len, run.plan.spans))
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def millpond(*arguments):
 
 
 def test_jobs_from_the_command_line(run, tmp_path):
-    lake = run.plan.folder.parent.parent
+    lake = run.plan.folder.path.parent.parent
     job = tmp_path / "job.toml"
     job.write_text(JOB.format(lake=str(lake), out=str(tmp_path / "out")))
     done = millpond("train", job)

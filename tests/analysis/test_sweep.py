@@ -167,7 +167,7 @@ def test_an_autoencoder_trains_on_a_run_and_on_its_stream(parts):
 
     train, test = parts
     for source in (train[RESID[1]], train.stream(RESID[1], 128)):
-        sae = BatchTopKSae(32, 4, batch_size=128, progress=False, n_threads=1).fit(source, tokens=20_000)
+        sae = BatchTopKSae(32, 4, batch_size=128, progress=False, n_threads=1).fit(source, tokens=20_000, epochs=16)
         assert sae.evaluate(test[RESID[1]])["fvu"] < 0.9
     table = sae.top_rows(test[RESID[1]], range(32), n=2)
     assert list(table.columns) == ["latent", "rank", "row", "value", "prompt", "position", "token_id"]
@@ -298,8 +298,8 @@ def test_every_byte_is_read_once_a_pass_however_many_labels(parts, monkeypatch):
     monkeypatch.setattr(rows_module, "read_rows", counted)
 
     def stored(part):
-        """A view of some prompts reads the blocks that they lie in."""
-        return sum((block.stop - block.start) * 16 * 4 for block in part.plan.blocks() if part.plan.count(block))
+        """A view of some prompts reads from the first of them to the last."""
+        return sum((piece.stop - piece.start) * 16 * 4 for span in part.plan.spans for piece in span)
 
     def bytes_for(n_labels):
         read.clear()
