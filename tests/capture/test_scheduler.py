@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 ALL = [f"blocks.{layer}.hook_{kind}" for layer in range(3) for kind in KINDS]
 POST = [hook for hook in ALL if hook.endswith("resid_post")]
+VECTOR = np.random.default_rng(8).normal(0, 2, D_MODEL).tolist()
 SHARED = np.random.default_rng(9).integers(3, VOCABULARY, 96).tolist()
 
 
@@ -144,7 +146,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )
     world.add("compiled", [mixed[:1] + mixed[2:7]], enforce_eager=False, max_num_batched_tokens=64)
     world.run("mixed", "preempted", "cached", "samples", "ended", "compiled")
-    world.run("drafted", own_processes=True)  # numba, which drafts, keeps vLLM from starting twice in a process
+    steered = {"intervene": [{"op": "add", "hook": POST[1], "vector": VECTOR}]}
+    two = [
+        Ask(SHARED[:40], capture("a"), generate),
+        Ask(SHARED[:30], steered, generate),
+        Ask(SHARED[:25], capture("b")),
+    ]
+    world.add("parallel", [two], tensor_parallel_size=2)
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    world.runs["parallel"].environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
+    # numba, which drafts, keeps vLLM from starting twice in a process, and two ranks need two
+    world.run("drafted", "parallel", own_processes=True)
     return world
 
 
@@ -205,6 +217,16 @@ def test_rejected_drafts_leave_no_rows(world: World) -> None:
     assert (len(positions["a"]), len(positions["b"])) == (44 + 39, 30 + 39)
     steps = world.outcomes["drafted"].statistics["steps"]
     assert steps < 60  # some drafts were accepted, so there were fewer steps than tokens
+
+
+def test_in_a_tensor_parallel_group_one_rank_keeps_rows_and_all_intervene(world: World) -> None:
+    positions = world.check("parallel")
+    assert (len(positions["a"]), len(positions["b"])) == (51, 25)
+    (answer,) = [answer for ask, answer in world.answers("parallel") if len(ask.tokens) == 30]
+    handle = world.inside.edit(1, lambda x: x + torch.tensor(VECTOR))
+    expected = world.inside.greedy(SHARED[:30], 12)
+    handle.remove()
+    assert answer.tokens == [expected] != [world.inside.greedy(SHARED[:30], 12)]
 
 
 def test_compiled_models_give_the_same(world: World) -> None:
