@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
@@ -109,6 +109,16 @@ class ActivationStream(Iterator[Any]):
         """Where the stream is, to be given to `run.stream(state=...)` with the same arguments; small, and JSON."""
         return {"step": self.step, "stream": self._fingerprint}
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to where another stream with the same arguments was when it gave `state`; reads nothing.
+
+        Raises:
+            InvalidInput: the state is that of another stream.
+        """
+        step = self._restore(state)
+        self._batches.close()
+        self.step, self._batches = step, self._make_batches(step)
+
     def _restore(self, state: Mapping[str, Any]) -> int:
         step = state.get("step")
         if set(state) != {"step", "stream"} or not isinstance(step, int) or step < 0:
@@ -150,7 +160,7 @@ class ActivationStream(Iterator[Any]):
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self._chunks))
         return order, np.concatenate([[0], np.cumsum(self._counts[order])])
 
-    def _make_batches(self, step: int) -> Iterator[dict[str, Rows]]:
+    def _make_batches(self, step: int) -> Generator[dict[str, Rows]]:
         groups = self._groups(step * self.batch_rows)
         with ThreadPoolExecutor(READERS, thread_name_prefix="millpond-stream") as readers:
             loader = _Loader(self, readers)

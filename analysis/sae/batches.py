@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from millpond.analysis.passes import LazyChunks
 from millpond.store.errors import InvalidInput
+from millpond.store.stream import ActivationStream
 
 Rows = NDArray[np.float32]
 Batch = tuple[Rows, ...]
@@ -183,6 +184,33 @@ class ShuffledBatches:
                 filled += len(part)
             groups.append(rows)
         return groups
+
+
+class StreamBatches:
+    """The batches of a `run.stream`, from where it is when it is given.
+
+    Resuming goes to a step by counting and reads nothing of what came before, so the stream has to be
+    given anew from the same place.
+    """
+
+    repeatable = False
+
+    def __init__(self, stream: ActivationStream) -> None:
+        self._stream = stream
+        self._start = stream.state()
+        self.batch_size = stream.batch_rows
+        self.widths = (stream.plan.spec.d_model,) * len(stream.hooks)
+
+    def batches(self, step: int = 0) -> Iterator[Batch]:
+        """See `Source.batches`."""
+        self._stream.restore(self._start | {"step": self._start["step"] + step})
+        for number, batch in enumerate(self._stream, step):
+            yield _as_batch(batch, self.widths, number)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`."""
+        hooks = list(self._stream.hooks)
+        return {"widths": list(self.widths), "batch_size": self.batch_size, "hooks": hooks, "start": self._start}
 
 
 class GivenBatches:

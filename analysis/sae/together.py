@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from millpond.analysis.sae.batches import GivenBatches, ShuffledBatches, Source
+from millpond.analysis.sae.batches import GivenBatches, ShuffledBatches, Source, StreamBatches
 from millpond.analysis.sae.config import SaeConfig
 from millpond.analysis.sae.fit import Learner, Trained, train
 from millpond.analysis.sae.scaling import Scale, scale_of_moments
 from millpond.store.errors import InvalidInput
+from millpond.store.stream import ActivationStream
 
 if TYPE_CHECKING:
     from millpond.analysis.sae.estimator import Sae
@@ -93,6 +94,8 @@ class SourceSpec:
                 raise InvalidInput(
                     "an iterable of batches cannot be shared by workers; give an array such as run[hook]"
                 )
+            if isinstance(self.arrays[0], ActivationStream):
+                return StreamBatches(self.arrays[0])
             return GivenBatches(self.arrays[0])
         config = self.config
         return ShuffledBatches(

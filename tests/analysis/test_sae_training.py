@@ -133,6 +133,37 @@ def test_a_resumed_stream_goes_on_where_it_was(tmp_path):
     np.testing.assert_array_equal(whole.threshold, resumed.threshold)
 
 
+def test_a_resumed_run_stream_reads_nothing_of_what_came_before(run, tmp_path, monkeypatch):
+    from millpond.store import stream as streams
+
+    batch_rows, steps, kept = 1024, 40, 30
+    read, original = [], streams.read_rows
+
+    def counted(path, array, start, stop):
+        read.append(stop - start)
+        return original(path, array, start, stop)
+
+    monkeypatch.setattr(streams, "read_rows", counted)
+
+    def fit(out, **options):
+        stream = run.stream(run.hooks[0], batch_rows, buffer_rows=batch_rows, **options)
+        sae = BatchTopKSae(32, 3, checkpoint_every=kept, **(OPTIONS | {"batch_size": batch_rows}))
+        return sae.fit(stream, tokens=steps * batch_rows, out=out, resume=True).weights_
+
+    whole = fit(tmp_path / "whole")
+    assert sum(read) >= steps * batch_rows
+    with pytest.raises(InvalidInput, match="X ended after"):
+        fit(tmp_path / "short", epochs=kept * batch_rows // run.n_rows + 2)
+    read.clear()
+    resumed = fit(tmp_path / "short")
+    np.testing.assert_array_equal(whole.w_dec, resumed.w_dec)
+    np.testing.assert_array_equal(whole.threshold, resumed.threshold)
+    # the batches left, and at most the groups of rows begun before and read ahead
+    assert sum(read) <= (steps - kept + 3) * batch_rows
+    with pytest.raises(InvalidInput, match="its start is"):
+        fit(tmp_path / "short", seed=1)
+
+
 def test_several_trained_on_one_read_are_what_each_is_alone(tmp_path):
     reads = []
 
