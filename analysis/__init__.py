@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Sae,
         TopKSae,
     )
+    from millpond.analysis.sae.follow import following
     from millpond.analysis.sae.together import train_together
     from millpond.analysis.sae.transcoder import SkipTranscoder, Transcoder
     from millpond.analysis.selection import select_tokens
@@ -42,6 +43,7 @@ __all__ = [
     "Sweep",
     "TopKSae",
     "Transcoder",
+    "following",
     "lazy",
     "select_tokens",
     "train_together",
@@ -64,6 +66,7 @@ _HOMES = {
     "Sweep": "millpond.analysis.sweep",
     "TopKSae": "millpond.analysis.sae.estimator",
     "Transcoder": "millpond.analysis.sae.transcoder",
+    "following": "millpond.analysis.sae.follow",
     "select_tokens": "millpond.analysis.selection",
     "lazy": "millpond.analysis.lazy",
     "train_together": "millpond.analysis.sae.together",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,6 +114,19 @@ class ShuffledBatches:
             rest = tuple(array.copy() for array in taken(stop, count))
 
     __iter__ = batches
+
+    def once(self) -> Iterator[list[NDArray[Any]]]:
+        """All rows of lazy arrays once, in groups of chunks that are permuted; the next group is read meanwhile."""
+        order = np.random.default_rng([self.seed, 0]).permutation(len(self._sizes))
+        groups = enumerate(_filled(order, self._sizes, self._group_rows))
+        with ThreadPoolExecutor(1, thread_name_prefix="sae-reader") as reader:
+            coming: deque[Future[list[NDArray[Any]]]] = deque()
+            for number, chunks in groups:
+                coming.append(reader.submit(self._read, chunks, [self.seed, 0, number, self.rank]))
+                if len(coming) > 1:
+                    yield coming.popleft().result()
+            for last in coming:
+                yield last.result()
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""

@@ -77,7 +77,7 @@ class Sae:
         Args:
             X: an array (rows, d_in) such as `run[hook]`, whose rows are shuffled through a bounded
                 buffer; or an iterable of batches (rows, d_in) that are already shuffled, such as
-                `run.stream(hook)`.
+                `run.stream(hook)`, or `following(run, hook)` while the run is being captured.
             tokens: rows to train on; by default all of an array, `epochs` times.
             out: folder for `config.json`, `metrics.jsonl` and the checkpoint.
             epochs: how often the rows of an array may be used.

@@ -121,8 +121,9 @@ def train(
         log = stack.enter_context(_Log(learners, tokens, out if first else None, start, progress and first))
         batches = itertools.chain(opening, stream)
         del opening  # the chain lets go of each of its rows
-        for batch in batches:
-            if trainers[0].steps >= total_steps:
+        while trainers[0].steps < total_steps:  # one batch more might have to be waited for
+            batch = next(batches, None)
+            if batch is None:
                 break
             rows = _scaled(batch, every, trainers[0].device)
             if not source.repeatable:

@@ -12,6 +12,7 @@ import numpy as np
 from millpond.analysis.sae.batches import GivenBatches, ShuffledBatches, Source, StreamBatches
 from millpond.analysis.sae.config import SaeConfig
 from millpond.analysis.sae.fit import Learner, Trained, train
+from millpond.analysis.sae.follow import FollowedBatches
 from millpond.analysis.sae.scaling import Scale, scale_of_moments
 from millpond.store.errors import InvalidInput
 from millpond.store.stream import ActivationStream
@@ -94,6 +95,8 @@ class SourceSpec:
                 raise InvalidInput(
                     "an iterable of batches cannot be shared by workers; give an array such as run[hook]"
                 )
+            if isinstance(self.arrays[0], FollowedBatches):
+                return self.arrays[0]
             if isinstance(self.arrays[0], ActivationStream):
                 return StreamBatches(self.arrays[0])
             return GivenBatches(self.arrays[0])

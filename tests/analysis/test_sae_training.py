@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,11 +15,23 @@ import pytest
 import torch
 import xarray as xr
 
-from millpond.analysis import BatchTopKSae, Crosscoder, SkipTranscoder, TopKSae, Transcoder, train_together
+from millpond.analysis import (
+    BatchTopKSae,
+    Crosscoder,
+    SkipTranscoder,
+    TopKSae,
+    Transcoder,
+    following,
+    train_together,
+)
 from millpond.analysis.sae.estimator import JumpReluSae, MatryoshkaSae, ReluSae, Sae
 from millpond.analysis.sae.scaling import geometric_median
-from millpond.store.errors import InvalidInput, LakeCorrupt
+from millpond.store.errors import HookNotCaptured, InvalidInput, LakeCorrupt
+from millpond.store.lake import open_lake
+from millpond.store.seal import seal_run
+from millpond.store.segment import CapturedRequest, RunWriter
 
+HOOK = "blocks.0.hook_resid_post"
 OPTIONS = {"batch_size": 256, "progress": False, "n_threads": 1}
 
 
@@ -162,6 +175,73 @@ def test_a_resumed_run_stream_reads_nothing_of_what_came_before(run, tmp_path, m
     assert sum(read) <= (steps - kept + 3) * batch_rows
     with pytest.raises(InvalidInput, match="its start is"):
         fit(tmp_path / "short", seed=1)
+
+
+@pytest.fixture
+def growing(tmp_path):
+    """An open run, and a function that commits prompts of 512 rows, each with its number in the first column."""
+    lake = open_lake(tmp_path / "lake", create=True)
+    sizes = {"d_model": 16, "dtype": "float32", "chunk_rows": 64, "shard_rows": 256}
+    spec = lake.create_run("grown", hooks=(HOOK,), provenance={}, **sizes)
+    writer, steps = RunWriter(lake.run_folder("grown"), spec), np.arange(512, dtype=np.int32)
+
+    def commit(prompts):
+        for number in prompts:
+            x = np.random.default_rng(number).standard_normal((512, 16)).astype(np.float32)
+            x[:, 0] = (512 * number + steps) / 20_000
+            writer.append(CapturedRequest(f"p{number}", steps, 512, steps, {HOOK: x}))
+        writer.commit()
+
+    return lake, commit
+
+
+def test_a_training_follows_a_run_while_it_is_captured(growing, tmp_path):
+    lake, commit = growing
+    metrics, steps_before_the_end = tmp_path / "sae" / "metrics.jsonl", []
+
+    def write():
+        for first in range(0, 34, 2):
+            commit(range(first, first + 2))
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 17):
+            time.sleep(0.01)
+        steps_before_the_end.append(metrics.read_text().count("\n"))
+        commit(range(34, 40))
+        seal_run(lake.run_folder("grown"))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    sae = BatchTopKSae(32, 3, log_every=1, **(OPTIONS | {"batch_size": 1024}))
+    sae.fit(following(lake["grown"], HOOK, 1024, poll_s=0.01), tokens=40 * 512, out=metrics.parent)
+    writer.join()
+    assert steps_before_the_end == [17]
+    assert metrics.read_text().count("\n") == 20
+    with pytest.raises(InvalidInput, match="ended after 20,480 of 21,504 rows"):
+        sae.fit(following(lake["grown"], HOOK, 1024), tokens=42 * 512)
+
+
+def test_following_gives_each_row_once_and_a_resumed_training_what_is_left(growing, tmp_path):
+    lake, commit = growing
+    commit(range(30))
+    commit(range(30, 34))
+
+    def fit():
+        sae = BatchTopKSae(32, 3, checkpoint_every=1, **(OPTIONS | {"batch_size": 1024}))
+        batches = following(lake["grown"], HOOK, 1024, consumer="sae", timeout_s=0)
+        return sae.fit(batches, tokens=40 * 512, out=tmp_path / "sae", resume=True)
+
+    with pytest.raises(InvalidInput, match="ended after 17,408 of 20,480 rows"):
+        fit()
+    commit(range(34, 40))
+    views = list(following(lake["grown"], HOOK, 900, consumer="probe", timeout_s=0))
+    numbers = np.rint(np.concatenate(views)[:, 0] * 20_000).astype(int)
+    assert len(numbers) == len(set(numbers)) == 40 * 512 // 900 * 900
+    assert np.abs(np.diff(numbers[:900])).mean() > 3000  # neighbours are mixed
+    assert fit().trained_on_["tokens"] == 40 * 512
+    with pytest.raises(InvalidInput, match="consumer is not given"):
+        next(following(lake["grown"], HOOK, 900).batches(3))
+    with pytest.raises(HookNotCaptured, match=r"blocks\.9"):
+        following(lake["grown"], "blocks.9.hook_resid_post")
 
 
 def test_several_trained_on_one_read_are_what_each_is_alone(tmp_path):
