@@ -115,6 +115,11 @@ class LazyChunks:
         self._stored = stored and hasattr(self._reader, "stored")
 
     @property
+    def reader(self) -> Any:
+        """The function of which every chunk is one call; None if there is no such one."""
+        return self._reader
+
+    @property
     def divisible(self) -> bool:
         """Whether the chunks can be read in smaller parts, as a run's can."""
         return hasattr(self._reader, "divide")

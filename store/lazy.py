@@ -50,6 +50,7 @@ class ReadArray(Reader):
     """Reads one of the run's arrays; activations in the data type asked for."""
 
     def __init__(self, plan: RowPlan, name: str, dtype: str | None = None) -> None:
+        self.run = plan.folder
         self.name = name
         self.array: ArraySpec = plan.spec.arrays()[name]
         self.stored_dtype = plan.spec.dtype

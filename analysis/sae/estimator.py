@@ -83,8 +83,9 @@ class Sae:
             epochs: how often the rows of an array may be used.
             resume: go on from the checkpoint in `out`; without one, start. A killed training that is
                 resumed gives the weights that it would have given, to the bit on the same CPU.
-            statistics: mean and variance of `X` from elsewhere, such as `run.stats[hook]`; otherwise they
-                are taken from the first 16,384 rows.
+            statistics: mean and variance of `X` from elsewhere, such as `run.stats[hook]` for a view of the
+                run. By default those of the run itself, if `X` is the hook of a whole run that has them, or
+                else those of the first 16,384 rows that it trains on.
             client: a `dask.distributed.Client` whose workers train together, each on rows of its own.
 
         Raises:

@@ -30,6 +30,8 @@ from millpond.store.files import write_whole
 if TYPE_CHECKING:
     from millpond.analysis.sae.parallel import Group
 
+_CALIBRATED = ("batchtopk", "matryoshka")
+"""Architectures that get a threshold after training."""
 _CALIBRATION_ROWS = 16_384
 _FREE_FIELDS = ("n_threads", "log_every", "checkpoint_every", "device", "buffer_bytes", "tensorboard")
 """Fields that a resumed run may change."""
@@ -139,7 +141,7 @@ def train(
             raise InvalidInput(
                 f"X ended after {trainers[0].tokens:,} of {tokens:,} rows; give more batches or lower tokens"
             )
-        if source.repeatable:
+        if source.repeatable and any(learner.config.architecture in _CALIBRATED for learner in learners):
             again = itertools.islice(source.batches(0), min(n_opening, total_steps))
             recent.extend(_scaled(batch, every, trainers[0].device) for batch in again)
         return [
@@ -206,7 +208,7 @@ def _seen(learner: Learner, rows: list[Tensor]) -> tuple[Tensor, ...]:
 
 def _finished(learner: Learner, trainer: Trainer, every: Sequence[Scale], recent: list[list[Tensor]]) -> Trained:
     config, threshold = learner.config, None
-    if config.architecture in ("batchtopk", "matryoshka"):
+    if config.architecture in _CALIBRATED:
         threshold = calibrated_threshold(trainer, [_seen(learner, rows)[0] for rows in recent])
     outputs = [every[number] for number in (learner.outputs or learner.inputs)]
     weights = unscaled(

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from millpond.analysis.aligned import LazyChunks
 from millpond.analysis.sae.batches import GivenBatches, ShuffledBatches, Source, StreamBatches
 from millpond.analysis.sae.config import SaeConfig
 from millpond.analysis.sae.fit import Learner, Trained, train
 from millpond.analysis.sae.follow import FollowedBatches
 from millpond.analysis.sae.scaling import Scale, scale_of_moments
 from millpond.store.errors import InvalidInput
+from millpond.store.lazy import ReadArray
+from millpond.store.objects import Storage
+from millpond.store.run import open_run
 from millpond.store.stream import ActivationStream
 
 if TYPE_CHECKING:
@@ -133,7 +137,7 @@ def run_training(
         arrays[0] = _Listed(arrays[0])
     wanted = _tokens(arrays[0], tokens, epochs)
     spec = SourceSpec(arrays, config)
-    scales = {number: _known(one) for number, one in enumerate(statistics) if one is not None}
+    scales = _kept(arrays) | {number: _known(one) for number, one in enumerate(statistics) if one is not None}
     folder = None if out is None else Path(out)
     if client is not None:
         from millpond.analysis.sae.parallel import train_on_workers
@@ -162,6 +166,31 @@ def _with_batch(learner: Learner, batch_size: int) -> Learner:
 def _known(statistics: Any) -> Scale:
     """The scale that statistics taken elsewhere give: `mean` (d,) and `variance` (d,) or summed."""
     return scale_of_moments(np.asarray(statistics.mean), float(np.sum(statistics.variance)))
+
+
+def _kept(arrays: Sequence[Any]) -> dict[int, Scale]:
+    """The scales of those arrays that are a whole run's hook, from the statistics kept at ingest; reads no activation."""
+    hooks: list[tuple[Storage, str, int] | None] = []
+    for array in arrays:
+        data = getattr(array, "data", array) if hasattr(array, "dims") else array
+        if isinstance(data, ActivationStream):
+            hooks += [(data.plan.folder, hook, data.plan.n_rows) for hook in data.hooks]
+        else:
+            reader = LazyChunks(data).reader if hasattr(data, "__dask_graph__") else None
+            hooks.append((reader.run, reader.name, data.shape[0]) if isinstance(reader, ReadArray) else None)
+    scales = {}
+    for number, known in enumerate(hooks):
+        if known is None:
+            continue
+        folder, hook, n_rows = known
+        run = open_run(folder)
+        try:
+            kept = run.stats[hook]
+        except InvalidInput:  # the run was written without
+            continue
+        if kept.count == run.n_rows == n_rows:  # otherwise the array is a part of the run
+            scales[number] = _known(kept)
+    return scales
 
 
 def _tokens(X: Any, tokens: int | None, epochs: int) -> int:

@@ -226,7 +226,7 @@ def test_following_gives_each_row_once_and_a_resumed_training_what_is_left(growi
     commit(range(30, 34))
 
     def fit():
-        sae = BatchTopKSae(32, 3, checkpoint_every=1, **(OPTIONS | {"batch_size": 1024}))
+        sae = BatchTopKSae(32, 3, checkpoint_every=17, **(OPTIONS | {"batch_size": 1024}))
         batches = following(lake["grown"], HOOK, 1024, consumer="sae", timeout_s=0)
         return sae.fit(batches, tokens=40 * 512, out=tmp_path / "sae", resume=True)
 
@@ -345,6 +345,36 @@ def test_statistics_replace_the_first_rows_and_the_median_is_one():
     assert float(pull.norm()) < 1e-2
     sae = ReluSae(32, center="geometric_median", lr=1e-9, **(OPTIONS | {"batch_size": 4136})).fit(off)
     np.testing.assert_allclose(sae.b_dec_, median.numpy(), atol=2e-2)
+
+
+def test_a_whole_run_is_centred_by_its_ingest_statistics_without_another_read(run, monkeypatch):
+    from millpond.store import rows as stored
+
+    hook, reads, original = run.hooks[1], [], stored.read_rows
+    every = run.to_numpy(hook).astype(np.float64)
+
+    def counted(path, array, start, stop):
+        reads.append(stop - start)
+        return original(path, array, start, stop)
+
+    monkeypatch.setattr(stored, "read_rows", counted)
+
+    def center(x, **options):
+        reads.clear()
+        sae = ReluSae(8, decay=1.0, warmup=0.0, lr=1e-9, **(OPTIONS | options)).fit(x, tokens=256)
+        return sae.b_dec_
+
+    tolerance = {"rtol": 0, "atol": 1e-6}
+    np.testing.assert_allclose(center(run[hook]), every.mean(0), **tolerance)
+    assert sum(reads) == run.n_rows  # once, into memory
+    np.testing.assert_allclose(center(run[hook], buffer_bytes=1 << 16), every.mean(0), **tolerance)
+    assert sum(reads) < run.n_rows  # a group of chunks or two
+    np.testing.assert_allclose(center(run.stream(hook, 256)), every.mean(0), **tolerance)
+    part = run.split(test=0.5, seed=0)[0]
+    off = center(part[hook]) - every.mean(0)
+    assert 1e-3 < np.abs(off).max() < 1
+    doubled = center(run[hook] * 2)
+    assert np.abs(doubled - 2 * every.mean(0)).max() > 1e-3  # not the run's rows: taken from those it saw
 
 
 def test_jumprelu_learns_its_thresholds_and_pays_for_l0():
