@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
 Rows = NDArray[Any]
 READERS = 2
 """Threads that read."""
+
+
+@contextmanager
+def reader_threads(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads that a generator reads ahead with.
+
+    They are not waited for: an abandoned generator is closed by the garbage collector, perhaps while its thread holds
+    one of the locks that joining a thread takes.
+    """
+    readers = ThreadPoolExecutor(count, thread_name_prefix=name)
+    try:
+        yield readers
+    finally:
+        readers.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -162,7 +177,7 @@ class ActivationStream(Iterator[Any]):
 
     def _make_batches(self, step: int) -> Generator[dict[str, Rows]]:
         groups = self._groups(step * self.batch_rows)
-        with ThreadPoolExecutor(READERS, thread_name_prefix="millpond-stream") as readers:
+        with reader_threads(READERS, "millpond-stream") as readers:
             loader = _Loader(self, readers)
             entry = next(groups, None)
             ahead = entry and loader.submit(entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from millpond.analysis.passes import LazyChunks
 from millpond.store.errors import InvalidInput
-from millpond.store.stream import ActivationStream
+from millpond.store.stream import ActivationStream, reader_threads
 
 Rows = NDArray[np.float32]
 Batch = tuple[Rows, ...]
@@ -119,7 +119,7 @@ class ShuffledBatches:
         """All rows of lazy arrays once, in groups of chunks that are permuted; the next group is read meanwhile."""
         order = np.random.default_rng([self.seed, 0]).permutation(len(self._sizes))
         groups = enumerate(_filled(order, self._sizes, self._group_rows))
-        with ThreadPoolExecutor(1, thread_name_prefix="sae-reader") as reader:
+        with reader_threads(1, "sae-reader") as reader:
             coming: deque[Future[list[NDArray[Any]]]] = deque()
             for number, chunks in groups:
                 coming.append(reader.submit(self._read, chunks, [self.seed, 0, number, self.rank]))
@@ -147,7 +147,7 @@ class ShuffledBatches:
         if self._held is not None:
             yield from self._permutations(skip)
         schedule = self._schedule(skip)
-        with ThreadPoolExecutor(1, thread_name_prefix="sae-reader") as reader:
+        with reader_threads(1, "sae-reader") as reader:
             key, chunks, skipped = next(schedule)
             coming = reader.submit(self._read, chunks, key)
             while True:
