@@ -256,11 +256,11 @@ def _write_metrics(folder: Path, hooks: tuple[str, ...]) -> list[dict[str, Any]]
 
 
 def _provenance(job: ProbeJob, run: Run) -> dict[str, Any]:
-    from millpond import __version__
+    from importlib.metadata import version
 
     return {
         "job": dataclasses.asdict(job), "run": run.name, "run_id": run.plan.spec.id, "rows": run.n_rows,
-        "prompts": len(run.prompts), "millpond": __version__,
+        "prompts": len(run.prompts), "millpond": version("millpond"),
     }  # fmt: skip
 
 

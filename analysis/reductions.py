@@ -325,7 +325,7 @@ _OPERATIONS: dict[str, Any] = {
 
 
 def _result(work: _Work, expression: ex.Expression, run: Run) -> Result:
-    from millpond import __version__
+    from importlib.metadata import version
 
     assert work.rows is not None
     values: dict[str, Any] = dict(work.values)
@@ -338,7 +338,7 @@ def _result(work: _Work, expression: ex.Expression, run: Run) -> Result:
     elif work.groups is None:
         values = {name: value if name == "edges" else value[0] for name, value in values.items()}
     provenance: dict[str, Any] = {
-        "run": run.name, "run_id": run.plan.spec.id, "expression": expression.to_wire(), "millpond": __version__
+        "run": run.name, "run_id": run.plan.spec.id, "expression": expression.to_wire(), "millpond": version("millpond")
     }  # fmt: skip
     if work.groups is not None:
         provenance["groups"] = work.groups.tolist()

@@ -176,7 +176,7 @@ def _check_finite(values: NDArray[Any], run: Run, name: str) -> None:
 
 
 def _result(kind: str, run: Run, names: Sequence[str], values: dict[str, Any], *, read: int, **more: Any) -> Result:
-    from millpond import __version__
+    from importlib.metadata import version
 
     evidence = {"rows": run.n_rows, "prompts": len(run.prompts)}
     about = {
@@ -184,7 +184,7 @@ def _result(kind: str, run: Run, names: Sequence[str], values: dict[str, Any], *
         "run_id": run.plan.spec.id,
         "hooks": list(names),
         "rows_read": read,
-        "millpond": __version__,
+        "millpond": version("millpond"),
     }
     return Result(kind, values, evidence=evidence, provenance=about | more)
 

@@ -376,8 +376,8 @@ def _score(state: Any, x: Rows) -> list[NDArray[Any]]:
 
 
 def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
     import scipy
 
-    from millpond import __version__
-
-    return {"millpond": __version__, "numpy": np.__version__, "scipy": scipy.__version__}
+    return {"millpond": version("millpond"), "numpy": np.version("millpond"), "scipy": scipy.version("millpond")}
