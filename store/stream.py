@@ -203,7 +203,7 @@ class _Pending:
     tasks: Sequence[Future[None]]
 
     def result(self) -> _Pending:
-        """This group, with its rows."""
+        """The group once its rows are there."""
         for task in self.tasks:
             task.result()
         return self
@@ -218,6 +218,7 @@ class _Loader:
 
     def __init__(self, stream: ActivationStream, readers: ThreadPoolExecutor) -> None:
         self.stream, self.readers = stream, readers
+        self._array = stream.plan.spec.activation_array
         self._free: list[dict[str, Rows]] = []
         self._epoch = -1
         self._order: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -233,7 +234,7 @@ class _Loader:
         stream = self.stream
         first, last = stream._share
         shape = min(stream.buffer_rows, last - first), stream.plan.spec.d_model
-        return {hook: np.empty(shape, stream.plan.spec.activation_array.dtype) for hook in stream.hooks}
+        return {hook: np.empty(shape, self._array.dtype) for hook in stream.hooks}
 
     def submit(self, group: _Group | None) -> _Pending | None:
         if group is None:
@@ -252,22 +253,22 @@ class _Loader:
         for index in range(first, last):
             low = max(int(self._before[index]), group.start)
             high = min(int(self._before[index + 1]), group.stop)
-            chunk = int(stream._chunks[self._order[index]])
+            chunk = int(self._order[index])
             inside = slice(low - int(self._before[index]), high - int(self._before[index]))
             target = {hook: values[low - group.start : high - group.start] for hook, values in rows.items()}
             tasks.append(self.readers.submit(self._load, chunk, inside, target))
         return _Pending(rows, order, group.skip, tasks)
 
     def _load(self, chunk: int, inside: slice, target: dict[str, Rows]) -> None:
-        """The chosen rows `inside` of a chunk."""
+        """The chosen rows `inside` of a chunk, the number of which counts those that have any."""
         plan = self.stream.plan
-        block = self.stream._table[chunk]
-        mask = plan.mask(block)
-        held = None if isinstance(mask, slice) else np.flatnonzero(mask)[inside]
+        block = self.stream._table[int(self.stream._chunks[chunk])]
+        whole = self.stream._counts[chunk] == block.stop - block.start
+        held = None if whole else np.flatnonzero(plan.mask(block))[inside]
         low, high = (inside.start, inside.stop) if held is None else (int(held[0]), int(held[-1]) + 1)
         folder = plan.folder / plan.parts[block.part].path
         for hook, rows in target.items():
-            place = folder / hook, plan.spec.activation_array, block.start + low, block.start + high
+            place = folder / hook, self._array, block.start + low, block.start + high
             if held is None or len(held) == high - low:
                 read_rows(*place, out=rows)
             else:
