@@ -264,7 +264,8 @@ class _Loader:
         plan = self.stream.plan
         block = self.stream._table[int(self.stream._chunks[chunk])]
         whole = self.stream._counts[chunk] == block.stop - block.start
-        held = None if whole else np.flatnonzero(plan.mask(block))[inside]
+        mask = slice(None) if whole else plan.mask(block)
+        held = None if isinstance(mask, slice) else np.flatnonzero(mask)[inside]
         low, high = (inside.start, inside.stop) if held is None else (int(held[0]), int(held[-1]) + 1)
         folder = plan.folder / plan.parts[block.part].path
         for hook, rows in target.items():
