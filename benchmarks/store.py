@@ -13,6 +13,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -23,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import stream
 from numpy.typing import NDArray
+from peers import SYSTEMS
 
 from millpond.store.compaction import compact
 from millpond.store.lake import open_lake
@@ -320,16 +324,57 @@ def _open_many(run: Storage, count: int) -> float:
     return min(took)
 
 
+def peers(quick: bool) -> dict[str, Any]:
+    """`peers`: how many times as fast as each other system the lake is; null for one that does not run here."""
+    n_rows, rounds = (131_072, 2) if quick else (524_288, 3)
+    script = Path(__file__).parent / "peers.py"
+    folder = Path(tempfile.mkdtemp(prefix="millpond-benchmark-"))
+    best: dict[str, dict[str, float] | None] = {}
+    try:
+        python = stream.peers_python(folder)
+        for name in [name for _ in range(rounds) for name in SYSTEMS]:
+            if best.get(name, {}) is None:
+                continue
+            place = folder / name
+            place.mkdir()
+            command = [sys.executable if name in ("raw", "millpond") else python, script, name, place, str(n_rows)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            shutil.rmtree(place)
+            if done.returncode:
+                print(f"peers       {name} does not run: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+                best[name] = None
+                continue
+            took = json.loads(done.stdout.splitlines()[-1])
+            held = best.get(name) or took
+            best[name] = {key: min(value, held[key]) for key, value in took.items()}
+    finally:
+        shutil.rmtree(folder)
+    size = n_rows * D_MODEL * 2
+    for name, times in best.items():
+        if times:
+            print(f"peers       {name:14}" + "".join(f"{key} {size / t / 1e6:6.0f} MB/s  " for key, t in times.items()))
+    ours = best.pop("millpond")
+    assert ours is not None
+    times_as_fast = {
+        name: times and {key: round(times[key] / ours[key], 2) for key in ours} for name, times in best.items()
+    }
+    return {"peers": times_as_fast}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less data and fewer rounds")
     quick = parser.parse_args().quick
-    record: dict[str, float] = local(quick)
+    record: dict[str, Any] = local(quick)
     with s3() as (opened, options, plain):
         record |= s3_throughput(quick, opened, plain)
         record |= commit_latency(quick, options)
     record |= many_commits(quick)
+    record |= stream.measured(quick)
+    record |= peers(quick)
     print(json.dumps(record))
 
 

@@ -36,6 +36,14 @@ def decode(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return stored.astype(np.float32, copy=False)
 
 
+def decode_into(stored: NDArray[Any], dtype: str, out: NDArray[np.float32]) -> None:
+    """As `decode`, into contiguous `out`."""
+    if dtype == "bfloat16":
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[...] = stored
+
+
 def encode_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """The bfloat16 bits nearest to float32 `values`, ties to even; a NaN stays a NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

@@ -65,11 +65,16 @@ class LocalStorage(Storage):
             return [os.pread(handle.fileno(), length, start) for start, length in zip(starts, lengths, strict=True)]
 
     def read_into(self, path: str, start: int, target: memoryview) -> int:  # noqa: D102
-        with _named_errors(self.path / path), (self.path / path).open("rb", buffering=0) as handle:
-            done = 0
-            while done < len(target) and (count := os.preadv(handle.fileno(), [target[done:]], start + done)):
-                done += count
-            return done
+        file = self.path / path
+        with _named_errors(file):
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                done = 0
+                while done < len(target) and (count := os.preadv(descriptor, [target[done:]], start + done)):
+                    done += count
+                return done
+            finally:
+                os.close(descriptor)
 
     def put(self, path: str, data: bytes, *, durable: bool = True) -> None:  # noqa: D102
         target = self.path / path

@@ -250,14 +250,16 @@ class _ShardWriter:
         return self._bytes, self._crc
 
 
-def read_rows(folder: Storage, spec: ArraySpec, start: int, stop: int) -> Array:
-    """Rows `start` to `stop` of the array in `folder`, in its stored data type.
+def read_rows(folder: Storage, spec: ArraySpec, start: int, stop: int, out: Array | None = None) -> Array:
+    """Rows `start` to `stop` of the array in `folder`, in its stored data type; into contiguous `out` if given.
 
     Raises:
         LakeCorrupt: a shard is missing or shorter than its rows.
     """
     shape = (stop - start,) if spec.columns is None else (stop - start, spec.columns)
-    out = np.empty(shape, spec.dtype)
+    out = np.empty(shape, spec.dtype) if out is None else out
+    assert out.shape == shape
+    assert out.dtype == spec.dtype
     done = 0
     for shard in range(start // spec.shard_rows, spec.n_shards(stop) if stop > start else 0):
         first = max(start - shard * spec.shard_rows, 0)

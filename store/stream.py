@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.store.dtypes import check_view_dtype, decode, to_torch
+from millpond.store.dtypes import check_view_dtype, decode_into, to_torch
 from millpond.store.errors import InvalidInput
 from millpond.store.rows import RowPlan
 from millpond.store.shards import read_rows
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Rows = NDArray[Any]
 READERS = 2
 """Threads that read."""
+DECODE_BYTES = 1 << 18
+"""Rows are decoded so many stored bytes at a time, which a core's cache holds."""
 
 
 @contextmanager
@@ -58,7 +60,7 @@ class ActivationStream(Iterator[Any]):
     intervals of that sequence, so ranks are disjoint, together they are all rows, and they differ by at
     most a row. Its interval is cut into groups of `buffer_rows` rows, each permuted, and batches are cut
     from the groups laid end to end, epoch after epoch. So every step is reached by counting: resuming
-    reads nothing of what came before. Two groups are held, and what a batch takes from a third.
+    reads nothing of what came before. Two groups are held as they are stored; a batch is a copy of its rows.
     """
 
     def __init__(
@@ -179,98 +181,124 @@ class ActivationStream(Iterator[Any]):
         groups = self._groups(step * self.batch_rows)
         with reader_threads(READERS, "millpond-stream") as readers:
             loader = _Loader(self, readers)
-            entry = next(groups, None)
-            ahead = entry and loader.submit(entry)
-            left: dict[str, Rows] = {}
+            ahead = loader.submit(next(groups, None))
+            batch: dict[str, Rows] = {}
+            filled = 0
             try:
-                while entry and ahead:
-                    rows = {hook: values[entry.skip :] for hook, values in ahead.result().items()}
-                    entry = next(groups, None)
-                    ahead = entry and loader.submit(entry)
-                    begin = 0
-                    if left:  # only this batch lies in two groups: joining it alone copies no whole buffer
-                        begin = self.batch_rows - _length(left)
-                        left = {hook: np.concatenate([left[hook], rows[hook][:begin]]) for hook in self.hooks}
-                        if _length(left) < self.batch_rows:
-                            continue
-                        yield left
-                    whole = begin + (_length(rows) - begin) // self.batch_rows * self.batch_rows
-                    for first in range(begin, whole, self.batch_rows):
-                        yield {hook: values[first : first + self.batch_rows] for hook, values in rows.items()}
-                    left = {hook: values[whole:].copy() for hook, values in rows.items()}
-                    left = left if _length(left) else {}
-                    rows = {}
+                while ahead:
+                    held = ahead.result()
+                    ahead = loader.submit(next(groups, None))
+                    at = held.skip
+                    while at < len(held.order):
+                        if not filled:
+                            shape = (self.batch_rows, self.plan.spec.d_model)
+                            batch = {hook: np.empty(shape, self._kind) for hook in self.hooks}
+                        take = min(self.batch_rows - filled, len(held.order) - at)
+                        for hook, rows in batch.items():
+                            self._gather(held.rows[hook], held.order[at : at + take], rows[filled : filled + take])
+                        at, filled = at + take, (filled + take) % self.batch_rows
+                        if not filled:
+                            yield batch
+                    loader.reuse(held)
             finally:
                 if ahead:
                     ahead.cancel()
 
+    def _gather(self, stored: Rows, order: NDArray[np.int64], out: Rows) -> None:
+        """The rows `order` of a group, as the stream's dtype; mode "clip" because NumPy buffers `out` otherwise."""
+        spec = self.plan.spec
+        if self.dtype == spec.dtype:
+            np.take(stored, order, axis=0, out=out.view(stored.dtype), mode="clip")
+            return
+        step = max(DECODE_BYTES // spec.activation_array.row_bytes, 1)
+        for first in range(0, len(order), step):
+            rows = np.take(stored, order[first : first + step], axis=0)
+            decode_into(rows, spec.dtype, out[first : first + step])
 
-def _length(rows: Mapping[str, Rows]) -> int:
-    return len(next(iter(rows.values())))
 
-
+@dataclass(frozen=True)
 class _Pending:
     """A group whose pieces are being read."""
 
-    def __init__(self, rows: dict[str, Rows], parts: Sequence[Future[None]]) -> None:
-        self._rows, self._parts = rows, parts
+    rows: dict[str, Rows]
+    """As they are stored, chunk after chunk; of each hook."""
+    order: NDArray[np.int64]
+    """Which of them is the group's first, second and so on."""
+    skip: int
+    tasks: Sequence[Future[None]]
 
-    def result(self) -> dict[str, Rows]:
-        for part in self._parts:
-            part.result()
-        return self._rows
+    def result(self) -> _Pending:
+        """The group once its rows are there."""
+        for task in self.tasks:
+            task.result()
+        return self
 
     def cancel(self) -> None:
-        for part in self._parts:
-            part.cancel()
+        for task in self.tasks:
+            task.cancel()
 
 
 class _Loader:
-    """Reads groups: every piece of every hook is one task of the readers."""
+    """Reads groups, into two buffers that take turns: every chunk is one task of the readers."""
 
     def __init__(self, stream: ActivationStream, readers: ThreadPoolExecutor) -> None:
         self.stream, self.readers = stream, readers
+        self._array = stream.plan.spec.activation_array
+        self._free: list[dict[str, Rows]] = []
         self._epoch = -1
         self._order: NDArray[np.int64] = np.zeros(0, np.int64)
         self._before: NDArray[np.int64] = np.zeros(0, np.int64)
 
-    def submit(self, group: _Group) -> _Pending:
+    def reuse(self, group: _Pending) -> None:
+        """Read another group to where this one is."""
+        self._free.append(group.rows)
+
+    def _buffer(self) -> dict[str, Rows]:
+        if self._free:
+            return self._free.pop()
+        stream = self.stream
+        first, last = stream._share
+        shape = min(stream.buffer_rows, last - first), stream.plan.spec.d_model
+        return {hook: np.empty(shape, self._array.dtype) for hook in stream.hooks}
+
+    def submit(self, group: _Group | None) -> _Pending | None:
+        if group is None:
+            return None
         stream = self.stream
         if group.epoch != self._epoch:
             self._epoch, (self._order, self._before) = group.epoch, stream._order(group.epoch)
         n = group.stop - group.start
-        rows = {hook: np.empty((n, stream.plan.spec.d_model), stream._kind) for hook in stream.hooks}
-        place = np.random.default_rng([stream.seed, group.epoch, group.number, stream.rank, stream.world]).permutation(
-            n
-        )
+        rows = self._buffer()
+        mixed = np.random.default_rng([stream.seed, group.epoch, group.number, stream.rank, stream.world])
+        order = np.empty(n, np.int64)
+        order[mixed.permutation(n)] = np.arange(n)
         first = int(np.searchsorted(self._before, group.start, "right")) - 1
         last = int(np.searchsorted(self._before, group.stop, "left"))
         tasks = []
         for index in range(first, last):
             low = max(int(self._before[index]), group.start)
             high = min(int(self._before[index + 1]), group.stop)
-            chunk = int(stream._chunks[self._order[index]])
+            chunk = int(self._order[index])
             inside = slice(low - int(self._before[index]), high - int(self._before[index]))
-            target = place[low - group.start : high - group.start]
-            tasks.append(self.readers.submit(self._load, chunk, inside, target, rows))
-        return _Pending(rows, tasks)
+            target = {hook: values[low - group.start : high - group.start] for hook, values in rows.items()}
+            tasks.append(self.readers.submit(self._load, chunk, inside, target))
+        return _Pending(rows, order, group.skip, tasks)
 
-    def _load(self, chunk: int, inside: slice, target: NDArray[np.int64], rows: dict[str, Rows]) -> None:
-        """The chosen rows `inside` of a chunk, to their places in the group."""
-        plan, stream = self.stream.plan, self.stream
-        block = stream._table[chunk]
-        mask = plan.mask(block)
-        held = np.arange(block.stop - block.start)[mask][inside]
-        low, high = int(held[0]), int(held[-1]) + 1
+    def _load(self, chunk: int, inside: slice, target: dict[str, Rows]) -> None:
+        """The chosen rows `inside` of a chunk, the number of which counts those that have any."""
+        plan = self.stream.plan
+        block = self.stream._table[int(self.stream._chunks[chunk])]
+        whole = self.stream._counts[chunk] == block.stop - block.start
+        mask = slice(None) if whole else plan.mask(block)
+        held = None if isinstance(mask, slice) else np.flatnonzero(mask)[inside]
+        low, high = (inside.start, inside.stop) if held is None else (int(held[0]), int(held[-1]) + 1)
         folder = plan.folder / plan.parts[block.part].path
-        for hook in stream.hooks:
-            stored = read_rows(folder / hook, plan.spec.activation_array, block.start + low, block.start + high)
-            if len(held) < high - low:
-                stored = stored[held - low]
-            if stream.dtype == "float32":
-                rows[hook][target] = decode(stored, plan.spec.dtype)
+        for hook, rows in target.items():
+            place = folder / hook, self._array, block.start + low, block.start + high
+            if held is None or len(held) == high - low:
+                read_rows(*place, out=rows)
             else:
-                rows[hook].view(stored.dtype)[target] = stored
+                np.take(read_rows(*place), held - low, axis=0, out=rows, mode="clip")
 
 
 def _torch_dataset(stream: ActivationStream) -> torch.utils.data.IterableDataset[Any]:
