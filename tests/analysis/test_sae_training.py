@@ -152,9 +152,9 @@ def test_a_resumed_run_stream_reads_nothing_of_what_came_before(run, tmp_path, m
     batch_rows, steps, kept = 1024, 40, 30
     read, original = [], streams.read_rows
 
-    def counted(path, array, start, stop):
+    def counted(path, array, start, stop, **options):
         read.append(stop - start)
-        return original(path, array, start, stop)
+        return original(path, array, start, stop, **options)
 
     monkeypatch.setattr(streams, "read_rows", counted)
 
