@@ -103,7 +103,7 @@ def shard_files(run: Run) -> list[Path]:
     (part,) = run.plan.parts
     folder = run.plan.folder / part.path / HOOK
     spec = run.plan.spec.activation_array
-    return [spec.shard_path(folder, shard) for shard in range(-(-part.rows // spec.shard_rows))]
+    return [(folder / spec.shard_path(shard)).path for shard in range(-(-part.rows // spec.shard_rows))]
 
 
 def forget(run: Run) -> None:
