@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -173,12 +174,12 @@ def _one_reader(tasks: Sequence[Any]) -> tuple[Any, list[Any]]:
     return (functions[0], arguments) if all(one is functions[0] for one in functions) else (None, [])
 
 
-class Source:
+class Source(ABC):
     """One of the arrays of an `AlignedRows`, without the rows."""
 
+    @abstractmethod
     def read(self, block: Block, memory: Any) -> Any:
         """The rows of `block`; `memory` is what a task was given of an array in memory."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
