@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak check lint types layers format clean help
+.PHONY: demo test soak docs check lint types layers format clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,10 @@ test: ## install, then run every test
 soak: ## install, then an hour or two of random traffic, kills and races, everything checked
 	$(PYTHON) tools/install.py --for test
 	$(BIN)/python -m pytest -m soak -s
+
+docs: ## install, then build the handbook into site/
+	$(PYTHON) tools/install.py --for test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: lint types layers ## everything that needs no test run
 
@@ -37,4 +41,4 @@ format: ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean: ## remove what the commands above made
-	rm -rf .venv .venv-sae-peers demo dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-sae-peers demo dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
