@@ -33,6 +33,7 @@ SYSTEM_PACKAGES = {
         "ceph-common": lambda: shutil.which("ceph") is not None,
         "chromium": lambda: shutil.which("chromium") is not None,
         "iproute2": lambda: shutil.which("ip") is not None,
+        "nftables": lambda: shutil.which("nft") is not None,
         "postgresql": lambda: (
             any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb") is not None
         ),
