@@ -30,7 +30,10 @@ _FIRST_WAIT = 0.2
 T = TypeVar("T", bound=Body)
 
 _ERRORS: dict[ErrorCode, tuple[type[MillpondError], str]] = {
-    ErrorCode.BAD_REQUEST: (InvalidInput, "the gateway could not use the request; check names, conditions and parameters"),
+    ErrorCode.BAD_REQUEST: (
+        InvalidInput,
+        "the gateway could not use the request; check names, conditions and parameters",
+    ),
     ErrorCode.NOT_FOUND: (
         GatewayRefused,
         "not found: it does not exist, or is not this project's; look at lake.runs(), and at the project's name",
@@ -46,7 +49,10 @@ _ERRORS: dict[ErrorCode, tuple[type[MillpondError], str]] = {
         "the job failed; run the same lines on lake.twin(run), where errors are shown in full",
     ),
     ErrorCode.BAD_GRAPH: (GraphRefused, "the vault refused the graph; use allowed operators and smaller shapes"),
-    ErrorCode.BAD_RUN: (InvalidInput, "the run cannot be used so: is it sealed, and does it hold the hook and the label?"),
+    ErrorCode.BAD_RUN: (
+        InvalidInput,
+        "the run cannot be used so: is it sealed, and does it hold the hook and the label?",
+    ),
     ErrorCode.NOT_REPRODUCED: (GatewayRefused, "running the job again gave other bytes; tell an operator"),
     ErrorCode.UNAVAILABLE: (GatewayUnavailable, "the gateway cannot do this now; try again later"),
     ErrorCode.VERSION: (GatewayUnavailable, "the gateway speaks another version; install the same Millpond as it"),
@@ -106,7 +112,9 @@ class Connection:
         except ValueError:
             found = None
         if response.status_code != 200 or not isinstance(found, dict):
-            raise GatewayUnavailable(f"{self.url} answers {response.status_code} and not as a gateway; check MILLPOND_URL")
+            raise GatewayUnavailable(
+                f"{self.url} answers {response.status_code} and not as a gateway; check MILLPOND_URL"
+            )
         return found
 
     def ask(self, wanted: type[T], method: str, path: str, payload: Any = None) -> T:
@@ -139,7 +147,9 @@ class Connection:
 
     def _open(self, response: httpx.Response) -> Body:
         if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
-            raise GatewayUnavailable(f"{self.url} answers {response.status_code} and not as a gateway; check MILLPOND_URL")
+            raise GatewayUnavailable(
+                f"{self.url} answers {response.status_code} and not as a gateway; check MILLPOND_URL"
+            )
         body = decode(response.content)
         if not isinstance(body, Closed):
             fixed = 0 if isinstance(body, JobStatus) else self._charges.response_bytes

@@ -71,7 +71,9 @@ class JobFuture(Generic[T]):
             while not self.done():
                 now = time.monotonic()
                 if end is not None and now >= end:
-                    raise TimeoutError(f"job {self.handle} is {self.status.state} after {self.elapsed:.0f} s; ask later")
+                    raise TimeoutError(
+                        f"job {self.handle} is {self.status.state} after {self.elapsed:.0f} s; ask later"
+                    )
                 line.show()
                 time.sleep(max(0.0, min(self._due, end or self._due) - now))
         return self._collect()
@@ -134,7 +136,9 @@ class JobFuture(Generic[T]):
         count = self.job.answers()
         if self.status.state == "failed":
             ask("GET", f"jobs/{self.handle}/answers/0")  # says why
-            raise GatewayRefused(f"job {self.handle} failed; run the same lines on lake.twin(run), which shows errors in full")
+            raise GatewayRefused(
+                f"job {self.handle} failed; run the same lines on lake.twin(run), which shows errors in full"
+            )
         bodies = [ask("GET", f"jobs/{self.handle}/answers/{number}") for number in range(count)]
         check_released(bodies)
         return [body.result if isinstance(body, ReleasedResult) else body for body in bodies if _answer(body)]
