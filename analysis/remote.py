@@ -178,7 +178,7 @@ class HandedProbe(Handed):
         result = self._ask("release", {})
         self.coef_ = np.atleast_2d(np.asarray(result["direction"], np.float64))
         if "bias" in result.values:
-            self.intercept_ = np.atleast_1d(np.float64(result["bias"]))  # type: ignore[arg-type]
+            self.intercept_ = np.atleast_1d(np.float64(result["bias"]))
         return result
 
     def __getattr__(self, name: str) -> Any:

@@ -167,6 +167,7 @@ class Connection:
         """Asks again while the gateway restarts: what was not sent at all, or only reads."""
         content = None if payload is None else json.dumps(payload, allow_nan=False).encode()
         headers = {} if content is None else {"Content-Type": "application/json"}
+        lost = ""
         for attempt in range(self.retries):
             if attempt:
                 time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
@@ -177,10 +178,11 @@ class Connection:
             except httpx.TransportError as error:
                 problem = error
                 if method != "GET":
+                    lost = "; the request may have arrived: lake.jobs() lists what was submitted"
                     break
         raise GatewayUnavailable(
             f"the gateway at {self.url} does not answer ({type(problem).__name__}: {problem}); check MILLPOND_URL, "
-            "and whether it runs; a job may have been submitted: lake.jobs()"
+            "and whether it runs" + lost
         ) from problem
 
 

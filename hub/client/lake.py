@@ -136,6 +136,10 @@ class RemoteLake(Mapping[str, RemoteRun]):
         self._views[handle] = view
         return view
 
+    def view(self, handle: str) -> RunView:
+        """The description of a run that was opened before."""
+        return self._views.get(handle) or self._look(handle)
+
     def learn(self, view: RunView) -> None:
         """Remember what is now known of a run."""
         self._views[view.handle] = view
@@ -153,7 +157,7 @@ class RemoteLake(Mapping[str, RemoteRun]):
                 f"run {name!r} is not in project {self.project!r}, which holds {', '.join(self.runs()) or 'no runs'}; "
                 "name one of these, or capture it"
             )
-        return RemoteRun(self, found, RowSet(run=found.handle))
+        return self._run(found)
 
     def _named(self, name: str) -> RunView | None:
         return next((view for view in self._views.values() if view.name == name), None)
@@ -242,8 +246,7 @@ class RemoteLake(Mapping[str, RemoteRun]):
         job = jobs.capture_job(prompts, **options)
 
         def finish(answers: Sequence[Any], made: Sequence[Artifact]) -> RemoteRun:
-            view = self._look(made[0].handle)
-            return RemoteRun(self, view, RowSet(run=view.handle))
+            return self._run(self._look(made[0].handle))
 
         return self.submit_job(job, finish)
 
@@ -322,7 +325,7 @@ class RemoteLake(Mapping[str, RemoteRun]):
         return [("project", self.project), ("session", session), *sorted(held)]
 
     def _run(self, view: RunView) -> RemoteRun:
-        return RemoteRun(self, view, RowSet(run=view.handle))
+        return RemoteRun(self, RowSet(run=view.handle))
 
     def __repr__(self) -> str:
         known = "" if self._listed else " looked at so far"

@@ -37,10 +37,13 @@ class RemoteRun:
     """A run of the project, or the rows of it that a condition and a split leave. Looking at it costs nothing."""
 
     lake: RemoteLake
-    view: RunView
-    """What the gateway says of the whole run."""
     rows: RowSet
-    """Which of its rows."""
+    """Which rows of which run."""
+
+    @property
+    def view(self) -> RunView:
+        """What the gateway says of the whole run."""
+        return self.lake.view(self.rows.run)
 
     @property
     def name(self) -> str:
@@ -183,7 +186,7 @@ class RemoteRun:
     def facts(self) -> list[tuple[str, str]]:
         """What a reader wants to know of it, in order."""
         view = self.view
-        rows = "rows known in the vault" if self.n_rows is None else f"{self.n_rows:,} rows"
+        rows = "rows, counted in the vault only," if self.n_rows is None else f"{self.n_rows:,} rows"
         found = [
             ("state", view.state),
             ("model", view.model),
@@ -211,7 +214,7 @@ class RemoteRun:
 
     def __getattr__(self, name: str) -> Any:
         if name in _LOCAL:
-            raise stays(f"{name} of run {self.__dict__['view'].name!r} is", _LOCAL[name])
+            raise stays(f"{name} of run {self.name!r} is", _LOCAL[name])
         raise AttributeError(f"'RemoteRun' object has no attribute {name!r}")
 
     def __repr__(self) -> str:
@@ -384,9 +387,7 @@ class RemoteLabels(Mapping[str, RemoteLabel]):
             Handles, "POST", f"runs/{run.view.handle}/labels", {"name": name, "by": found, "values": plain}
         )
         labels = tuple(sorted({*run.view.labels, name}))
-        view = replace(run.view, labels=labels)
-        run.lake.learn(view)
-        object.__setattr__(run, "view", view)
+        run.lake.learn(replace(run.view, labels=labels))
 
     def __repr__(self) -> str:
         return f"<RemoteLabels: {', '.join(self) or 'none'}>"
