@@ -9,6 +9,9 @@ MillpondError
 │   ├── RunExists         the lake already holds a run of that name
 │   ├── RunBusy           another process captures into the run
 │   ├── JobNotFound       the queue holds no job of that id
+│   ├── NotHeld           the project holds nothing of that handle, whether or not another one does
+│   ├── NotPermitted      the caller's role does not allow it
+│   ├── TooMany           the user has as many jobs waiting as are allowed
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
 │   ├── OneClass          labels hold one class where two are needed
 │   ├── MissingLabels     rows or prompts have no label, or NaN
@@ -78,6 +81,20 @@ class JobNotFound(InvalidInput, KeyError):
     """The queue holds no job of that id."""
 
     __str__ = Exception.__str__
+
+
+class NotHeld(InvalidInput, KeyError):
+    """The project holds nothing of that handle, whether or not another one does."""
+
+    __str__ = Exception.__str__
+
+
+class NotPermitted(InvalidInput):
+    """The caller's role does not allow it."""
+
+
+class TooMany(InvalidInput):
+    """The user has as many jobs waiting as are allowed; nothing was queued."""
 
 
 class MemoryTooSmall(InvalidInput):
