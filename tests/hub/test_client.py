@@ -220,7 +220,7 @@ def test_labels_that_a_client_adds_are_used(vault, lake):
     probe = mp.MassMeanProbe(progress=False).fit(train[HOOK], train.labels["odd"])
     result = probe.evaluate(test[HOOK], test.labels["odd"])
     assert result["auroc"] == pytest.approx(0.5, abs=0.15)
-    assert "odd" not in [name for name in mp.open(vault.lake.folder)["run-1"].labels]  # under the project's mark
+    assert "odd" not in mp.open(vault.lake.folder)["run-1"].labels  # under the project's mark
     with pytest.raises(InvalidInput, match="one for each"):
         run.labels.add("mixed", {"p0": 1, "p1": [1, 2]})
 
@@ -292,8 +292,8 @@ def test_what_is_held_back_names_the_rule_and_the_remedy(lake):
     few = run.select(prompts=[f"p{number}" for number in range(12)])
     with pytest.raises(NotReleased, match="too_few_prompts: use more distinct prompts"):
         (mp.lazy(few)[HOOK] @ np.ones(D)).mean().compute()
+    run.labels.add("constant", {f"p{number}": 1 for number in range(PROMPTS)})
     with pytest.raises(GatewayRefused, match="twin"):
-        run.labels.add("constant", {f"p{number}": 1 for number in range(PROMPTS)})
         mp.LogisticProbe(progress=False).fit(run[HOOK], run.labels["constant"])
 
 
