@@ -12,15 +12,13 @@ from millpond.hub.kinds.base import (
     Job,
     LabelName,
     Needed,
-    Outcome,
-    Progress,
     RowSet,
     evaluation_bytes,
 )
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 
 class EvaluateJob(Job):

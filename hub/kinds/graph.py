@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, RowSet
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 MAX_GRAPH = 1 << 20
 MAX_VALUES = 48 << 20

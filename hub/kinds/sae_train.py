@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Hook, Job, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, Needed, RowSet
 from millpond.hub.kinds.estimators import SaeEstimator
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 
 class SaeTrainJob(Job):
