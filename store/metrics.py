@@ -1,10 +1,8 @@
-"""A lake's state in Prometheus' text format, worked out anew whenever it is asked for, and events as JSON lines."""
+"""A lake's state in Prometheus' text format, worked out anew whenever it is asked for."""
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from millpond.store.errors import MillpondError
@@ -50,35 +48,19 @@ def metrics(lake: Lake) -> str:
     if quota is not None:
         samples.append(("millpond_lake_quota_bytes", "", quota))
     samples.append(("millpond_lake_deleted_runs", "", sum(1 for _ in lake.storage.list("deleted"))))
-    return "".join(_lines(samples))
+    return exposition(_HELP, samples)
 
 
-def _lines(samples: list[tuple[str, str, float]]) -> Iterator[str]:
-    for name in _HELP:
-        of_name = [sample for sample in samples if sample[0] == name]
+def exposition(help_texts: Mapping[str, str], samples: Iterable[tuple[str, str, float]]) -> str:
+    """Samples (name, labels, value) in the text exposition format 0.0.4, in the order of `help_texts`."""
+    lines = []
+    held = list(samples)
+    for name, text in help_texts.items():
+        of_name = [sample for sample in held if sample[0] == name]
         if of_name:
-            yield f"# HELP {name} {_HELP[name]}\n# TYPE {name} gauge\n"
-            yield from (
+            lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n")
+            lines += [
                 f"{name}{label} {value:g}\n" if value < 1e6 else f"{name}{label} {int(value)}\n"
                 for _, label, value in of_name
-            )
-
-
-class JsonLines(logging.Formatter):
-    """A log record as one JSON object: time, level, logger, event, and the fields given with `extra`."""
-
-    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        fields = {name: value for name, value in vars(record).items() if name not in self._OWN}
-        line = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **fields,
-        }
-        if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+            ]
+    return "".join(lines)

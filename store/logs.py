@@ -1,0 +1,63 @@
+"""Logs as JSON lines, each with the job that it is about: what every long-running process of the vault writes.
+
+Logs hold names and counts that depend on activations. They are for operators, and leave only through the egress meter.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TextIO
+
+_JOB: ContextVar[str] = ContextVar("job", default="")
+
+
+@contextmanager
+def of_job(job: str) -> Iterator[None]:
+    """Records that are written inside, by this thread or task, carry the job's id."""
+    token = _JOB.set(job)
+    try:
+        yield
+    finally:
+        _JOB.reset(token)
+
+
+def job_id() -> str:
+    """The job that this thread or task works on, or nothing."""
+    return _JOB.get()
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one JSON object: time, level, logger, event, the job, and the fields given with `extra`."""
+
+    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        fields = {name: value for name, value in vars(record).items() if name not in self._OWN}
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **({"job": job_id()} if job_id() else {}),
+            **fields,
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_to(stream: TextIO | None = None) -> logging.Handler:
+    """Write the events of `millpond` to `stream`, by default standard error, from now on; a process calls it once."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("millpond")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return handler
