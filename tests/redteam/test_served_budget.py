@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -192,7 +193,7 @@ def test_names_orders_handles_and_errors_carry_nothing_of_another_project(served
             (handle,) = decode(http.post("/api/v1/p/mine/jobs", json={"job": job}).content).values
             handles.append(handle)
         assert len(set(handles)) == 6
-        assert handles not in (sorted(handles), sorted(handles, reverse=True)) or len(set(h[0] for h in handles)) > 1
+        assert handles not in (sorted(handles), sorted(handles, reverse=True)) or len({h[0] for h in handles}) > 1
         # nothing that was sent comes back
         marker = "canary-4711"
         for path, payload in (
@@ -241,7 +242,7 @@ def test_a_status_is_the_same_all_through_its_slot(served):
         while time.monotonic() - started < 1.2:
             content = http.get(f"/api/v1/p/slots/jobs/{future.handle}").content
             seen.append((time.monotonic() - started, content))
-        changes = [at for (_, a), (at, b) in zip(seen, seen[1:], strict=False) if a != b]
+        changes = [at for (_, a), (at, b) in itertools.pairwise(seen) if a != b]
         # states change at ends of slots of 100 ms and at no other time: that is what the charge pays for
         assert all(len(content) == 2 for _, content in seen)
         assert len(changes) <= 12
