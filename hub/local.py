@@ -6,10 +6,8 @@ a deployment that protects something runs them apart (docs/gate.md).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -23,6 +21,7 @@ from typing import Any
 import httpx
 import sqlalchemy as sa
 
+from millpond.hub.auth import new_token
 from millpond.hub.database import open_database
 from millpond.hub.ledger import Ledger
 from millpond.hub.policy import read_policy
@@ -71,13 +70,7 @@ class LocalVault:
 
     def add_token(self, user: str, *scopes: str, expires: datetime | None = None, login: bool = False) -> str:
         """A new token of `user`; it works at once."""
-        token = secrets.token_urlsafe(24)
-        digest = hashlib.sha256(token.encode()).hexdigest()
-        entry = f'[[tokens]]\nuser = "{user}"\nsha256 = "{digest}"\nscopes = {json.dumps(scopes)}\n'
-        entry += f"expires = {expires.isoformat()}\n" * (expires is not None) + "login = true\n" * login
-        with (self.folder / "tokens.toml").open("a") as handle:
-            handle.write(entry)
-        return token
+        return new_token(self.folder / "tokens.toml", user, scopes, expires=expires, login=login)
 
     @property
     def projects(self) -> Projects:
