@@ -93,7 +93,9 @@ class TokenFile:
                 return
             values = tomllib.loads(self._path.read_text())
             if set(values) - {"tokens"}:
-                raise InvalidInput(f"token file {self._path}: it holds {min(set(values) - {'tokens'})!r}, not [[tokens]]")
+                raise InvalidInput(
+                    f"token file {self._path}: it holds {min(set(values) - {'tokens'})!r}, not [[tokens]]"
+                )
             self._entries = TypeAdapter(tuple[_Entry, ...]).validate_python(values.get("tokens", ()))
             self._seen = seen
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -102,7 +104,9 @@ class TokenFile:
         except ValidationError as error:
             self._entries, self._seen = (), None
             first = error.errors(include_url=False, include_input=False)[0]
-            raise InvalidInput(f"token file {self._path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise InvalidInput(
+                f"token file {self._path}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from error
 
 
 def new_token(

@@ -92,9 +92,7 @@ def read_settings(path: Path) -> Settings:
         raise InvalidInput(f"the settings {path} cannot be read: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise InvalidInput(
-            f"settings {path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
-        ) from error
+        raise InvalidInput(f"settings {path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from error
     folder = path.resolve().parent
     changes: dict[str, object] = {
         name: folder / value

@@ -139,3 +139,34 @@ JOB_EVENTS = Table(
     Column("progress", Text, nullable=False),
 )
 """What happened to each job, oldest first: what it was at the end of a slot is read here."""
+
+ANSWERS = Table(
+    "answers",
+    METADATA,
+    Column("job", Text, ForeignKey("jobs.id"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("project", Text, nullable=False),
+    Column("run", Text, nullable=False),
+    Column("specification", Text, nullable=False),
+    Column("models", Text, nullable=False),
+    Column("result", LargeBinary, nullable=False),
+    Column("evidence", LargeBinary, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("rules", Text, nullable=False),
+)
+"""What jobs have come to, written in the transaction that ends them and never changed."""
+
+REVIEWS = Table(
+    "reviews",
+    METADATA,
+    Column("job", Text, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("project", Text, nullable=False, index=True),
+    Column("user", Text, nullable=False),
+    Column("rules", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("asked", Double, nullable=False),
+    Column("by", Text),
+    Column("decided", Double),
+)
+"""Answers that a reviewer decides about: waiting, approved or denied."""

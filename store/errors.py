@@ -21,9 +21,14 @@ MillpondError
 │   ├── PromptTooLong     a prompt does not fit the model's context
 │   ├── QuotaExceeded     the lake's configuration does not allow so many bytes
 │   └── UnsafeStore       the store cannot keep the promises that several writers need
+├── ActivationsStayInVault  only the vault may hold what was asked for; also an AttributeError
 ├── BudgetSpent           more bytes would leave than a cap allows; none did
 ├── Cancelled             the caller stopped it
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
+├── GatewayRefused        the gateway did not take a request, or the job ended in an error
+│   └── NotReleased       the release gate held a result back
+│       └── InReview      a reviewer must decide about it first
+├── GatewayUnavailable    the gateway cannot be reached, or speaks another version; also an OSError
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
 ├── LeaseLost             another worker claimed the job, or it has ended
 ├── LedgerCorrupt         the ledger was changed by something else than the ledger
@@ -163,3 +168,23 @@ class BudgetSpent(MillpondError):
 
 class LedgerCorrupt(MillpondError):
     """The ledger was changed by something else than the ledger."""
+
+
+class ActivationsStayInVault(MillpondError, AttributeError):
+    """Only the vault may hold what was asked for."""
+
+
+class GatewayRefused(MillpondError):
+    """The gateway did not take a request, or the job ended in an error."""
+
+
+class NotReleased(GatewayRefused):
+    """The release gate held a result back."""
+
+
+class InReview(NotReleased):
+    """A reviewer must decide about a result before it leaves."""
+
+
+class GatewayUnavailable(MillpondError, OSError):
+    """The gateway cannot be reached, or speaks another version."""

@@ -77,7 +77,7 @@ class Facts(Protocol):
         ...
 
     def statistic(self, graph: str, d_model: int) -> int:
-        """Values of a checked graph's output `statistic`; 0 if it has none."""
+        """Check a graph in every way; the most values that its output `statistic` may have, 0 if it has none."""
         ...
 
 
@@ -119,6 +119,20 @@ class Job(Wire):
     def needs(self) -> Iterator[tuple[Needed, str]]:
         """Kind and handle of everything that it reads."""
         raise NotImplementedError
+
+    def row_sets(self) -> Iterator[RowSet]:
+        """The rows that it reads."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, RowSet):
+                yield value
+
+    def labels_read(self) -> Iterator[tuple[str, str]]:
+        """Run handle and label of every label that it reads, but for those in conditions."""
+        one, several = getattr(self, "label", None), getattr(self, "labels", ())
+        for rows in self.row_sets():
+            for name in (*(() if one is None else (one,)), *several):
+                yield rows.run, name
 
     def answers(self) -> int:
         """How many answers it has."""

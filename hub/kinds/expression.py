@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from millpond.analysis import expressions as ex
-from millpond.hub.kinds.base import Facts, Job, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Job, Needed, RowSet
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 
 class ExpressionJob(Job):
@@ -43,6 +43,11 @@ class ExpressionJob(Job):
         """The run."""
         yield "run", self.rows.run
 
+    def labels_read(self) -> Iterator[tuple[str, str]]:
+        """See the base class."""
+        for name in self.expression.labels:
+            yield self.rows.run, name
+
     def answers(self) -> int:
         """One."""
         return 1
@@ -65,3 +70,24 @@ class ExpressionJob(Job):
         if isinstance(reduce, ex.Top):
             return result_bytes("latent", {"histogram": (0,), "contexts": (reduce.n,), "activations": (reduce.n,)})
         return result_bytes("summary", {})
+
+    def run(self, vault: Vault, progress: Progress) -> Outcome:
+        """See the base class."""
+        from millpond.hub.evidence import Part, class_codes, measure
+        from millpond.hub.kinds.base import Answer
+        from millpond.hub.probing import rows_of
+        from millpond.hub.summaries import answer_expression, mixes
+
+        part = rows_of(vault, self.rows)
+        expression = vault.expression(self.expression)
+        result = answer_expression(expression, part.view)
+        progress(0.5)
+        by = expression.reduce.by
+        if by is not None:
+            part = Part(part.held, part.whole, part.view, class_codes(part.view.labels[by].values))
+        labels = tuple(part.view.labels[name].values for name in expression.labels)
+        seen = measure(
+            (part,), hooks=expression.hooks, labels=labels, target="label" if labels else "none",
+            custom=mixes(expression.reduce),
+        )  # fmt: skip
+        return Outcome((Answer(result, seen),))

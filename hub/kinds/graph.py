@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, RowSet
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 MAX_GRAPH = 1 << 20
 MAX_VALUES = 48 << 20
@@ -72,3 +72,33 @@ class GraphJob(Job):
         size = facts.statistic(self.graph, facts.d_model(self.rows.run))
         measured = max(result_bytes("sae-evaluation", {}), result_bytes("probe-evaluation", {}))
         return self.answers() * measured + result_bytes("group-means", {"means": (size,)})
+
+    def run(self, vault: Vault, progress: Progress) -> Outcome:
+        """See the base class."""
+        from millpond.hub.evidence import measure
+        from millpond.hub.graph_jobs import load_graph, measure_graph, train_graph
+        from millpond.hub.kinds.base import Answer
+        from millpond.hub.probing import part_of, rows_of
+        from millpond.hub.running import batches
+
+        train, y = part_of(vault, self.rows, self.label) if self.label else (rows_of(vault, self.rows), None)
+        module = load_graph(self.graph, base64.b64decode(self.values), train.view.d_model)
+        if self.learning_rate is not None:
+            train_graph(module, batches(train.view, self.hook, y, self.batch_rows), learning_rate=self.learning_rate)
+        progress(0.5)
+        test, truth = train, y
+        if self.test is not None:
+            test, truth = part_of(vault, self.test, self.label) if self.label else (rows_of(vault, self.test), None)
+        results = measure_graph(module, lambda: batches(test.view, self.hook, truth, self.batch_rows))
+        progress(0.8)
+        parts = (test,) if test is train or self.learning_rate is None else (test, train)
+        labels = () if y is None or truth is None else (y.values, truth.values)
+        found = []
+        for result in results:
+            custom = result.kind == "group-means"
+            seen = measure(
+                parts, hooks=(self.hook,) if custom else (), target="label" if labels else "none", labels=labels,
+                parameters=sum(v.numel() for v in module.parameters() if v.requires_grad) if self.learning_rate is not None else 0, custom=custom,
+            )  # fmt: skip
+            found.append(Answer(result, seen))
+        return Outcome(tuple(found))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Handle, Hook, Job, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Handle, Hook, Job, Needed, RowSet
 from millpond.hub.shapes import result_bytes
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 HISTOGRAM_BINS = 24
 """As `analysis.sae.latents.BINS`."""
@@ -46,3 +46,16 @@ class LatentsJob(Job):
         n = self.contexts
         shapes: dict[str, tuple[int, ...]] = {"histogram": (HISTOGRAM_BINS,), "contexts": (n,), "activations": (n,)}
         return len(self.latents) * result_bytes("latent", shapes)
+
+    def run(self, vault: Vault, progress: Progress) -> Outcome:
+        """See the base class."""
+        from millpond.hub.evidence import measure
+        from millpond.hub.kinds.base import Answer
+        from millpond.hub.probing import latent_results, load_sae, rows_of
+
+        part = rows_of(vault, self.rows)
+        sae = load_sae(vault.load(self.artifact))
+        results = latent_results(sae, part.view, self.hook, self.latents, self.contexts)
+        progress(0.7)
+        seen = measure((part,), hooks=(self.hook,))
+        return Outcome(tuple(Answer(result, seen) for result in results))

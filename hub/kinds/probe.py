@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, Outcome, Progress, RowSet, evaluation_bytes
+from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, RowSet, evaluation_bytes
 from millpond.hub.kinds.estimators import ProbeEstimator
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 
 class ProbeJob(Job):
@@ -36,3 +36,24 @@ class ProbeJob(Job):
         """See the base class."""
         facts.hooks(self.train.run, (self.hook,))
         return self.answers() * evaluation_bytes()
+
+    def run(self, vault: Vault, progress: Progress) -> Outcome:
+        """See the base class."""
+        from millpond.hub.evidence import measure
+        from millpond.hub.kinds.base import Answer
+        from millpond.hub.probing import build, evaluation, keep_probe, part_of
+
+        train, y = part_of(vault, self.train, self.label)
+        probe = build(self.estimator)
+        probe.fit(train.view[self.hook], y)
+        progress(0.6)
+        made = (keep_probe(vault, probe, self),)
+        if self.test is None:
+            return Outcome((), made)
+        test, truth = part_of(vault, self.test, self.label)
+        result = evaluation(probe.evaluate(test.view[self.hook], truth))
+        progress(0.9)
+        parameters = (train.view.d_model + 1) * max(1, len(getattr(probe, "classes_", ())) - 1)
+        labels = (y.values, truth.values)
+        seen = measure((test, train), target="label", labels=labels, parameters=parameters)
+        return Outcome((Answer(result, seen),), made)

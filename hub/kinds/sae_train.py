@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Hook, Job, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, Needed, RowSet
 from millpond.hub.kinds.estimators import SaeEstimator
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 
 class SaeTrainJob(Job):
@@ -39,3 +39,30 @@ class SaeTrainJob(Job):
         """See the base class."""
         facts.hooks(self.rows.run, self.hooks)
         return self.answers() * result_bytes("sae-evaluation", {})
+
+    def run(self, vault: Vault, progress: Progress) -> Outcome:
+        """See the base class. A training that was killed begins again."""
+        import json
+        import tempfile
+        from pathlib import Path
+
+        from millpond.hub.evidence import measure
+        from millpond.hub.kinds.base import Answer
+        from millpond.hub.probing import build_sae, rows_of, sae_evaluation
+
+        part = rows_of(vault, self.rows)
+        (hook,) = part.view.match(self.hooks)
+        sae = build_sae(self.estimator)
+        epochs = -(-self.tokens // len(part.view))
+        sae.fit(part.view[hook], self.tokens, epochs=epochs)
+        progress(0.8)
+        with tempfile.TemporaryDirectory() as folder:
+            saved = sae.save(folder)
+            config = json.loads((Path(saved) / "cfg.json").read_text())
+            data = (Path(saved) / "sae_weights.safetensors").read_bytes()
+        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae)),)
+        if self.test is None:
+            return Outcome((), made)
+        test = rows_of(vault, self.test)
+        result = sae_evaluation(sae.evaluate(test.view[hook]), test)
+        return Outcome((Answer(result, measure((test,))),), made)

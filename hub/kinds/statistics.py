@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from millpond.hub.kinds.base import Facts, Hook, Job, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, Needed, RowSet
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    from millpond.hub.vault import Vault
+    pass
 
 
 class StatisticsJob(Job):
@@ -31,3 +31,15 @@ class StatisticsJob(Job):
         """See the base class."""
         facts.hooks(self.rows.run, (self.hook,))
         return result_bytes("summary", {})
+
+    def run(self, vault: Vault, progress: Progress) -> Outcome:
+        """See the base class. A summary is sums by prompt, so its intervals treat a prompt's rows as one draw."""
+        from millpond.hub.evidence import measure
+        from millpond.hub.kinds.base import Answer
+        from millpond.hub.probing import rows_of
+        from millpond.hub.summaries import summarise
+
+        part = rows_of(vault, self.rows)
+        result = summarise(part.view, self.hook)
+        progress(0.4)
+        return Outcome((Answer(result, measure((part,), hooks=(self.hook,))),))
