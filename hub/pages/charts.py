@@ -97,9 +97,7 @@ def bar_chart(
             f'height="{up(0.0) - up(value):.1f}"/>'
         )
     if cap is not None:
-        parts.append(
-            f'<line class="cap" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(cap):.1f}" y2="{up(cap):.1f}"/>'
-        )
+        parts.append(f'<line class="cap" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(cap):.1f}" y2="{up(cap):.1f}"/>')
     return _chart(parts, across, up, title, x_label, y_label, names)
 
 

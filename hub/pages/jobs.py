@@ -23,8 +23,8 @@ from millpond.hub.pages.results import lay_out
 from millpond.hub.pages.view import Refused, View, problem_text
 from millpond.hub.projection import RunView
 from millpond.hub.rules import REMEDIES
-from millpond.hub.vault import label_mark
 from millpond.hub.serving import Fixed, Redirect, parse_json
+from millpond.hub.vault import label_mark
 from millpond.store.errors import InvalidInput
 
 STATES = " ".join(
@@ -149,7 +149,9 @@ def cancel(view: View) -> Redirect:
     return Redirect(view.path("jobs", view.call.params["job"]))
 
 
-def _form(view: View, given: dict[str, str], *, problem: str = "", quote: int | None = None, status: int = 200) -> Fixed:
+def _form(
+    view: View, given: dict[str, str], *, problem: str = "", quote: int | None = None, status: int = 200
+) -> Fixed:
     fields = ("name", "model", "hooks", "positions", "max_new_tokens", "prompts", "job")
     return view.show(
         "submit.html",
@@ -165,7 +167,9 @@ def _form(view: View, given: dict[str, str], *, problem: str = "", quote: int | 
 
 def _capture(view: View, given: dict[str, str]) -> dict[str, Any]:
     """The capture that the form describes; its prompts are sent first, so that their metadata is kept."""
-    prompts = [_prompt(number, line) for number, line in enumerate(given.get("prompts", "").splitlines(), 1) if line.strip()]
+    prompts = [
+        _prompt(number, line) for number, line in enumerate(given.get("prompts", "").splitlines(), 1) if line.strip()
+    ]
     if not prompts:
         raise InvalidInput("there are no prompts; give one JSON object a line")
     tokens = given.get("max_new_tokens", "0")
@@ -193,7 +197,9 @@ def _prompt(number: int, line: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"line {number} of the prompts is no JSON: {error}") from error
     if not isinstance(prompt, dict) or not all(isinstance(prompt.get(name), str) for name in ("id", "text")):
-        raise InvalidInput(f'line {number} of the prompts is no object with "id" and "text"; write {{"id": "a", "text": "..."}}')
+        raise InvalidInput(
+            f'line {number} of the prompts is no object with "id" and "text"; write {{"id": "a", "text": "..."}}'
+        )
     return prompt
 
 
@@ -208,6 +214,8 @@ def declared(view: View, job_id: str) -> Declared:
     job = view.gateway.job(view.project, job_id)
     if job.kind == "capture":  # kept as the workers know it, with the vault's own paths
         run = str(job.spec["destination"]["run"]).removeprefix(label_mark(view.project))
-        return Declared(job.id, job.kind, job.user, job.submitted, {"kind": "capture", "name": run} | job.spec["capture"], 0)
+        return Declared(
+            job.id, job.kind, job.user, job.submitted, {"kind": "capture", "name": run} | job.spec["capture"], 0
+        )
     spec = job.spec["job"]
     return Declared(job.id, job.kind, job.user, job.submitted, spec, parse_job(spec).answers())

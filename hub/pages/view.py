@@ -27,7 +27,10 @@ _PROBLEMS: Mapping[ErrorCode, tuple[str, str]] = {
     ErrorCode.NOT_REPRODUCED: ("Not reproduced", "The job gave another result this time."),
     ErrorCode.UNAVAILABLE: ("Not available now", "Try again later."),
     ErrorCode.VERSION: ("Another version", "The gateway was upgraded. Load the page again."),
-    ErrorCode.OVER_BUDGET: ("Over the budget", "This could cost more than is left. Ask for less, or wait for next week."),
+    ErrorCode.OVER_BUDGET: (
+        "Over the budget",
+        "This could cost more than is left. Ask for less, or wait for next week.",
+    ),
 }
 _SPENT = ("A budget is spent", "Nothing more is sent until next week, or until two people raise the cap.")
 _One = TypeVar("_One")
