@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from millpond.hub.kinds.base import Job, Made, RowSet
 from millpond.hub.policy import Policy
 from millpond.hub.projects import Held, HeldKind, Projects
-from millpond.store.errors import InvalidInput, LabelNotFound, NotHeld
+from millpond.store.errors import Cancelled, InvalidInput, LabelNotFound, NotHeld
 
 if TYPE_CHECKING:
     from millpond.analysis.expressions import Expression
@@ -53,11 +54,22 @@ class Vault:
     """The id of the job that runs."""
     pins: Pins | None = None
     """The labels' versions when the job was submitted; the newest without."""
+    stop: threading.Event | None = None
+    """Set when the job was cancelled or is another executor's."""
     _runs: dict[str, tuple[Held, Run]] = field(default_factory=dict)
 
     def at(self, pins: Pins) -> Vault:
         """The same with labels at other versions."""
         return replace(self, pins=pins)
+
+    def check(self) -> None:
+        """Called now and then by what takes long.
+
+        Raises:
+            Cancelled: the job is not this process' any more.
+        """
+        if self.stop is not None and self.stop.is_set():
+            raise Cancelled(f"job {self.job} was stopped")
 
     def held(self, kind: HeldKind, handle: str) -> Held:
         """What the project holds under a handle in hexadecimal digits.
@@ -200,10 +212,28 @@ class Vault:
         dry_run(parsed, d_model)
         return MAX_STATISTIC if "statistic" in parsed.outputs else 0
 
+    def data(self, job: Job) -> dict[str, str]:
+        """What stands behind the handles that the job names: runs by their ids, artifacts by their jobs. Neither changes."""
+        found = {}
+        for kind, handle in job.needs():
+            held = self.held(kind, handle)
+            found[handle] = self.run(handle).plan.spec.id if kind == "run" else f"{kind}:{held.target}"
+        return found
+
+    def subject(self, job: Job) -> str:
+        """The run whose rows the job's answers are about, by its id in the lake, which all projects share."""
+        for rows in job.row_sets():
+            return self.run(rows.run).plan.spec.id
+        for kind, handle in job.needs():
+            if kind == "artifact":
+                made_by = self.load(handle).config["job"]
+                return self.run((made_by.get("train") or made_by["rows"])["run"]).plan.spec.id
+        raise InvalidInput("the job is about no run")
+
     def models(self, job: Job) -> tuple[str, ...]:
         """The models whose budgets the job's answers are charged to: those of everything that it reads."""
         found = {self.held(kind, handle).model for kind, handle in job.needs()}
-        return tuple(sorted(found)) or tuple(self.policy.models)
+        return tuple(sorted(found - {""})) or tuple(self.policy.models)
 
     def _run(self, handle: str) -> tuple[Held, Run]:
         if handle not in self._runs:

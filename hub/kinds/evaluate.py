@@ -12,13 +12,15 @@ from millpond.hub.kinds.base import (
     Job,
     LabelName,
     Needed,
+    Outcome,
+    Progress,
     RowSet,
     evaluation_bytes,
 )
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
 
 
 class EvaluateJob(Job):

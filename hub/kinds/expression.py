@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from millpond.analysis import expressions as ex
-from millpond.hub.kinds.base import Facts, Job, Needed, RowSet
+from millpond.hub.kinds.base import Facts, Job, Needed, Outcome, Progress, RowSet
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
 
 
 class ExpressionJob(Job):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, Outcome, Progress, RowSet
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
 
 MAX_GRAPH = 1 << 20
 MAX_VALUES = 48 << 20
@@ -93,12 +93,18 @@ class GraphJob(Job):
         progress(0.8)
         parts = (test,) if test is train or self.learning_rate is None else (test, train)
         labels = () if y is None or truth is None else (y.values, truth.values)
+        trained = [value.numel() for value in module.parameters() if value.requires_grad]
+        fitted = sum(trained) if self.learning_rate is not None else 0
         found = []
         for result in results:
             custom = result.kind == "group-means"
             seen = measure(
-                parts, hooks=(self.hook,) if custom else (), target="label" if labels else "none", labels=labels,
-                parameters=sum(v.numel() for v in module.parameters() if v.requires_grad) if self.learning_rate is not None else 0, custom=custom,
-            )  # fmt: skip
+                parts,
+                hooks=(self.hook,) if custom else (),
+                target="label" if labels else "none",
+                labels=labels,
+                parameters=fitted,
+                custom=custom,
+            )
             found.append(Answer(result, seen))
         return Outcome(tuple(found))

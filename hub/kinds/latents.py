@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Handle, Hook, Job, Needed, RowSet
+from millpond.hub.kinds.base import Facts, Handle, Hook, Job, Needed, Outcome, Progress, RowSet
 from millpond.hub.shapes import result_bytes
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
 
 HISTOGRAM_BINS = 24
 """As `analysis.sae.latents.BINS`."""

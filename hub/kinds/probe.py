@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, RowSet, evaluation_bytes
+from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, Outcome, Progress, RowSet, evaluation_bytes
 from millpond.hub.kinds.estimators import ProbeEstimator
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
 
 
 class ProbeJob(Job):

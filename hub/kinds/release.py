@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from millpond.hub.kinds.base import Facts, Handle, Job, Needed
+from millpond.hub.kinds.base import Facts, Handle, Job, Needed, Outcome, Progress
 from millpond.hub.shapes import result_bytes
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
 
 
 class ReleaseJob(Job):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Hook, Job, Needed, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, Needed, Outcome, Progress, RowSet
 from millpond.hub.kinds.estimators import SaeEstimator
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
+    from millpond.store.run import Run
 
 
 class SaeTrainJob(Job):
@@ -53,8 +54,8 @@ class SaeTrainJob(Job):
         part = rows_of(vault, self.rows)
         (hook,) = part.view.match(self.hooks)
         sae = build_sae(self.estimator)
-        epochs = -(-self.tokens // len(part.view))
-        sae.fit(part.view[hook], self.tokens, epochs=epochs)
+        sae.fit(self._batches(vault, part.view, hook, sae.config.batch_size, progress), self.tokens)
+        sae.trained_on_ |= {"run": part.whole.name, "run_id": part.whole.plan.spec.id, "hook": hook}
         progress(0.8)
         with tempfile.TemporaryDirectory() as folder:
             saved = sae.save(folder)
@@ -66,3 +67,11 @@ class SaeTrainJob(Job):
         test = rows_of(vault, self.test)
         result = sae_evaluation(sae.evaluate(test.view[hook]), test)
         return Outcome((Answer(result, measure((test,))),), made)
+
+    def _batches(self, vault: Vault, view: Run, hook: str, rows: int, progress: Progress) -> Iterator[Any]:
+        """Shuffled batches without end, looking up between them."""
+        size = min(rows, len(view))
+        for number, batch in enumerate(view.stream(hook, size, seed=self.estimator.checked.get("seed", 0))):
+            vault.check()
+            progress(0.8 * min(1.0, number * size / self.tokens))
+            yield batch

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from millpond.hub.kinds.base import Facts, Hook, Job, Needed, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, Needed, Outcome, Progress, RowSet
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
 
 
 class StatisticsJob(Job):

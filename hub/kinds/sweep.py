@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, Outcome, Progress, RowSet
 from millpond.hub.kinds.estimators import ProbeEstimator
 from millpond.hub.shapes import MAX_LENGTH, fields_of, result_bytes
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
-    pass
+    from millpond.hub.vault import Vault
 
 
 class SweepJob(Job):

@@ -13,6 +13,15 @@ import tyro
 
 from millpond.analysis.jobs import ProbeJob, read_probe_job
 from millpond.analysis.sae.commands import SaeCommand
+from millpond.hub.gateway_commands import (
+    Executor,
+    Gateway,
+    ProjectHold,
+    ProjectNew,
+    ProjectRole,
+    ReleaseVerify,
+    TokenNew,
+)
 from millpond.hub.queue_commands import QueueServe, QueueToken
 from millpond.store.commands import COMMANDS, one_line
 from millpond.store.commands import Verify as VerifyStored
@@ -417,6 +426,9 @@ _GROUPS: dict[str, dict[str, Callable[..., _Command]]] = {
     "ledger": {"verify": LedgerVerify, "alerts": LedgerAlerts},
     "budget": {"plan": BudgetPlan, "show": BudgetShow, "raise": BudgetRaise, "approve": BudgetApprove},
     "queue": {"serve": QueueServe, "token": QueueToken},
+    "token": {"new": TokenNew},
+    "release": {"verify": ReleaseVerify},
+    "project": {"new": ProjectNew, "role": ProjectRole, "hold": ProjectHold},
 }
 """Commands of two words; the first has no meaning alone."""
 
@@ -431,6 +443,8 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     **COMMANDS,
     "verify": Verify,
     "demo": Demo,
+    "gateway": Gateway,
+    "executor": Executor,
     "sae": SaeCommand,
 }
 

@@ -17,9 +17,12 @@ import pytest
 import millpond as mp
 from millpond.hub.client.connection import Connection
 from millpond.hub.client.lake import RemoteLake
+from millpond.hub.client.texts import TextReader
 from millpond.hub.ledger import Payer
 from millpond.hub.local import LocalVault
 from millpond.hub.projection import RunView
+from millpond.hub.textcode import encode
+from millpond.hub.textmodel import TextModel
 from millpond.store.errors import (
     ActivationsStayInVault,
     BudgetSpent,
@@ -397,3 +400,18 @@ def test_a_run_that_is_open_or_generated_does_not_tell_its_rows():
     assert run.n_prompts is None
     with pytest.raises(InvalidInput, match="say how many"):
         mp.BatchTopKSae(8, 2).submit_fit(run[HOOK])
+
+
+def test_texts_are_read_with_the_gateways_dictionary_only(tmp_path):
+    words = "def one(value):\n    return value + 1\n" * 60
+    path = tmp_path / "dictionary"
+    path.write_text(words)
+    texts = ["def two(value):\n    return value + 2\n", "", "zwölf"]
+    model = TextModel(words.encode())
+    assert TextReader(path, model.sha256).decode(encode(texts, model), 3) == texts
+    with pytest.raises(InvalidInput, match="get the gateway's file"):
+        TextReader(path, "0" * 64).check()
+    with pytest.raises(InvalidInput, match="MILLPOND_DICTIONARY"):
+        TextReader(None, model.sha256).check()
+    with pytest.raises(InvalidInput, match="ask for rates"):
+        TextReader(path, None).check()
