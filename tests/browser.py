@@ -34,7 +34,7 @@ class Browser:
         ]
         # fmt: on
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{command_in} 4>&{answers_out}', "sh", *arguments],
+            ["bash", "-c", f'exec "$@" 3<&{command_in} 4>&{answers_out}', "bash", *arguments],
             pass_fds=(command_in, answers_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
