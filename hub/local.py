@@ -6,10 +6,8 @@ a deployment that protects something runs them apart (docs/gate.md).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -23,6 +21,7 @@ from typing import Any
 import httpx
 import sqlalchemy as sa
 
+from millpond.hub.auth import new_token
 from millpond.hub.database import open_database
 from millpond.hub.ledger import Ledger
 from millpond.hub.policy import read_policy
@@ -71,13 +70,7 @@ class LocalVault:
 
     def add_token(self, user: str, *scopes: str, expires: datetime | None = None, login: bool = False) -> str:
         """A new token of `user`; it works at once."""
-        token = secrets.token_urlsafe(24)
-        digest = hashlib.sha256(token.encode()).hexdigest()
-        entry = f'[[tokens]]\nuser = "{user}"\nsha256 = "{digest}"\nscopes = {json.dumps(scopes)}\n'
-        entry += f"expires = {expires.isoformat()}\n" * (expires is not None) + "login = true\n" * login
-        with (self.folder / "tokens.toml").open("a") as handle:
-            handle.write(entry)
-        return token
+        return new_token(self.folder / "tokens.toml", user, scopes, expires=expires, login=login)
 
     @property
     def projects(self) -> Projects:
@@ -175,8 +168,9 @@ class LocalVault:
                 for name, process in self._running.items():
                     if process.poll() is not None:
                         raise GatewayUnavailable(f"the {name} ended with status {process.returncode}: {self.log(name)}")
-                try:
-                    if client.get("/api/v1/version").status_code == 200:
+                try:  # httpx leaks a socket for each address that is not there yet
+                    here = "meter" in self._running or self.socket.exists()
+                    if here and client.get("/api/v1/version").status_code == 200:
                         return
                 except httpx.TransportError:
                     pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,10 @@ from millpond.store.errors import (
     InvalidInput,
     JobNotFound,
     MillpondError,
+    NotHeld,
+    NotPermitted,
     RunOpen,
+    TooMany,
 )
 
 if TYPE_CHECKING:
@@ -183,11 +186,9 @@ def constant(code: ErrorCode) -> Sent:
 
 def error_code(error: Exception) -> ErrorCode:
     """What a client is told of an exception."""
-    from millpond.hub.projects import NotHeld
-    from millpond.hub.queue import TooMany
-
     for kind, code in (
-        (NotAllowed, ErrorCode.NOT_ALLOWED), (NotThere, ErrorCode.NOT_FOUND), (NotHeld, ErrorCode.NOT_FOUND),
+        (NotAllowed, ErrorCode.NOT_ALLOWED), (NotPermitted, ErrorCode.NOT_ALLOWED),
+        (NotThere, ErrorCode.NOT_FOUND), (NotHeld, ErrorCode.NOT_FOUND),
         (JobNotFound, ErrorCode.NOT_FOUND), (NotYet, ErrorCode.UNAVAILABLE), (TooLarge, ErrorCode.TOO_LARGE),
         (TooMany, ErrorCode.TOO_MANY), (BudgetSpent, ErrorCode.OVER_BUDGET), (GraphRefused, ErrorCode.BAD_GRAPH),
         (RunOpen, ErrorCode.BAD_RUN), (InvalidInput, ErrorCode.BAD_REQUEST),
@@ -279,6 +280,8 @@ def _reply(
         code = error_code(error)
         if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):
             logger.exception("%s %s", endpoint.method, endpoint.path)
+        else:
+            logger.info("%s %s: %s: %s", endpoint.method, endpoint.path, type(error).__name__, error)
         failure = gateway.failure(code, identity, call.params.get("project")) if identity else constant(code)
         return endpoint.refused(call, failure) if endpoint.refused else failure
 
@@ -308,6 +311,3 @@ def _with_body(call: Call, endpoint: Endpoint, data: bytes) -> Call:
     elif data:
         raise InvalidInput("the request has a body, which it must not have")
     return Call(call.gateway, call.identity, call.params, body, call.query, call.headers, call.cookies)
-
-
-Serve = Callable[[Request], Awaitable[Response]]

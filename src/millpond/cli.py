@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Activations of language models, next to the GPUs.
 
-Also: millpond ledger (verify, alerts), millpond budget (plan, show, raise, approve) and millpond queue (serve, token)."""
+Also: millpond ledger (verify, alerts), budget (plan, show, raise, approve), queue (serve, token), token (new),
+project (new, role, hold) and release (verify)."""
 
 
 class _Command(Protocol):
