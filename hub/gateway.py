@@ -226,9 +226,10 @@ def create_app(settings: Settings, endpoints: Sequence[Endpoint] | None = None) 
         InvalidInput: a setting cannot be used.
     """
     from millpond.hub.api import ENDPOINTS
+    from millpond.hub.pages.routes import PAGES
 
     gateway = Gateway(settings)
-    every = ENDPOINTS if endpoints is None else tuple(endpoints)
+    every = (*ENDPOINTS, *PAGES) if endpoints is None else tuple(endpoints)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
