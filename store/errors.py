@@ -21,6 +21,7 @@ MillpondError
 ├── BudgetSpent           more bytes would leave than a cap allows; none did
 ├── Cancelled             the caller stopped it
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
+├── IsolationFailed       a workspace cannot be locked down as promised; it was not started
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
 ├── LeaseLost             another worker claimed the job, or it has ended
 ├── LedgerCorrupt         the ledger was changed by something else than the ledger
@@ -113,6 +114,10 @@ class QuotaExceeded(InvalidInput):
 
 class CaptureFailed(MillpondError):
     """A capture ended without all its rows; none of the failed rows are visible."""
+
+
+class IsolationFailed(MillpondError):
+    """A workspace, or the machine it is to run on, cannot be locked down as promised; it was not started."""
 
 
 class LeaseLost(MillpondError):
