@@ -80,7 +80,7 @@ def new_accounts(file: Path, names: Iterable[str]) -> dict[str, str]:
         fresh.chmod(0o600)
         if file.exists():
             os.chown(fresh, file.stat().st_uid, file.stat().st_gid)
-        os.replace(fresh, file)
+        fresh.replace(file)
     return made
 
 

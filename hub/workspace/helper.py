@@ -38,7 +38,12 @@ from millpond.store.errors import InvalidInput, IsolationFailed, MillpondError
 _LOG = logging.getLogger(__name__)
 ENVIRONMENT = frozenset(
     f"JUPYTERHUB_{name}"
-    for name in ["ACTIVITY_URL", "API_TOKEN", "API_URL", "BASE_URL", "CLIENT_ID", "COOKIE_HOST_PREFIX_ENABLED", "COOKIE_OPTIONS", "HOST", "OAUTH_ACCESS_SCOPES", "OAUTH_CALLBACK_URL", "OAUTH_CLIENT_ALLOWED_SCOPES", "OAUTH_SCOPES", "PUBLIC_HUB_URL", "PUBLIC_URL", "SERVER_NAME", "SERVICE_PREFIX", "SERVICE_URL", "USER", "DEFAULT_URL"]
+    for name in (
+        *("ACTIVITY_URL", "API_TOKEN", "API_URL", "BASE_URL", "CLIENT_ID", "COOKIE_HOST_PREFIX_ENABLED"),
+        *("COOKIE_OPTIONS", "DEFAULT_URL", "HOST", "OAUTH_ACCESS_SCOPES", "OAUTH_CALLBACK_URL"),
+        *("OAUTH_CLIENT_ALLOWED_SCOPES", "OAUTH_SCOPES", "PUBLIC_HUB_URL", "PUBLIC_URL", "SERVER_NAME"),
+        *("SERVICE_PREFIX", "SERVICE_URL", "USER"),
+    )
 )
 """The variables that the hub may give a server."""
 _VALUE = re.compile(r"[\x20-\x7e]{0,8192}")

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from jupyterhub.singleuser.extension import JupyterHubAuthorizer
 from tornado.httputil import HTTPServerRequest
@@ -72,16 +73,7 @@ def _denied(handler: type) -> bool:
 
 def _handler(app: Any, path: str) -> Any:
     """The class that would serve `path`."""
-
-    class _Connection:
-        context = None
-
-    request = HTTPServerRequest(
-        method="GET",
-        uri=app.base_url + path,
-        connection=_Connection(),
-        headers=None,  # type: ignore[arg-type]
-    )
+    request = HTTPServerRequest("GET", app.base_url + path, connection=cast("Any", SimpleNamespace(context=None)))
     return app.web_app.find_handler(request).handler_class
 
 

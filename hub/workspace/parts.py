@@ -45,6 +45,19 @@ def make_folders(settings: Workspace) -> Path:
     return file
 
 
+def write_hub_config(settings: Workspace, file: Path) -> Path:
+    """JupyterHub's configuration file, which only calls config.py."""
+    path = settings.state / "jupyterhub_config.py"
+    path.write_text(
+        "from pathlib import Path\n"
+        "from millpond.hub.workspace.config import configure\n"
+        "from millpond.hub.workspace.settings import read_workspace\n"
+        f"configure(get_config(), read_workspace(Path({str(file)!r})))\n"
+    )
+    path.chmod(0o644)
+    return path
+
+
 def secret(file: Path) -> str:
     """The secret in a file that only root can read, made the first time."""
     if not file.exists():

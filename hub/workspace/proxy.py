@@ -19,10 +19,12 @@ class MeteredProxy(Proxy):  # type: ignore[misc]
     async def _ask(self, method: str, **parameters: Any) -> Any:
         connector = aiohttp.UnixConnector(self.socket)
         timeout = aiohttp.ClientTimeout(total=10)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            async with session.request(method, "http://proxy/routes", json=parameters) as answer:
-                answer.raise_for_status()
-                return await answer.json()
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            session.request(method, "http://proxy/routes", json=parameters) as answer,
+        ):
+            answer.raise_for_status()
+            return await answer.json()
 
     async def add_route(self, routespec: str, target: str, data: Mapping[str, Any]) -> None:
         """Send what matches `routespec` to `target` from now on."""

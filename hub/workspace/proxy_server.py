@@ -35,7 +35,12 @@ from millpond.store.errors import InvalidInput, MillpondError
 
 _LOG = logging.getLogger(__name__)
 _HOP = frozenset(
-    ["connection", "content-encoding", "content-length", "forwarded", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "sec-websocket-accept", "sec-websocket-extensions", "sec-websocket-key", "sec-websocket-protocol", "sec-websocket-version", "te", "trailer", "transfer-encoding", "upgrade", "x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto", "x-real-ip", "x-scheme"]
+    (
+        *("connection", "content-encoding", "content-length", "forwarded", "host", "keep-alive", "proxy-authenticate"),
+        *("proxy-authorization", "sec-websocket-accept", "sec-websocket-extensions", "sec-websocket-key"),
+        *("sec-websocket-protocol", "sec-websocket-version", "te", "trailer", "transfer-encoding", "upgrade"),
+        *("x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto", "x-real-ip", "x-scheme"),
+    )
 )
 """Headers between two neighbours, which are not passed on, and those that only the proxy may write."""
 _SPENT = "Today's limit of bytes from this workspace is reached; it opens again at midnight UTC."

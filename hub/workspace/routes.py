@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,4 +85,4 @@ class Routes:
     def _save(self) -> None:
         fresh = self.file.with_suffix(".new")
         fresh.write_text(json.dumps(self.all()))
-        os.replace(fresh, self.file)
+        fresh.replace(self.file)

@@ -7,7 +7,6 @@ lake's folder world-readable.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +76,7 @@ class Sandbox:
         system: list[str] = []
         for name in _SYSTEM:
             if Path(name).is_symlink():
-                system += ["--symlink", os.readlink(name), name]
+                system += ["--symlink", str(Path(name).readlink()), name]
             elif Path(name).is_dir():
                 system += ["--ro-bind", name, name]
         arguments += system

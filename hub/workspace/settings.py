@@ -32,13 +32,13 @@ class _Section(BaseModel):
 class WorkspaceLimits(_Section):
     """Of one user's workspace."""
 
-    memory: int = Field(2 << 30, ge=256 << 20)
-    cpus: float = Field(1.0, gt=0)
-    processes: int = Field(256, ge=32)
-    home: int = Field(2 << 30, ge=16 << 20)
-    scratch: int = Field(256 << 20, ge=1 << 20)
-    connections: int = Field(64, ge=8)
-    daily_bytes: int = Field(64 << 20, ge=1 << 20)
+    memory: int = Field(default=2 << 30, ge=256 << 20)
+    cpus: float = Field(default=1.0, gt=0)
+    processes: int = Field(default=256, ge=32)
+    home: int = Field(default=2 << 30, ge=16 << 20)
+    scratch: int = Field(default=256 << 20, ge=1 << 20)
+    connections: int = Field(default=64, ge=8)
+    daily_bytes: int = Field(default=64 << 20, ge=1 << 20)
     """That the proxy lets out of a workspace to the browser a day; outputs that carry plots are some 50 kB each."""
     required: bool = True
     """Refuse to start a workspace whose memory, CPU and processes cannot be limited."""
@@ -88,7 +88,7 @@ class Workspace(_Section):
     """Where the egress meter listens: nothing reaches the gateway but through it."""
     database: str = ""
     """URL of the hub's database; a SQLite file in the state folder when empty."""
-    first_uid: int = Field(50_000, ge=1000, le=2**31)
+    first_uid: int = Field(default=50_000, ge=1000, le=2**31)
     """The hub's; then the proxy's, the meter's, the vault's, the relays', and from 100 on the users'."""
     limits: WorkspaceLimits = WorkspaceLimits()
     authentication: Authentication = Authentication()

@@ -16,6 +16,15 @@ from millpond.hub.workspace.settings import HUB_PORT, SERVER_PORT
 from millpond.store.errors import IsolationFailed
 
 
+class SpawnFailed(IsolationFailed):
+    """No workspace; the hub's page shows why."""
+
+    @property
+    def jupyterhub_message(self) -> str:
+        """What JupyterHub shows in the browser."""
+        return str(self)
+
+
 class BwrapSpawner(Spawner):  # type: ignore[misc]
     """One workspace a user, made by the helper in bubblewrap."""
 
@@ -50,8 +59,7 @@ class BwrapSpawner(Spawner):  # type: ignore[misc]
         try:
             answer = await self._ask(do="start", environment=environment)
         except IsolationFailed as error:
-            error.jupyterhub_message = str(error)  # type: ignore[attr-defined] - what the browser shows
-            raise
+            raise SpawnFailed(str(error)) from None
         return f"http+unix://{quote(str(Path(answer['socket'])), safe='')}"
 
     async def stop(self, now: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +65,7 @@ class Supervisor:
     async def _launch(self, running: _Running) -> None:
         log = self.logs / f"{running.part.name}.log"
         if log.exists() and log.stat().st_size > _LOG_BYTES:
-            os.replace(log, log.with_suffix(".log.1"))
+            log.replace(log.with_suffix(".log.1"))
         with log.open("ab") as output:
             running.process = await asyncio.create_subprocess_exec(
                 *running.part.command,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pwd
 from pathlib import Path
 
@@ -40,6 +39,6 @@ class UserNumbers:
             fresh = self.path.with_suffix(".new")
             fresh.write_text(json.dumps(numbers, indent=1) + "\n")
             fresh.chmod(0o600)
-            os.replace(fresh, self.path)
+            fresh.replace(self.path)
             self._numbers = numbers
         return self._numbers[name]

@@ -57,7 +57,8 @@ class Browser:
         token = re.search(r'name="_xsrf" value="([^"]+)"', form).group(1)
         fields = {"username": self.user, "password": self.password, "_xsrf": token}
         async with self.http.post(url, data=fields, headers={"Origin": self.origin}) as page:
-            assert page.status == 200 and "/hub/login" not in page.url.path, (page.status, await page.text())
+            assert page.status == 200, (page.status, await page.text())
+            assert "/hub/login" not in page.url.path, "the password was refused"
 
     async def spawn(self) -> tuple[bool, str]:
         """Start the server and wait; whether it runs, and the last event's message."""
@@ -145,6 +146,8 @@ class Browser:
                 if raw.type != aiohttp.WSMsgType.TEXT:
                     continue
                 reply = json.loads(raw.data)
+                if reply["msg_type"] == "status" and reply["content"]["execution_state"] in ("restarting", "dead"):
+                    return said + "\n<the kernel ended>"
                 if reply["parent_header"].get("msg_id") != message:
                     continue
                 if reply["msg_type"] == "stream":
