@@ -220,7 +220,7 @@ def check_expression(expression: Expression, run: Run) -> None:
     """
     if expression.run != run.name:
         raise InvalidInput(f"the expression is about run {expression.run!r}, not {run.name!r}; open that run")
-    if not run.n_rows:
+    if run.n_rows == 0:  # None: only a vault knows
         raise InvalidInput(f"run {run.name!r} has 0 rows; expressions need at least one")
     nodes = columns_of(expression.reduce)
     if len(nodes) > MAX_NODES:

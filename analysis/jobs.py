@@ -192,36 +192,43 @@ def _what_counts(text: str) -> list[str]:
 def _cluster(job: ProbeJob) -> Iterator[None]:
     from millpond.analysis.passes import running
 
-    if not job.scheduler and not job.workers:
-        with running(in_process=True):
-            yield
+    with cluster(job.scheduler, job.workers, job.memory_limit) as client, running(client, in_process=client is None):
+        yield
+
+
+@contextmanager
+def cluster(scheduler: str, workers: int, memory_limit: str = "auto") -> Iterator[Any]:
+    """A Dask client of `scheduler`, or of `workers` that are started on this machine; None for neither.
+
+    Raises:
+        InvalidInput: the scheduler cannot be reached.
+    """
+    if not scheduler and not workers:
+        yield None
         return
     from distributed import Client, LocalCluster, Security
 
-    if job.scheduler:
+    if scheduler:
         try:
-            client = Client(job.scheduler, timeout=_SCHEDULER_TIMEOUT, set_as_default=False)
+            client = Client(scheduler, timeout=_SCHEDULER_TIMEOUT, set_as_default=False)
         except (OSError, ValueError) as error:
-            raise InvalidInput(
-                f"scheduler: {job.scheduler!r} cannot be reached ({error}); check the address"
-            ) from error
-        with client, running(client):
-            yield
+            raise InvalidInput(f"scheduler: {scheduler!r} cannot be reached ({error}); check the address") from error
+        with client:
+            yield client
         return
     with (
         LocalCluster(
-            n_workers=job.workers,
+            n_workers=workers,
             threads_per_worker=1,
-            memory_limit=job.memory_limit,
+            memory_limit=memory_limit,
             security=Security.temporary(),  # whoever reaches a scheduler can run code on it
             protocol="tls://",
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-        running(client),
+        ) as started,
+        Client(started, set_as_default=False) as client,
     ):
-        yield
+        yield client
 
 
 def _save_hook(folder: Path, hook: str, swept: Any) -> None:

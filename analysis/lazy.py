@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from millpond.analysis import expressions as ex
+from millpond.analysis.remote import backend_of
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -27,8 +28,15 @@ def lazy(run: Run, execute: Executor | None = None) -> LazyRun:
 
     Args:
         run: what the expressions are about.
-        execute: computes an expression; by default passes over the rows of `run`.
+        execute: computes an expression; by default passes over the rows of `run`, or the gateway that it is behind.
     """
+    backend = backend_of(run)
+    if execute is None and backend is not None:
+
+        def execute(expression: ex.Expression) -> Result:
+            parts = {"run": run, "expression": expression}
+            return backend.submit("expression", parts, lambda results, made: results[0]).result()
+
     return LazyRun(run, execute)
 
 

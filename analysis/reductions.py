@@ -49,6 +49,23 @@ def execute_all(expressions: Sequence[ex.Expression], run: Run, *, progress: boo
         label: _groups(run, label, progress) for label in dict.fromkeys(e.reduce.by for e in expressions if e.reduce.by)
     }
     work = [_Work(e.reduce, groups.get(e.reduce.by or "")) for e in expressions]
+    names, rows = rows_for(expressions, run)
+    while active := [one for one in work if not one.finished]:
+        one = Pass(
+            rows,
+            _map,
+            (names, [part.task() for part in active]),
+            _merge_all,
+            result_bytes=sum(p.size() for p in active),
+        )
+        sums = run_pass(one, description="expression", progress=progress)
+        for part, found in zip(active, sums, strict=True):
+            part.take(found)
+    return [_result(one, expression, run) for one, expression in zip(work, expressions, strict=True)]
+
+
+def rows_for(expressions: Sequence[ex.Expression], run: Run) -> tuple[list[tuple[str, str]], AlignedRows]:
+    """What a pass over the columns of checked expressions reads, and the arrays' keys for `column_values`."""
     hooks = list(dict.fromkeys(hook for e in expressions for hook in e.hooks))
     labels = list(dict.fromkeys(label for e in expressions for label in e.labels))
     coordinates = run.tokens
@@ -63,18 +80,7 @@ def execute_all(expressions: Sequence[ex.Expression], run: Run, *, progress: boo
         ("", "prompt"),
         ("", "position"),
     ]
-    while active := [one for one in work if not one.finished]:
-        one = Pass(
-            rows,
-            _map,
-            (names, [part.task() for part in active]),
-            _merge_all,
-            result_bytes=sum(p.size() for p in active),
-        )
-        sums = run_pass(one, description="expression", progress=progress)
-        for part, found in zip(active, sums, strict=True):
-            part.take(found)
-    return [_result(one, expression, run) for one, expression in zip(work, expressions, strict=True)]
+    return names, rows
 
 
 @dataclass
@@ -198,9 +204,9 @@ def _map(state: tuple[list[tuple[str, str]], list[dict[str, Any]]], *arrays: Any
 def _map_one(task: dict[str, Any], known: dict[tuple[str, str], Any]) -> dict[str, Any]:
     reduction, groups = task["reduction"], task["groups"]
     prompts = known["", "prompt"]
-    values = _column(reduction.of, known)
+    values = column_values(reduction.of, known)
     if reduction.op == "correlation":
-        values = np.concatenate([values, _column(reduction.other, known)], axis=1)
+        values = np.concatenate([values, column_values(reduction.other, known)], axis=1)
     code = np.zeros(len(values), np.intp) if groups is None else np.searchsorted(groups, known["label", reduction.by])
     count = 1 if groups is None else len(groups)
     finite = np.isfinite(values)
@@ -291,7 +297,7 @@ def _merge(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _column(node: Any, known: dict[tuple[str, str], Any]) -> Vector:
+def column_values(node: Any, known: dict[tuple[str, str], Any]) -> Vector:
     """Values (rows, width) of a column for one block, float64."""
     if isinstance(node, ex.Project):
         directions = np.asarray(node.directions, np.float64)
@@ -299,7 +305,7 @@ def _column(node: Any, known: dict[tuple[str, str], Any]) -> Vector:
         if isinstance(node.of, ex.Activations):
             parts = [tile @ directions.T.astype(tile.dtype) for _, tile in tiles(known["hook", node.of.hook], shift)]
             return np.concatenate(parts).astype(np.float64)
-        inner = _column(node.of, known)
+        inner = column_values(node.of, known)
         return np.asarray((inner if shift is None else inner - shift) @ directions.T)
     if isinstance(node, ex.Activations):
         return decoded(known["hook", node.hook]).astype(np.float64)
@@ -307,9 +313,9 @@ def _column(node: Any, known: dict[tuple[str, str], Any]) -> Vector:
         if isinstance(node.of, ex.Activations):
             squares = [np.einsum("ij,ij->i", t, t, dtype=np.float64) for _, t in tiles(known["hook", node.of.hook])]
             return np.asarray(np.sqrt(np.concatenate(squares))[:, None])
-        return np.asarray(np.linalg.norm(_column(node.of, known), axis=1, keepdims=True))
+        return np.asarray(np.linalg.norm(column_values(node.of, known), axis=1, keepdims=True))
     if isinstance(node, ex.Arithmetic | ex.Compare):
-        left, right = _column(node.left, known), _column(node.right, known)
+        left, right = column_values(node.left, known), column_values(node.right, known)
         with np.errstate(all="ignore"):  # what is not finite is counted and refused
             return np.asarray(_OPERATIONS[node.op](left, right), np.float64)
     if isinstance(node, ex.Constant):

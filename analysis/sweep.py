@@ -19,6 +19,7 @@ from millpond.analysis.metrics import METRICS, Task, group_codes
 from millpond.analysis.probes import inputs
 from millpond.analysis.probes.base import LinearProbe, check_folds, cross_validate, evidence_of
 from millpond.analysis.probes.targets import Design, Problem, Targets
+from millpond.analysis.remote import stays
 from millpond.store.errors import InvalidInput
 from millpond.store.result import Result
 
@@ -75,6 +76,8 @@ class Sweep:
             top = min(rows, key=lambda row: float(row["cv_loss"]))
         else:
             top = max(rows, key=lambda row: float(row[self.main[row["label"]]]))
+        if not self.probes:
+            raise stays("the probes of this sweep are", f"fit the one you want: the best is of {top['hook']}")
         return self.probes[self._key(top)]
 
     @property
@@ -96,7 +99,7 @@ class Sweep:
             ax = new_figure().subplots()
         table = self.table()
         hooks = list(dict.fromkeys(table["hook"]))
-        layers = [_layer(hook) for hook in hooks]
+        layers = [layer_of(hook) for hook in hooks]
         by_layer = None not in layers and len(set(layers)) == len(layers)
         places: dict[str, Any] = dict(zip(hooks, layers if by_layer else range(len(hooks)), strict=True))
         for number, label in enumerate(self.labels):
@@ -139,7 +142,8 @@ class Sweep:
 
     def __repr__(self) -> str:
         hooks = len({row["hook"] for row in self.rows})
-        return f"<Sweep: {len(self.probes)} probes, {hooks} hooks, labels {', '.join(self.labels)}>"
+        probes = sum(not row["control"] for row in self.rows)
+        return f"<Sweep: {probes} probes, {hooks} hooks, labels {', '.join(self.labels)}>"
 
     def _repr_html_(self) -> str:
         table = self.table()
@@ -283,7 +287,7 @@ def run_sweep(
             fitted[column.control][key] = one
             metrics = METRICS[tasks[problem.label].kind]
             count_groups(evaluation.evidence, prompts[1], groups is not None)
-            row: dict[str, Any] = {"hook": design.name, "layer": _layer(design.name), "label": column.label}
+            row: dict[str, Any] = {"hook": design.name, "layer": layer_of(design.name), "label": column.label}
             if probe.strength is not None:
                 row[probe.strength] = problem.strength
             row["control"] = column.control
@@ -357,6 +361,7 @@ def _counts(column: _Column, test: Mapping[str, int], one: LinearProbe) -> dict[
     }  # fmt: skip
 
 
-def _layer(hook: str) -> int | None:
+def layer_of(hook: str) -> int | None:
+    """The layer in a hook's name; None if it has none."""
     match = re.match(r"blocks\.(\d+)\.", hook)
     return int(match.group(1)) if match else None

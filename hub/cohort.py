@@ -91,8 +91,18 @@ def identical_share(rows_TD: NDArray[Any]) -> float:
 
     Rows are compared after rounding to a thousandth of the largest coordinate.
     """
-    wide = np.asarray(rows_TD, np.float32)
-    unit = float(np.abs(wide).max()) / 1000 or 1.0
-    coarse = np.ascontiguousarray(np.rint(wide / unit).astype(np.int16))
-    keys = coarse.view(np.dtype((np.void, coarse.shape[1] * 2))).ravel()
+    unit = float(np.abs(np.asarray(rows_TD, np.float32)).max()) / 1000 or 1.0
+    return largest_share(row_keys(rows_TD, unit))
+
+
+def row_keys(rows_TD: NDArray[Any], unit: float) -> NDArray[np.uint64]:
+    """A number for each row, equal where rows are after rounding to `unit`."""
+    coarse = np.rint(np.asarray(rows_TD, np.float32) / np.float32(unit)).astype(np.int64).astype(np.uint64)
+    factors = np.random.default_rng(0).integers(1, 1 << 63, coarse.shape[1], dtype=np.uint64) | np.uint64(1)
+    keys: NDArray[np.uint64] = coarse @ factors
+    return keys ^ (keys >> np.uint64(29))
+
+
+def largest_share(keys: NDArray[np.uint64]) -> float:
+    """The largest share of equal numbers."""
     return float(np.unique(keys, return_counts=True)[1].max() / len(keys))

@@ -21,6 +21,8 @@ from millpond.store.errors import GraphRefused
 
 ROLES = ("loss", "reconstruction", "codes", "scores", "statistic")
 """What an output may be: the loss to train on, what trusted metrics measure, or a statistic, which a reviewer sees first."""
+MAX_STATISTIC = 4096
+"""Most values of an output `statistic`."""
 INPUTS = ("activations", "labels")
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
@@ -353,7 +355,7 @@ class _DryRun:
             "reconstruction": shape == (self.rows, self.d_model),
             "scores": shape == (self.rows,),
             "codes": len(shape) == 2 and shape[0] == self.rows,
-            "statistic": len(shape) <= 1 and math.prod(shape) <= 4096,
+            "statistic": len(shape) <= 1 and math.prod(shape) <= MAX_STATISTIC,
         }[role]
         if not fits:
             raise GraphRefused(f"output {role} has shape {shape} for {self.rows} rows of width {self.d_model}")

@@ -9,6 +9,9 @@ MillpondError
 │   ├── RunExists         the lake already holds a run of that name
 │   ├── RunBusy           another process captures into the run
 │   ├── JobNotFound       the queue holds no job of that id
+│   ├── NotHeld           the project holds nothing of that handle, whether or not another one does
+│   ├── NotPermitted      the caller's role does not allow it
+│   ├── TooMany           the user has as many jobs waiting as are allowed
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
 │   ├── OneClass          labels hold one class where two are needed
 │   ├── MissingLabels     rows or prompts have no label, or NaN
@@ -18,9 +21,14 @@ MillpondError
 │   ├── PromptTooLong     a prompt does not fit the model's context
 │   ├── QuotaExceeded     the lake's configuration does not allow so many bytes
 │   └── UnsafeStore       the store cannot keep the promises that several writers need
+├── ActivationsStayInVault  only the vault may hold what was asked for; also an AttributeError
 ├── BudgetSpent           more bytes would leave than a cap allows; none did
 ├── Cancelled             the caller stopped it
 ├── CaptureFailed         a capture ended without all its rows; none of the failed rows are visible
+├── GatewayRefused        the gateway did not take a request, or the job ended in an error
+│   └── NotReleased       the release gate held a result back
+│       └── InReview      a reviewer must decide about it first
+├── GatewayUnavailable    the gateway cannot be reached, or speaks another version; also an OSError
 ├── IsolationFailed       a workspace cannot be locked down as promised; it was not started
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
 ├── LeaseLost             another worker claimed the job, or it has ended
@@ -74,6 +82,20 @@ class JobNotFound(InvalidInput, KeyError):
     """The queue holds no job of that id."""
 
     __str__ = Exception.__str__
+
+
+class NotHeld(InvalidInput, KeyError):
+    """The project holds nothing of that handle, whether or not another one does."""
+
+    __str__ = Exception.__str__
+
+
+class NotPermitted(InvalidInput):
+    """The caller's role does not allow it."""
+
+
+class TooMany(InvalidInput):
+    """The user has as many jobs waiting as are allowed; nothing was queued."""
 
 
 class MemoryTooSmall(InvalidInput):
@@ -151,3 +173,23 @@ class BudgetSpent(MillpondError):
 
 class LedgerCorrupt(MillpondError):
     """The ledger was changed by something else than the ledger."""
+
+
+class ActivationsStayInVault(MillpondError, AttributeError):
+    """Only the vault may hold what was asked for."""
+
+
+class GatewayRefused(MillpondError):
+    """The gateway did not take a request, or the job ended in an error."""
+
+
+class NotReleased(GatewayRefused):
+    """The release gate held a result back."""
+
+
+class InReview(NotReleased):
+    """A reviewer must decide about a result before it leaves."""
+
+
+class GatewayUnavailable(MillpondError, OSError):
+    """The gateway cannot be reached, or speaks another version."""

@@ -22,7 +22,7 @@ from millpond.store.errors import InvalidInput, JobNotFound, LeaseLost
 from millpond.store.files import encode_document, read_json, write_whole
 from millpond.store.posix import sync_folder
 
-State = Literal["queued", "claimed", "finished", "failed"]
+State = Literal["queued", "claimed", "finished", "failed", "cancelled"]
 
 
 class QueuedJob(BaseModel):

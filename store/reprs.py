@@ -54,7 +54,7 @@ def run_text(run: Run) -> str:
 
 def run_html(run: Run) -> str:
     """The HTML repr of a run."""
-    return _table(f"Run {run.name}", run_facts(run))
+    return html_table(f"Run {run.name}", run_facts(run))
 
 
 def lake_html(lake: Lake) -> str:
@@ -65,10 +65,11 @@ def lake_html(lake: Lake) -> str:
             rows.append((name, "; ".join(value for _, value in run_facts(lake[name]))))
         except MillpondError as error:  # one broken run must not hide the others
             rows.append((name, str(error)))
-    return _table(f"Lake {lake.url}", rows or [("", "no runs")])
+    return html_table(f"Lake {lake.url}", rows or [("", "no runs")])
 
 
-def _table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
+def html_table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
+    """An HTML table of names and values."""
     cells = "".join(
         f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
         f"<td style='text-align:left'>{html.escape(value)}</td></tr>"

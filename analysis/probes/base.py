@@ -16,6 +16,7 @@ from millpond.analysis.passes import AlignedRows, Pass, join, run_pass
 from millpond.analysis.probes import inputs
 from millpond.analysis.probes.linear import Linear, scores, stack
 from millpond.analysis.probes.targets import Design, Problem, Targets
+from millpond.analysis.remote import HandedProbe, backend_of, check_unused, stays
 from millpond.analysis.tiles import Rows
 from millpond.store.errors import InvalidInput, OneClass
 from millpond.store.result import Result
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     LabelSource = Callable[[Run], Any]
 
 
-class LinearProbe(BaseEstimator):  # type: ignore[misc]
+class LinearProbe(HandedProbe, BaseEstimator):  # type: ignore[misc]
     """A probe whose scores are linear in the activations. Subclasses say how problems are solved.
 
     `fit` takes NumPy, Dask or xarray input; the last two are read block by block and never held whole,
@@ -100,6 +101,10 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
             OneClass: `y` holds one class only.
             RunOpen: the run may still grow.
         """
+        if backend_of(X) is not None:
+            check_unused("fit", {"sample_weight": (sample_weight, None), "groups": (groups, None)})
+            self.submit_fit(X, y).result()
+            return self
         self.check_parameters()
         strengths = self.strengths()
         inputs.check_sealed(X)
@@ -137,6 +142,7 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
         self, found: Linear, classes: NDArray[Any] | None, evidence: Mapping[str, int], strength: float | None = None
     ) -> Self:
         """Become the fitted probe of `found`; warns if it has not converged."""
+        self._forget()
         if classes is not None:
             self.classes_ = classes
         self.coef_, self.intercept_ = found.coef, found.intercept
@@ -185,6 +191,15 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
             MissingLabels: a label is NaN.
             OverlappingGroups: the probe was fitted to some of these prompts.
         """
+        if backend_of(X) is not None:
+            check_unused(
+                "evaluate",
+                {
+                    "groups": (groups, None), "n_bootstrap": (n_bootstrap, 1000), "seed": (seed, 0), "fpr": (fpr, 0.01),
+                    "allow_overlap": (allow_overlap, False),
+                },
+            )  # fmt: skip
+            return self._ask("evaluate", {"data": X, "labels": y})
         from millpond.analysis.evaluation import evaluate_probe
 
         return evaluate_probe(
@@ -211,10 +226,23 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
 
         The strengths may also be given by their own name, as in `C=[0.1, 1.0]`.
         """
+        from millpond.analysis.remote_sweep import hand_over_sweep
         from millpond.analysis.sweep import run_sweep
 
         if self.strength in given and strengths is None:
             strengths = given.pop(self.strength)
+        backend = backend_of(train)
+        if backend is not None:
+            check_unused(
+                "sweep",
+                {
+                    "cv": (cv, None), "groups": (groups, None), "seed": (seed, 0),
+                    "n_bootstrap": (n_bootstrap, 1000), "fpr": (fpr, 0.01), "other arguments": (given, {}),
+                },
+            )  # fmt: skip
+            chosen = {} if strengths is None or self.strength is None else {self.strength: strengths}
+            one = type(self)(**(self.get_params() | chosen))
+            return hand_over_sweep(backend, one, train, test, hooks, labels, control="shuffled" in controls)
         if given:
             raise InvalidInput(f"{next(iter(given))} is no argument of {type(self).__name__}.sweep")
         return run_sweep(
@@ -233,6 +261,8 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
 
     def raw_scores(self, X: RowArray) -> NDArray[Any]:
         """Scores (rows, k)."""
+        if backend_of(X) is not None:
+            raise stays("the scores of these rows stay", "probe.evaluate(...) measures them there")
         check_is_fitted(self)
         X = self._check_rows(X, reset=False)
         one = Pass(AlignedRows(X, stored=True), _score, stack([self._linear], exact=not self.predicts_classes), join)
@@ -311,6 +341,9 @@ class ClassProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]
 
     def score(self, X: RowArray, y: RowArray, sample_weight: NDArray[Any] | None = None) -> float:
         """Accuracy, as scikit-learn's classifiers give."""
+        if backend_of(X) is not None:
+            check_unused("score", {"sample_weight": (sample_weight, None)})
+            return float(self._ask("evaluate", {"data": X, "labels": y})["accuracy"])
         from sklearn.metrics import accuracy_score
 
         return float(accuracy_score(inputs.to_memory(y), self.predict(X), sample_weight=sample_weight))

@@ -15,6 +15,7 @@ from millpond.analysis.probes import moments as statistics
 from millpond.analysis.probes.base import LinearProbe, best_class
 from millpond.analysis.probes.linear import Linear
 from millpond.analysis.probes.targets import Design, Layout, Problem, training_sums
+from millpond.analysis.remote import backend_of, check_unused
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -160,6 +161,9 @@ class RidgeProbe(LinearProbe):
 
     def score(self, X: RowArray, y: RowArray, sample_weight: NDArray[Any] | None = None) -> float:
         """R2 of numbers, accuracy of classes, as scikit-learn gives."""
+        if backend_of(X) is not None:
+            check_unused("score", {"sample_weight": (sample_weight, None)})
+            return float(self.evaluate(X, y)["accuracy" if _classifies(self) else "r2"])
         from sklearn.metrics import accuracy_score, r2_score
 
         metric = accuracy_score if _classifies(self) else r2_score

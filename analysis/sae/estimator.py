@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millpond.analysis.passes import AlignedRows, Pass, run_pass
+from millpond.analysis.remote import HandedSae, backend_of, check_unused, stays
 from millpond.analysis.sae import blocks, evaluation
 from millpond.analysis.sae.config import SaeConfig
 from millpond.analysis.sae.format import read_sae, write_sae
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 
-class Sae:
+class Sae(HandedSae):
     """A sparse autoencoder with `d_sae` latents; `architecture` decides which of them are active.
 
     Weights are kept in the activations' own units and in SAELens' shapes: `W_enc_` (d_in, d_sae),
@@ -92,6 +93,18 @@ class Sae:
             InvalidInput: `X` is empty or not finite, has fewer rows than `tokens`, or needs `tokens`; `out`
                 holds a checkpoint of another training, or `resume` is off.
         """
+        if backend_of(X) is not None:
+            check_unused(
+                "fit",
+                {
+                    "out": (out, None),
+                    "resume": (resume, False),
+                    "statistics": (statistics, None),
+                    "client": (client, None),
+                },
+            )
+            self.submit_fit(X, tokens=tokens, epochs=epochs).result()
+            return self
         self._fit([X], tokens, out, epochs, resume, [statistics], client)
         return self
 
@@ -124,6 +137,7 @@ class Sae:
         return self.config
 
     def _take(self, trained: Trained, arrays: Sequence[Any]) -> None:
+        self._forget()
         self.weights_, self.frequency_ = trained.weights, trained.frequency
         self.trained_on_ = origin(arrays[0])
         hooks = [origin(array).get("hook") for array in arrays]
@@ -174,6 +188,8 @@ class Sae:
 
         One pass; `evaluation.summary` says what the values are.
         """
+        if backend_of(X) is not None:
+            return self._ask("evaluate", {"data": X, "labels": None})
         return self._evaluate([X], None)
 
     def _evaluate(self, inputs: Sequence[Any], outputs: Sequence[Any] | None) -> Result:
@@ -239,6 +255,8 @@ class Sae:
         Raises:
             InvalidInput: a latent is out of range.
         """
+        if backend_of(X) is not None:
+            return self._top_rows_there(X, latents, n)
         from millpond.analysis.sae.latents import top_rows
 
         return top_rows(self._weights(), self._check_rows(X), latents, n, progress=self.progress)
@@ -290,11 +308,16 @@ class Sae:
         """Take what `_own_facts` gave."""
 
     def __repr__(self) -> str:
-        fitted = ", ".join(f"{key}={value}" for key, value in self.trained_on_.items()) or "not fitted"
+        there = "in the vault" if "remote_" in vars(self) else "not fitted"
+        fitted = ", ".join(f"{key}={value}" for key, value in self.trained_on_.items()) or there
         k = f" k={self.config.k}" if self.config and self.config.k else ""
         return f"<{type(self).__name__} d_sae={self.d_sae}{k}: {fitted}>"
 
     def _weights(self) -> blocks.SaeWeights:
+        if "remote_" in vars(self):
+            raise stays(
+                f"the weights of this {type(self).__name__} are", "evaluate, top_rows and interventions use them there"
+            )
         if self.weights_ is None:
             raise InvalidInput(f"this {type(self).__name__} is not fitted; call fit, or load")
         return self.weights_

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from millpond.analysis import select_tokens as select_tokens
     from millpond.analysis import train_together as train_together
     from millpond.capture.params import capture_params as capture_params
+    from millpond.hub.client import as_completed as as_completed
+    from millpond.hub.client import connect as connect
     from millpond.store.errors import MillpondError as MillpondError
     from millpond.store.lake import Lake as Lake
     from millpond.store.lake import open_lake as open  # noqa: A004
@@ -56,7 +58,9 @@ _HOMES = {
     "SkipTranscoder": ("millpond.analysis", "SkipTranscoder"),
     "TopKSae": ("millpond.analysis", "TopKSae"),
     "Transcoder": ("millpond.analysis", "Transcoder"),
+    "as_completed": ("millpond.hub.client", "as_completed"),
     "capture_params": ("millpond.capture.params", "capture_params"),
+    "connect": ("millpond.hub.client", "connect"),
     "lazy": ("millpond.analysis.lazy", "lazy"),
     "open": ("millpond.store.lake", "open_lake"),
     "select_tokens": ("millpond.analysis", "select_tokens"),
@@ -83,7 +87,9 @@ __all__ = [
     "SkipTranscoder",
     "TopKSae",
     "Transcoder",
+    "as_completed",
     "capture_params",
+    "connect",
     "lazy",
     "open",
     "select_tokens",

@@ -13,6 +13,16 @@ import tyro
 
 from millpond.analysis.jobs import ProbeJob, read_probe_job
 from millpond.analysis.sae.commands import SaeCommand
+from millpond.hub.gateway_commands import (
+    Executor,
+    Gateway,
+    ProjectHold,
+    ProjectNew,
+    ProjectRole,
+    ReleaseVerify,
+    TokenNew,
+)
+from millpond.hub.queue_commands import QueueServe, QueueToken
 from millpond.store.commands import COMMANDS, one_line
 from millpond.store.commands import Verify as VerifyStored
 from millpond.store.errors import InvalidInput, MillpondError
@@ -23,7 +33,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Activations of language models, next to the GPUs.
 
-Also: millpond ledger (verify, alerts) and millpond budget (plan, show, raise, approve)."""
+Also: millpond ledger (verify, alerts), budget (plan, show, raise, approve), queue (serve, token), token (new),
+project (new, role, hold) and release (verify)."""
 
 
 class _Command(Protocol):
@@ -97,8 +108,9 @@ class Serve:
 class Worker:
     """Run an engine that takes capture jobs from a queue."""
 
-    queue: Path
-    """Folder of the queue; made if it is missing."""
+    queue: str
+    """Folder of the queue, made if it is missing; or http://HOST:PORT or unix:/PATH of `millpond queue serve`, with
+    the worker's token in MILLPOND_WORKER_TOKEN."""
     model: str
     """Folder of the model."""
     lake: Path
@@ -126,7 +138,7 @@ class Worker:
 
         from millpond.capture.worker_jobs import WorkerConfig, work
         from millpond.store.capture_spec import ModelSection, first_problem
-        from millpond.store.queue import FolderQueue
+        from millpond.store.http_queue import open_queue
 
         try:
             model = ModelSection.model_validate({"path": self.model, "dtype": self.dtype})
@@ -140,7 +152,7 @@ class Worker:
         config = WorkerConfig(
             model, self.lake, self.hooks, arguments, self.max_adapters, self.max_rank, lease_seconds=self.lease
         )
-        work(FolderQueue(self.queue), config, until_empty=self.until_empty, told=lambda text: print(text, flush=True))
+        work(open_queue(self.queue), config, until_empty=self.until_empty, told=lambda text: print(text, flush=True))
         return 0
 
 
@@ -148,17 +160,17 @@ class Worker:
 class Submit:
     """Queue a capture job for `millpond worker`."""
 
-    queue: Annotated[Path, tyro.conf.Positional]
-    """Folder of the queue."""
+    queue: Annotated[str, tyro.conf.Positional]
+    """Folder of the queue, or its address as for `millpond worker`, with a token that may submit."""
     job: Annotated[Path, tyro.conf.Positional]
     """The job file, without [engine]."""
 
     def run(self) -> int:
         """Queue the job and print its id."""
         from millpond.store.capture_spec import read_job
-        from millpond.store.queue import FolderQueue
+        from millpond.store.http_queue import open_queue
 
-        print(FolderQueue(self.queue).submit("capture", read_job(self.job).model_dump(mode="json", exclude_unset=True)))
+        print(open_queue(self.queue).submit("capture", read_job(self.job).model_dump(mode="json", exclude_unset=True)))
         return 0
 
 
@@ -414,6 +426,10 @@ def _system_user() -> str:
 _GROUPS: dict[str, dict[str, Callable[..., _Command]]] = {
     "ledger": {"verify": LedgerVerify, "alerts": LedgerAlerts},
     "budget": {"plan": BudgetPlan, "show": BudgetShow, "raise": BudgetRaise, "approve": BudgetApprove},
+    "queue": {"serve": QueueServe, "token": QueueToken},
+    "token": {"new": TokenNew},
+    "release": {"verify": ReleaseVerify},
+    "project": {"new": ProjectNew, "role": ProjectRole, "hold": ProjectHold},
 }
 """Commands of two words; the first has no meaning alone."""
 
@@ -428,6 +444,8 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     **COMMANDS,
     "verify": Verify,
     "demo": Demo,
+    "gateway": Gateway,
+    "executor": Executor,
     "sae": SaeCommand,
 }
 

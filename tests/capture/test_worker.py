@@ -1,4 +1,4 @@
-"""Jobs from a queue: adapters in one batch, reuse, a killed worker, and the check against Hugging Face."""
+"""Jobs from the hub's queue, over HTTP: adapters in one batch, reuse, a killed worker, and the check against Hugging Face."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,49 @@ import torch
 import millpond as mp
 from millpond.capture.reference import check_reference
 from millpond.cli import main
+from millpond.hub.queue import SqlQueue
+from millpond.hub.queue_api import create_queue_app, new_worker
 from millpond.store.errors import InvalidInput
-from millpond.store.queue import FolderQueue, QueuedJob
+from millpond.store.http_queue import HttpQueue
+from millpond.store.queue import QueuedJob
 from millpond.store.run import Run
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 from millpond.store.verify import verify_run
 from tests.capture.conftest import HOOK, MODEL, N_LAYERS, Reference
 from tests.capture.serving import make_adapter, merge_by_hand
+from tests.queue_serving import serving
 
 pytestmark = pytest.mark.slow
 MIDDLE = "blocks.2.hook_resid_mid"
 
 
+@dataclass(frozen=True)
+class Queue:
+    """A queue's server; the worker's token may claim, the operator's submit and look."""
+
+    address: str
+    worker_token: str
+    operator: HttpQueue
+
+
+@pytest.fixture(scope="module")
+def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
+    worker_token, worker = new_worker("gpu", ["capture"])
+    operator_token, operator = new_worker("operator", ["capture"], submit=True)
+    sql = SqlQueue(f"sqlite:///{tmp_path_factory.mktemp('queue') / 'hub.db'}")
+    with serving(create_queue_app(sql, [worker, operator])) as address:
+        yield Queue(address, worker_token, HttpQueue(address, operator_token))
+    sql.engine.dispose()
+
+
 class Worker:
     """`millpond worker` in a process group of its own."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, queue: Queue, *arguments: str) -> None:
         # fmt: off
         command = [
-            sys.executable, "-m", "millpond.cli", "worker", "--queue", str(folder / "queue"), "--model", str(MODEL),
+            sys.executable, "-m", "millpond.cli", "worker", "--queue", queue.address, "--model", str(MODEL),
             "--lake", str(folder / "lake"), "--dtype", "float32", "--hooks", "blocks.*.hook_resid_post", MIDDLE,
             "--engine", json.dumps({"kv_cache_memory_bytes": 1 << 28, "max_num_batched_tokens": 512}),
             "--max-adapters", "2", "--max-rank", "8", "--lease", "3", *arguments,
@@ -45,7 +70,8 @@ class Worker:
         # fmt: on
         self.log = folder / "worker.log"
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            environment = os.environ | {"MILLPOND_WORKER_TOKEN": queue.worker_token}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -58,7 +84,9 @@ def prompts(python_prompts: list[list[int]]) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory, prompts: dict[str, list[int]]) -> tuple[Path, dict[str, QueuedJob]]:
+def jobs(
+    tmp_path_factory: pytest.TempPathFactory, prompts: dict[str, list[int]], queue: Queue
+) -> tuple[Path, dict[str, QueuedJob]]:
     """Every job's end, after the first worker was killed in the middle of the long one."""
     folder = tmp_path_factory.mktemp("worker")
     first = make_adapter(folder / "first", 4, 1)
@@ -69,7 +97,6 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, prompts: dict[str, list[int]]
     again = {f"same-{name}": prompts[name] for name in names[:3]}
     again |= {f"prefix-{name}": prompts[name][:-3] for name in names[3:6]}
     again |= {"new": [*prompts[names[0]], 7]}
-    queue = FolderQueue(folder / "queue")
 
     def submit(run: str, file: dict[str, list[int]], **sections: Any) -> str:
         path = folder / f"{run}.jsonl"
@@ -82,10 +109,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, prompts: dict[str, list[int]]
         }
         for section, values in sections.items():
             job[section] = {**job[section], **values} if section in job else values
-        return queue.submit("capture", job)
+        return queue.operator.submit("capture", job)
 
     ids = {"long": submit("long", long)}
-    worker = Worker(folder)
+    worker = Worker(folder, queue)
     try:
         deadline = time.monotonic() + 200
         while not list((folder / "lake" / "runs").glob("long/commits/[!.]*.json")):
@@ -102,13 +129,13 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, prompts: dict[str, list[int]]
     ids["no tap"] = submit("no-tap", prompts, capture={"hooks": ["blocks.1.hook_mlp_out"]})
     ids["other dtype"] = submit("other-dtype", prompts, model={"dtype": "bfloat16"})
     ids["engine"] = submit("engine", prompts, engine={"max_num_seqs": 3})
-    last = Worker(folder, "--until-empty")
+    last = Worker(folder, queue, "--until-empty")
     try:
         assert last.process.wait(300) == 0, last.log.read_text()[-3000:]
     finally:
         if last.process.poll() is None:
             last.kill()
-    return folder, {name: queue.get(job_id) for name, job_id in ids.items()}
+    return folder, {name: queue.operator.get(job_id) for name, job_id in ids.items()}
 
 
 def rows_of(run: Run, prompt_id: str) -> tuple[list[int], np.ndarray]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import millpond as mp
 from millpond.hub.cohort import cohort, distinct_prompts, identical_share, shares, variance_ratio
 from millpond.hub.ledger import Ledger, Payer
+from millpond.hub.local import LocalVault
 from millpond.hub.policy import ModelPolicy, Policy
 from millpond.hub.release import Door, Question
 from millpond.hub.rules import Evidence
+from millpond.store.lake import open_lake
+from millpond.store.seal import seal_run
+from millpond.store.segment import CapturedRequest, RunWriter
 
 ROOT = Path(__file__).parents[2]
 LAYER = 3
@@ -132,3 +140,74 @@ def ask(number):
 
 def correlation(a, b):
     return float(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1])
+
+
+def store(lake, name, tokens, hooks, **provenance):
+    """A sealed run of rows (prompt, position, width) by hook; prompts are p0, p1, ..."""
+    width = next(iter(hooks.values())).shape[-1]
+    record = {"model": "stdlib_llama", "capture": {"capture": {"max_new_tokens": 0}}, **provenance}
+    spec = lake.create_run(name, hooks=tuple(hooks), d_model=width, dtype="float32", provenance=record)
+    writer = RunWriter(lake.run_folder(name), spec)
+    ids = [f"p{number}" for number in range(len(tokens))]
+    for number, prompt in enumerate(ids):
+        rows = {hook: np.ascontiguousarray(held[number], np.float32) for hook, held in hooks.items()}
+        n = tokens.shape[1]
+        writer.append(CapturedRequest(prompt, tokens[number].astype(np.int32), n, np.arange(n, dtype=np.int32), rows))
+    writer.commit()
+    return seal_run(lake.run_folder(name), prompts=pd.DataFrame({"id": ids}))
+
+
+@dataclass
+class Served:
+    """A real gateway and executor over lakes of the example model's rows, and who may do what there.
+
+    The model `m` counts as one of 8e9 parameters; `tiny` allows 2,000 bytes a week, and `drop` as many again.
+    """
+
+    local: LocalVault
+    lake: object
+
+    def lake_of(self, user, project, *scopes):
+        """What `user` sees of `project`."""
+        token = self.local.add_token(user, *(scopes or ("read", "run")))
+        return mp.connect(self.local.url, token, project)
+
+    def http(self, token=None, url=None):
+        """A bare session, for what the client would not send."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        transport = httpx.HTTPTransport(uds=str(self.local.socket)) if url is None else None
+        return httpx.Client(transport=transport, base_url=url or "http://millpond", headers=headers, timeout=60)
+
+    def balances(self, user, project, model="m"):
+        """Bytes spent of the user's week and of the project."""
+        ledger = self.local.ledger()
+        try:
+            return tuple(one.spent for one in ledger.balances(Payer(user, project, (model,))))[:2]
+        finally:
+            ledger.close()
+
+    def project(self, name, user, model="m", **runs):
+        """A project of `user` with runs: name there to (name in the lake, whose prompts)."""
+        self.local.projects.create(name, models=[model], by=user)
+        return {
+            called: self.local.projects.hold(name, "run", called, target, model=model, detail={"prompts": whose}).handle
+            for called, (target, whose) in runs.items()
+        }
+
+
+MODELS = {
+    "m": {"parameters": 8_000_000_000},
+    "tiny": {"parameters": 8_000_000_000, "user_week_bytes": 2_000},
+    "drop": {"parameters": 8_000_000_000, "user_week_bytes": 3_000},
+}
+
+
+@pytest.fixture(scope="session")
+def served(vault):
+    with tempfile.TemporaryDirectory(prefix="mpr", dir="/tmp") as folder:
+        lake = open_lake(Path(folder) / "lake", create=True)
+        kept = {hook: rows for hook, rows in vault.hooks.items() if rows.shape[-1] == 256}
+        store(lake, "heldout", vault.tokens, kept)
+        with LocalVault(Path(folder) / "v", lake.folder, MODELS, max_running=8) as local:
+            local.start()
+            yield Served(local, lake)

@@ -1,0 +1,144 @@
+"""Captures for capture workers: a client's job as the workers know it, and the run that comes of it.
+
+A worker is told nothing of whom a job is for. The run's name in the lake is the project's mark and the client's name.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from millpond.hub.kinds.capture import CaptureJob
+from millpond.hub.projects import Held
+from millpond.hub.queue import ProjectJob
+from millpond.hub.vault import Vault, label_mark
+from millpond.store import capture_spec
+from millpond.store.artifacts import load_artifact
+from millpond.store.errors import InvalidInput, NotHeld
+from millpond.store.files import write_whole
+from millpond.store.interventions import Patch, SpliceSae
+
+if TYPE_CHECKING:
+    from millpond.hub.gateway import Gateway
+
+_RESERVED = ("id", "text", "token_ids")
+
+
+def send_prompts(gateway: Gateway, project: str, name: str, rows: Sequence[Mapping[str, Any]]) -> Held:
+    """Keep prompts under a name of the project.
+
+    Raises:
+        InvalidInput: two have the same id, the name is taken, or they do not have the same fields.
+    """
+    if len({row["id"] for row in rows}) < len(rows):
+        raise InvalidInput("two prompts have the same id; give ids that differ")
+    fields = list(rows[0])
+    if any(list(row) != fields for row in rows):
+        raise InvalidInput("the prompts have different fields; give each the same")
+    path = _write(gateway, rows)
+    columns = [field for field in fields if field not in _RESERVED]
+    return gateway.projects.hold(
+        project, "prompts", name, str(path), model="", detail={"prompts": len(rows), "columns": columns}
+    )
+
+
+def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -> str:
+    """Queue a capture for the workers of its model; returns the job's id.
+
+    Raises:
+        InvalidInput: the installation has no such model or adapter, the project may not use it, or the name is taken.
+    """
+    weights = gateway.settings.models.get(job.model)
+    if weights is None or job.model not in gateway.projects.models(vault.project):
+        raise InvalidInput(f"model {job.model!r} is none that this project can capture from")
+    if job.adapter is not None and job.adapter not in weights.adapters:
+        raise InvalidInput(f"model {job.model!r} has no adapter {job.adapter!r}")
+    if any(held.name == job.name for held in gateway.projects.held(vault.project, "run")):
+        raise InvalidInput(f"the project has a run {job.name!r}; choose another name")
+    if isinstance(job.prompts, str):
+        held = vault.held("prompts", job.prompts)
+        path, columns = held.target, tuple(held.detail["columns"])
+    else:
+        rows = [one.model_dump() for one in job.prompts]
+        if len({row["id"] for row in rows}) < len(rows):
+            raise InvalidInput("two prompts have the same id; give ids that differ")
+        path, columns = str(_write(gateway, rows)), ()
+    spec = capture_spec.CaptureJob.model_validate(
+        {
+            "model": {
+                "path": weights.path,
+                "adapter": None if job.adapter is None else weights.adapters[job.adapter],
+            },
+            "capture": {
+                "hooks": job.hooks, "max_new_tokens": job.max_new_tokens, **job.positions.model_dump(mode="json")
+            },
+            "prompts": {"path": path, "metadata": columns},
+            "destination": {"lake": gateway.settings.lake, "run": label_mark(vault.project) + job.name},
+            "intervene": [_intervention(vault, one) for one in job.interventions],
+        }
+    )  # fmt: skip
+    wanted = spec.model_dump(mode="json", exclude_unset=True)
+    return gateway.queue.submit("capture", wanted, project=vault.project, user=user)
+
+
+def registered(gateway: Gateway, job: ProjectJob) -> Held | None:
+    """The project's run of a finished capture, held from the first time that somebody asks; None while it is open.
+
+    The workers need not know of projects, and asking twice, or at once, holds it once.
+    """
+    spec = capture_spec.CaptureJob.model_validate(job.spec)
+    target = spec.destination.run
+    name = target.removeprefix(label_mark(job.project))
+    try:
+        return gateway.projects.named(job.project, "run", name)
+    except NotHeld:
+        pass
+    if job.state != "finished" or target not in gateway.lake:
+        return None
+    model = next((name for name, one in gateway.settings.models.items() if one.path == spec.model.path), None)
+    if model is None:
+        raise InvalidInput(f"the settings no longer have the model in {spec.model.path!r}")
+    # whose prompts they are decides which rules hold: these were sent by the project's own members
+    detail = {"prompts": "own", "job": job.id}
+    try:
+        return gateway.projects.hold(job.project, "run", name, target, model=model, detail=detail)
+    except InvalidInput:
+        return gateway.projects.named(job.project, "run", name)
+
+
+def _write(gateway: Gateway, rows: Sequence[Mapping[str, Any]]) -> Path:
+    folder = gateway.settings.prompts
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{secrets.token_hex(16)}.jsonl"
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path.resolve()
+
+
+def _intervention(vault: Vault, one: Any) -> dict[str, Any]:
+    """The intervention over the lake's names."""
+    values: dict[str, Any] = one.model_dump(mode="json", exclude_unset=True) | {"op": one.op}
+    if isinstance(one, Patch):
+        values["run"] = vault.run(one.run).name
+    elif isinstance(one, SpliceSae):
+        values["artifact"] = vault.held("artifact", one.artifact).target
+    elif isinstance(one.vector, str):
+        values["vector"] = _direction(vault, one.vector)
+    return values
+
+
+def _direction(vault: Vault, handle: str) -> str | list[float]:
+    """What workers take: the name of a vector, or the numbers of a probe's direction.
+
+    Raises:
+        InvalidInput: the artifact is no direction.
+    """
+    artifact = load_artifact(vault.lake, vault.held("artifact", handle).target)
+    if artifact.kind == "vector":
+        return artifact.name
+    coef = artifact.arrays().get("coef")
+    if artifact.kind != "probe" or coef is None or len(coef) != 1:
+        raise InvalidInput(f"the artifact is a {artifact.kind}; give a vector, or a probe of two classes")
+    return [float(value) for value in coef[0]]

@@ -1,0 +1,66 @@
+"""Completions as they come from the gateway: coded under a model that both sides build from one dictionary."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from millpond.store.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from millpond.hub.textmodel import TextModel
+
+
+class TextReader:
+    """The dictionary of this side. It is read when the first text comes."""
+
+    def __init__(self, dictionary: Path | None, expected: str | None) -> None:
+        self.dictionary = dictionary
+        self.expected = expected
+        """SHA-256 of the gateway's, as it says when the two meet; None if it sends no texts."""
+        self._model: TextModel | None = None
+
+    def check(self) -> None:
+        """Check that texts could be read, before any are asked for.
+
+        Raises:
+            InvalidInput: the gateway has no dictionary, or this side none or another.
+        """
+        self._read()
+
+    def decode(self, coded: bytes, count: int) -> list[str]:
+        """The `count` texts of an answer.
+
+        Raises:
+            InvalidInput: as `check`, or they are no such texts.
+        """
+        from millpond.hub.textcode import decode
+
+        return decode(coded, count, self._read())
+
+    def _read(self) -> TextModel:
+        if self._model is not None:
+            return self._model
+        from millpond.hub.textmodel import TextModel
+
+        if self.expected is None:
+            raise InvalidInput("this gateway has no dictionary, so no texts leave; ask for rates")
+        if self.dictionary is None:
+            raise InvalidInput(
+                "texts are coded with a dictionary; get the gateway's file and set MILLPOND_DICTIONARY, or connect(dictionary=...)"
+            )
+        try:
+            data = self.dictionary.read_bytes()
+        except OSError as error:
+            raise InvalidInput(
+                f"the dictionary {self.dictionary} cannot be read: {error}; set MILLPOND_DICTIONARY"
+            ) from error
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.expected:
+            raise InvalidInput(
+                f"the dictionary {self.dictionary} has SHA-256 {found[:12]}..., the gateway's {self.expected[:12]}...; "
+                "get the gateway's file"
+            )
+        self._model = TextModel(data)
+        return self._model

@@ -1,0 +1,316 @@
+"""The durable queue of jobs in the hub's database: priorities, turns between users, limits, cancellation.
+
+Every change is one transaction, so that a process killed at any moment leaves a job as it was before or after. On
+PostgreSQL workers skip jobs that others are claiming; on SQLite the one writer holds the database.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from millpond.hub.database import open_database
+from millpond.hub.tables import JOB_EVENTS, JOBS, QUEUE_USERS
+from millpond.hub.transitions import FINAL, follow
+from millpond.store.errors import InvalidInput, JobNotFound, LeaseLost, TooMany
+from millpond.store.queue import QueuedJob, State
+
+ID_BYTES = 8
+_JSON_FIELDS = ("spec", "progress", "result")
+
+
+class ProjectJob(QueuedJob):
+    """A job with whom it is for; both are empty for the vault's own jobs."""
+
+    project: str = ""
+    user: str = ""
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many jobs a user may have; the vault's own jobs, of user "", are not limited."""
+
+    queued: int = 200
+    """Waiting at once; `submit` raises TooMany beyond."""
+    running: int = 4
+    """Under way at once; further ones wait."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a job."""
+
+    at: float
+    """Seconds since 1970."""
+    event: str
+    """Of `transitions.TRANSITIONS`."""
+    state: State
+    """The state after it."""
+    progress: Mapping[str, Any]
+
+
+class SqlQueue:
+    """The `JobQueue` in a database; further claims of the same job, and of one user's jobs, wait for each other."""
+
+    def __init__(
+        self,
+        database: sa.Engine | str,
+        *,
+        limits: Limits | None = None,
+        max_attempts: int = 5,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """Open the queue.
+
+        Args:
+            database: from `open_database`, or its URL.
+            limits: of each user.
+            max_attempts: claims of a job after which it fails: a job that kills its workers must not kill all of them.
+            now: the clock, seconds since 1970.
+        """
+        self.engine = open_database(database) if isinstance(database, str) else database
+        self.limits = limits or Limits()
+        self.max_attempts = max_attempts
+        self._now = now
+        self._reader = self.engine.execution_options(write=False)
+
+    def submit(
+        self, kind: str, spec: Mapping[str, Any], *, project: str = "", user: str = "", priority: int = 0
+    ) -> str:
+        """Queue a job; returns its id, 16 random hexadecimal digits, once it is durable.
+
+        A higher `priority` is claimed first.
+
+        Raises:
+            TooMany: `user` has as many jobs waiting as are allowed.
+        """
+        job = ProjectJob(
+            id=secrets.token_hex(ID_BYTES),
+            kind=_text(kind),
+            spec=dict(spec),
+            state=follow("submit", None),
+            submitted=self._now(),
+            project=_text(project),
+            user=_text(user),
+            priority=priority,
+        )
+        with self.engine.begin() as connection:
+            self._lock_user(connection, job.user)
+            waiting = connection.scalar(_count(job.user, JOBS.c.state == "queued")) or 0
+            if job.user and waiting >= self.limits.queued:
+                raise TooMany(
+                    f"user {job.user!r} has {waiting} jobs waiting and {self.limits.queued} are allowed; wait or cancel some"
+                )
+            connection.execute(JOBS.insert().values(_row(job)))
+            self._record(connection, job, "submit")
+        return job.id
+
+    def claim(self, worker: str, kinds: Collection[str], lease_seconds: float) -> ProjectJob | None:
+        """Take a job of one of `kinds` that is queued or whose lease ran out; None if there is none.
+
+        Of the highest priority; of the user who has the fewest under way, and among those who was served longest ago;
+        of that user the oldest.
+        """
+        while True:
+            with self.engine.begin() as connection:
+                now = self._now()
+                job = self._next(connection, kinds, now)
+                if job is None:
+                    return None
+                if job.attempts >= self.max_attempts:
+                    error = f"its workers ended {job.attempts} times without a word, the last one {job.worker!r}"
+                    self._change(connection, job, "give up", error=error)
+                    continue
+                self._lock_user(connection, job.user)
+                # only now nobody else counts this user's jobs; whoever did may have taken the last place since
+                if job.user and self._running(connection, job.user, now) >= self.limits.running:
+                    continue
+                served = QUEUE_USERS.update().where(QUEUE_USERS.c.name == job.user).values(served=now)
+                connection.execute(served)
+                return self._change(
+                    connection,
+                    job,
+                    "claim",
+                    attempts=job.attempts + 1,
+                    worker=_text(worker),
+                    lease_until=now + lease_seconds,
+                )
+
+    def heartbeat(self, job: QueuedJob, lease_seconds: float, progress: Mapping[str, Any]) -> None:
+        """Renew the lease of a claimed job.
+
+        Raises:
+            LeaseLost: the claim ran out and the job was claimed again, or it ended or was cancelled.
+        """
+        with self._held(job) as (connection, current):
+            self._change(
+                connection, current, "heartbeat", lease_until=self._now() + lease_seconds, progress=dict(progress)
+            )
+
+    def finish(
+        self, job: QueuedJob, result: Mapping[str, Any], *, also: Callable[[sa.Connection], None] | None = None
+    ) -> None:
+        """End a claimed job well; `also` writes what belongs to its end, in the same transaction.
+
+        Raises:
+            LeaseLost: as for `heartbeat`; neither the result nor `also` counts.
+        """
+        with self._held(job) as (connection, current):
+            self._change(connection, current, "finish", result=dict(result))
+            if also is not None:
+                also(connection)
+
+    def fail(self, job: QueuedJob, error: str) -> None:
+        """End a claimed job that cannot be done.
+
+        Raises:
+            LeaseLost: as for `heartbeat`.
+        """
+        with self._held(job) as (connection, current):
+            self._change(connection, current, "fail", error=_text(error))
+
+    def cancel(self, job_id: str) -> ProjectJob:
+        """Cancel a job that has not ended, and return it; one that has ended is returned as it is.
+
+        Raises:
+            JobNotFound: there is none of that id.
+        """
+        with self.engine.begin() as connection:
+            job = self._find(connection, job_id, lock=True)
+            return job if job.state in FINAL else self._change(connection, job, "cancel")
+
+    def get(self, job_id: str) -> ProjectJob:
+        """The job as it stands now.
+
+        Raises:
+            JobNotFound: there is none of that id.
+        """
+        with self._reader.connect() as connection:
+            return self._find(connection, job_id)
+
+    def jobs(
+        self, *, project: str | None = None, user: str | None = None, state: State | None = None
+    ) -> list[ProjectJob]:
+        """Every job, or those of a project, a user or in a state, oldest first."""
+        query = sa.select(JOBS).order_by(JOBS.c.seq)
+        for column, value in ((JOBS.c.project, project), (JOBS.c.user, user), (JOBS.c.state, state)):
+            query = query if value is None else query.where(column == value)
+        with self._reader.connect() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+    def history(self, job_id: str) -> tuple[Event, ...]:
+        """Everything that happened to a job, oldest first; heartbeats only where the progress changed.
+
+        Raises:
+            JobNotFound: there is none of that id.
+        """
+        query = sa.select(JOB_EVENTS).where(JOB_EVENTS.c.job == job_id).order_by(JOB_EVENTS.c.seq)
+        with self._reader.connect() as connection:
+            self._find(connection, job_id)
+            rows = connection.execute(query).all()
+        return tuple(Event(row.at, row.event, row.state, json.loads(row.progress)) for row in rows)
+
+    def _next(self, connection: sa.Connection, kinds: Collection[str], now: float) -> ProjectJob | None:
+        """The job whose turn it is, locked."""
+        busy = (
+            sa.select(JOBS.c.user, sa.func.count().label("running"))
+            .where(JOBS.c.state == "claimed", JOBS.c.lease_until > now)
+            .group_by(JOBS.c.user)
+            .subquery()
+        )
+        running = sa.func.coalesce(busy.c.running, 0)
+        claimable = sa.or_(JOBS.c.state == "queued", sa.and_(JOBS.c.state == "claimed", JOBS.c.lease_until <= now))
+        query = (
+            sa.select(JOBS)
+            .join(QUEUE_USERS, QUEUE_USERS.c.name == JOBS.c.user)
+            .outerjoin(busy, busy.c.user == JOBS.c.user)
+            .where(JOBS.c.kind.in_(kinds), claimable, sa.or_(running < self.limits.running, JOBS.c.user == ""))
+            .order_by(JOBS.c.priority.desc(), running, QUEUE_USERS.c.served, JOBS.c.seq)
+            .limit(1)
+            .with_for_update(of=JOBS, skip_locked=True)
+        )
+        row = connection.execute(query).first()
+        return None if row is None else _job(row)
+
+    def _lock_user(self, connection: sa.Connection, user: str) -> None:
+        """Wait until nobody else counts the user's jobs; SQLite has locked the database already."""
+        query = sa.select(QUEUE_USERS.c.name).where(QUEUE_USERS.c.name == user).with_for_update()
+        if connection.execute(query).first() is None:
+            if connection.dialect.name == "postgresql":
+                from sqlalchemy.dialects.postgresql import insert
+
+                new = insert(QUEUE_USERS).values(name=user, served=0.0).on_conflict_do_nothing()
+                connection.execute(new)
+                connection.execute(query)
+            else:
+                connection.execute(QUEUE_USERS.insert().values(name=user, served=0.0))
+
+    def _running(self, connection: sa.Connection, user: str, now: float) -> int:
+        return connection.scalar(_count(user, JOBS.c.state == "claimed", JOBS.c.lease_until > now)) or 0
+
+    @contextmanager
+    def _held(self, job: QueuedJob) -> Iterator[tuple[sa.Connection, ProjectJob]]:
+        """A transaction in which the claim that `job` is still counts."""
+        with self.engine.begin() as connection:
+            current = self._find(connection, job.id, lock=True)
+            if current.state != "claimed" or current.attempts != job.attempts:
+                raise LeaseLost(
+                    f"job {job.id}: claim {job.attempts} of {job.worker!r} no longer counts: it is {current.state}, "
+                    f"claim {current.attempts} of {current.worker!r}; stop working on it"
+                )
+            yield connection, current
+
+    def _find(self, connection: sa.Connection, job_id: str, *, lock: bool = False) -> ProjectJob:
+        query = sa.select(JOBS).where(JOBS.c.id == job_id)
+        row = None if "\0" in job_id else connection.execute(query.with_for_update() if lock else query).first()
+        if row is None:
+            raise JobNotFound(f"job {job_id!r} is not in the queue; check the id")
+        return _job(row)
+
+    def _change(self, connection: sa.Connection, job: ProjectJob, event: str, **changes: Any) -> ProjectJob:
+        changed = job.model_copy(update={"state": follow(event, job.state), **changes})
+        connection.execute(JOBS.update().where(JOBS.c.id == job.id).values(_row(changed)))
+        if event != "heartbeat" or changed.progress != job.progress:
+            self._record(connection, changed, event)
+        return changed
+
+    def _record(self, connection: sa.Connection, job: ProjectJob, event: str) -> None:
+        row = {"job": job.id, "at": self._now(), "event": event, "state": job.state}
+        connection.execute(JOB_EVENTS.insert().values(row | {"progress": _encode(job.progress)}))
+
+
+def _count(user: str, *conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.user == user, *conditions)
+
+
+def _row(job: ProjectJob) -> dict[str, Any]:
+    row = job.model_dump()
+    return row | {name: None if row[name] is None else _encode(row[name]) for name in _JSON_FIELDS}
+
+
+def _job(row: sa.Row[Any]) -> ProjectJob:
+    found = dict(row._mapping)
+    del found["seq"]
+    for name in _JSON_FIELDS:
+        found[name] = None if found[name] is None else json.loads(found[name])
+    return ProjectJob.model_validate(found)
+
+
+def _encode(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"what is kept of a job must be JSON: {error}") from error
+
+
+def _text(value: str) -> str:
+    """`value` as both databases can keep it: PostgreSQL takes no NUL, UTF-8 no lone surrogate."""
+    return value.encode("utf-8", "replace").decode().replace("\0", "�")

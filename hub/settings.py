@@ -1,0 +1,104 @@
+"""The settings of the gateway and the executor: one TOML file. Docs: docs/gateway.md."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from millpond.store.errors import InvalidInput
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Weights(_Section):
+    """Where capture workers find a model (`[models.NAME]`, a name of the policy file)."""
+
+    path: str
+    """Folder of the weights, as the workers see it."""
+    adapters: dict[str, str] = {}
+    """Name to folder of the LoRA adapters that jobs may name."""
+
+
+class JupyterHub(_Section):
+    """The gateway is a service of a JupyterHub, which sets the environment variables JUPYTERHUB_* (`[jupyterhub]`)."""
+
+    cache_seconds: int = Field(default=10, ge=0, le=300)
+    """How long the Hub's word on a token holds; a deleted token works so long."""
+
+
+class Settings(_Section):
+    """The whole file. Relative paths are relative to its folder."""
+
+    lake: str
+    """Folder or URL of the lake."""
+    database: str
+    """sqlite:///FILE or postgresql+psycopg://..."""
+    policy: Path
+    """The policy file."""
+    listen: str = "127.0.0.1:8910"
+    """HOST:PORT, or unix:PATH."""
+    origin: str = "http://127.0.0.1:8910"
+    """Where browsers find the gateway: scheme, host and port. Posts from other origins are refused."""
+    tokens: Path | None = None
+    """The token file; made by `millpond token new`."""
+    jupyterhub: JupyterHub | None = None
+    """In place of a token file."""
+    dictionary: Path | None = None
+    """What both sides prime the text model with; without it no text leaves."""
+    prompts: Path = Path("prompts")
+    """Folder for the prompts that clients send; capture workers must see it."""
+    models: dict[str, Weights] = {}
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Dask workers that the executor starts; 0 runs passes in its own process."""
+    lease_seconds: float = Field(default=60.0, ge=1, le=3600)
+    """A job whose executor was silent for so long is taken over by another."""
+    poll_seconds: float = Field(default=0.05, ge=0.01, le=60)
+    """How often an idle executor looks for a job."""
+    max_queued: int = Field(default=100, ge=1)
+    """Jobs of one user that may wait."""
+    max_running: int = Field(default=4, ge=1)
+    """Jobs of one user that run at a time."""
+
+    @field_validator("origin")
+    @classmethod
+    def _origin(cls, given: str) -> str:
+        parts = urlsplit(given)
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
+            raise ValueError("give scheme, host and port, such as https://hub.example.org")
+        return given
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> Settings:
+        if (self.tokens is None) == (self.jupyterhub is None):
+            raise ValueError("give either tokens, a token file, or a section [jupyterhub]")
+        return self
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings in the TOML file `path`.
+
+    Raises:
+        InvalidInput: it cannot be read, or a field is unknown or not possible.
+    """
+    try:
+        found = Settings.model_validate(tomllib.loads(path.read_text()))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"the settings {path} cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InvalidInput(f"settings {path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from error
+    folder = path.resolve().parent
+    changes: dict[str, object] = {
+        name: folder / value
+        for name in ("policy", "tokens", "dictionary", "prompts")
+        if (value := getattr(found, name)) is not None
+    }
+    if "://" not in found.lake:
+        changes["lake"] = str(folder / found.lake)
+    return found.model_copy(update=changes)
