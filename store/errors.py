@@ -29,6 +29,7 @@ MillpondError
 │   └── NotReleased       the release gate held a result back
 │       └── InReview      a reviewer must decide about it first
 ├── GatewayUnavailable    the gateway cannot be reached, or speaks another version; also an OSError
+├── IsolationFailed       a workspace cannot be locked down as promised; it was not started
 ├── LakeCorrupt           stored bytes or counts contradict the manifest
 ├── LeaseLost             another worker claimed the job, or it has ended
 ├── LedgerCorrupt         the ledger was changed by something else than the ledger
@@ -135,6 +136,10 @@ class QuotaExceeded(InvalidInput):
 
 class CaptureFailed(MillpondError):
     """A capture ended without all its rows; none of the failed rows are visible."""
+
+
+class IsolationFailed(MillpondError):
+    """A workspace, or the machine it is to run on, cannot be locked down as promised; it was not started."""
 
 
 class LeaseLost(MillpondError):

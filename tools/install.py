@@ -31,6 +31,7 @@ SYSTEM_PACKAGES = {
         "ceph-mon": lambda: shutil.which("ceph-mon") is not None,
         "ceph-osd": lambda: shutil.which("ceph-osd") is not None,
         "ceph-common": lambda: shutil.which("ceph") is not None,
+        "bubblewrap": lambda: shutil.which("bwrap") is not None,
         "chromium": lambda: shutil.which("chromium") is not None,
         "iproute2": lambda: shutil.which("ip") is not None,
         "nftables": lambda: shutil.which("nft") is not None,
