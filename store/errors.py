@@ -10,6 +10,7 @@ MillpondError
 │   ├── RunBusy           another process captures into the run
 │   ├── JobNotFound       the queue holds no job of that id
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
+│   ├── ClusterUnavailable a Dask cluster cannot be started or reached, or has no workers
 │   ├── OneClass          labels hold one class where two are needed
 │   ├── MissingLabels     rows or prompts have no label, or NaN
 │   ├── UnknownPrompts    labels name prompts that the run does not have
@@ -77,6 +78,10 @@ class JobNotFound(InvalidInput, KeyError):
 
 class MemoryTooSmall(InvalidInput):
     """A worker cannot hold what an analysis needs; nothing was run."""
+
+
+class ClusterUnavailable(InvalidInput):
+    """A Dask cluster cannot be started or reached, or has no workers; nothing was run."""
 
 
 class OneClass(InvalidInput):
