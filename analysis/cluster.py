@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from millpond.analysis.passes import running
+from millpond.store.capture_spec import first_problem
 from millpond.store.cluster import Address, ClusterSettings, Gateway, Kubernetes, Local, Slurm, TlsFiles
 from millpond.store.configuration import read_configuration
-from millpond.store.errors import ClusterUnavailable
+from millpond.store.errors import ClusterUnavailable, InvalidInput
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
@@ -33,6 +36,43 @@ def lake_cluster(lake: Lake, settings: ClusterSettings | None = None) -> Iterato
     hosts = {f"{lake.url}/{path}": host for path, host in configuration.hosts.items()}
     with open_cluster(settings or configuration.cluster or Local()) as client, running(client, hosts=hosts):
         yield client
+
+
+def chosen_cluster(
+    lake: Lake, *, scheduler: str = "", workers: int | None = None, memory_limit: str = "auto"
+) -> AbstractContextManager[Any]:
+    """What is asked for, else what the lake declares, else workers of this machine; nothing starts before it is entered.
+
+    Args:
+        lake: says which cluster, and which host holds what.
+        scheduler: address of a running scheduler.
+        workers: so many of this machine, of one thread each; 0 runs passes in this process (the client is None).
+        memory_limit: of each of those workers.
+
+    Raises:
+        InvalidInput: the arguments contradict each other, or one cannot be used.
+    """
+    if workers is not None and workers < 0:
+        raise InvalidInput(f"workers is {workers}; give 0 or more")
+    if scheduler and workers is not None:
+        raise InvalidInput(f"scheduler is {scheduler!r} and workers {workers}; give one of the two")
+    if workers == 0:
+        return running(in_process=True)
+    settings = read_configuration(lake).cluster
+    try:
+        if scheduler:
+            settings = Address(address=scheduler)
+        elif workers is not None:
+            settings = Local(workers=workers, memory=memory_limit)
+        elif settings is None:
+            settings = Local(memory=memory_limit)
+    except ValidationError as error:
+        raise InvalidInput(f"{'scheduler' if scheduler else 'workers'}: {first_problem(error)}") from error
+    if memory_limit != "auto" and not (isinstance(settings, Local) and settings.memory == memory_limit):
+        raise InvalidInput(
+            f"memory_limit is {memory_limit!r}, but these workers are not the job's own; leave it out, or give workers"
+        )
+    return lake_cluster(lake, settings)
 
 
 def with_workers(settings: ClusterSettings | None, workers: int) -> ClusterSettings:

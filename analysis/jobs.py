@@ -6,7 +6,6 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -101,10 +100,6 @@ def check_job(job: ProbeJob) -> None:
             raise InvalidInput(f"{name} is missing; give it in the job file or as --{name}")
     if job.estimator not in _ESTIMATORS:
         raise InvalidInput(f"estimator is {job.estimator!r}; use one of {', '.join(_ESTIMATORS)}")
-    if job.workers is not None and job.workers < 0:
-        raise InvalidInput(f"workers is {job.workers}; give 0 or more")
-    if job.scheduler and job.workers is not None:
-        raise InvalidInput(f"scheduler is {job.scheduler!r} and workers {job.workers}; give one of the two")
 
 
 def run_probe_job(job: ProbeJob, *, progress: bool = True) -> ProbeJobDone:
@@ -121,12 +116,13 @@ def run_probe_job(job: ProbeJob, *, progress: bool = True) -> ProbeJobDone:
     """
     from importlib import import_module
 
+    from millpond.analysis.cluster import chosen_cluster
     from millpond.analysis.sweep import CONTROLS
     from millpond.store.files import write_whole
 
     check_job(job)
     lake, run = _open(job)
-    cluster = _cluster(job, lake)
+    cluster = chosen_cluster(lake, scheduler=job.scheduler, workers=job.workers, memory_limit=job.memory_limit)
     run.check_sealed()
     hooks = run.match(job.hooks)
     missing = [label for label in job.label if label not in run.labels]
@@ -190,35 +186,6 @@ def _what_counts(text: str) -> list[str]:
     """What decides the results: all but where they are computed."""
     where = ("scheduler", "workers", "memory_limit", "out")
     return [line for line in text.splitlines() if line.partition(" = ")[0] not in where]
-
-
-def _cluster(job: ProbeJob, lake: Lake) -> AbstractContextManager[Any]:
-    """What the flags say, else what the lake says, else workers on this machine; started when it is entered."""
-    from pydantic import ValidationError
-
-    from millpond.analysis.cluster import lake_cluster
-    from millpond.analysis.passes import running
-    from millpond.store.capture_spec import first_problem
-    from millpond.store.cluster import Address, ClusterSettings, Local
-    from millpond.store.configuration import read_configuration
-
-    if job.workers == 0:
-        return running(in_process=True)
-    settings: ClusterSettings | None = None
-    try:
-        if job.scheduler:
-            settings = Address(address=job.scheduler)
-        elif job.workers is not None:
-            settings = Local(workers=job.workers, memory=job.memory_limit)
-        elif read_configuration(lake).cluster is None:
-            settings = Local(memory=job.memory_limit)
-    except ValidationError as error:
-        raise InvalidInput(f"{'scheduler' if job.scheduler else 'workers'}: {first_problem(error)}") from error
-    if job.memory_limit != "auto" and not isinstance(settings, Local):
-        raise InvalidInput(
-            f"memory_limit is {job.memory_limit!r}, but other workers than this job's do the work; leave it out, or give workers"
-        )
-    return lake_cluster(lake, settings)
 
 
 def _save_hook(folder: Path, hook: str, swept: Any) -> None:

@@ -15,8 +15,8 @@ from millpond.store.cluster import Kubernetes
 from millpond.store.errors import ClusterUnavailable
 
 _CERTIFICATES = "/etc/millpond/tls"
-_SCHEDULER_PORT, _WEB_PORT, _WORKER_PORT = 8786, 8787, 8788
-_ZONE = {"millpond/zone": "vault"}
+_SCHEDULER_PORT, _WEB_PORT = 8786, 8787
+_WORKER_PORTS = 9000, 9015
 _API_ROUTES = ["distributed.http.scheduler.api", "distributed.http.health"]
 
 
@@ -44,7 +44,7 @@ def _dask_cluster(settings: Kubernetes, name: str) -> dict[str, Any]:
     worker = [
         "dask", "worker", f"tls://{name}-scheduler.{settings.namespace}.svc:{_SCHEDULER_PORT}", "--protocol", "tls",
         "--name", "$(DASK_WORKER_NAME)", "--nthreads", str(settings.threads), "--memory-limit", str(memory),
-        "--worker-port", str(_WORKER_PORT), "--no-dashboard", *_tls_arguments(),
+        "--worker-port", ":".join(map(str, _WORKER_PORTS)), "--no-dashboard", *_tls_arguments(),
     ]  # fmt: skip
     if settings.gpus:
         worker += ["--resources", f"GPU={settings.gpus}"]
@@ -56,11 +56,11 @@ def _dask_cluster(settings: Kubernetes, name: str) -> dict[str, Any]:
     return _object("kubernetes.dask.org/v1", "DaskCluster", settings, name, {
         "worker": {
             "replicas": settings.fewest,
-            "metadata": {"labels": _ZONE},
-            "spec": _pod(settings, _container("worker", settings, worker, limits, [], {"worker": _WORKER_PORT})),
+            "metadata": {"labels": {"app": "dask-worker"}},
+            "spec": _pod(settings, _container("worker", settings, worker, limits, [], {})),
         },
         "scheduler": {
-            "metadata": {"labels": _ZONE},
+            "metadata": {"labels": {"app": "dask-scheduler"}},
             "spec": _pod(
                 settings,
                 _container("scheduler", settings, scheduler, small, routes, ports)
@@ -129,20 +129,25 @@ def _pod(settings: Kubernetes, container: dict[str, Any]) -> dict[str, Any]:
 
 
 def _network_policy(settings: Kubernetes, name: str) -> dict[str, Any]:
-    """Pods of the vault reach the cluster's TLS ports, the operator its web port, and nobody else anything."""
+    """The gateway and the cluster's own pods reach its TLS ports, the operator its web port, and nobody else anything.
+
+    What the pods may reach is for the vault's own policies to say, by their labels `app`.
+    """
     operator = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": settings.operator_namespace}}}
+    own = {"dask.org/cluster-name": name}
+    tls = [
+        {"protocol": "TCP", "port": _SCHEDULER_PORT},
+        {"protocol": "TCP", "port": _WORKER_PORTS[0], "endPort": _WORKER_PORTS[1]},
+    ]
+    callers = [{"podSelector": {"matchLabels": labels}} for labels in ({"app": "gateway"}, own)]
     spec = {
-        "podSelector": {"matchLabels": {"dask.org/cluster-name": name}},
+        "podSelector": {"matchLabels": own},
         "policyTypes": ["Ingress"],
         "ingress": [
-            {
-                "from": [{"podSelector": {"matchLabels": _ZONE}},
-                         {"podSelector": {"matchLabels": {"dask.org/cluster-name": name}}}],
-                "ports": [{"protocol": "TCP", "port": _SCHEDULER_PORT}, {"protocol": "TCP", "port": _WORKER_PORT}],
-            },
+            {"from": callers, "ports": tls},
             {"from": [operator], "ports": [{"protocol": "TCP", "port": _WEB_PORT}]},
         ],
-    }  # fmt: skip
+    }
     return _object("networking.k8s.io/v1", "NetworkPolicy", settings, name, spec)
 
 

@@ -144,7 +144,7 @@ class Kubernetes(_SizedWorkers):
     """Our own files; our certificate and the pods' must be signed by the same."""
     tls_secret: str = Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
     """Secret of the pods with `ca.crt`, `tls.crt` and `tls.key`."""
-    namespace: str = Field(default="millpond-vault", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    namespace: str = Field(default="vault", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
     """Of the vault."""
     operator_namespace: str = Field(default="dask-operator", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
     """Where the operator runs, which may reach the scheduler's web port."""
