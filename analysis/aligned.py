@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,15 @@ class LazyChunks:
         chosen._parts = [self._parts[number] for number in numbers]
         return chosen
 
+    def rows_by_url(self, numbers: Iterable[int]) -> dict[str, int]:
+        """How many rows of these chunks lie below which URL; empty for arrays that are no run's."""
+        rows: dict[str, int] = {}
+        if self.divisible:
+            for number in numbers:
+                for url, count in self._parts[number].rows_by_url().items():
+                    rows[url] = rows.get(url, 0) + count
+        return rows
+
     def read(self) -> Any:
         """All chunks, one after another, in this thread."""
         return self.read_chunks(range(len(self._parts)))
@@ -279,6 +288,19 @@ class AlignedRows:
     def local_memory(self) -> list[tuple[int, NDArray[Any]] | None]:
         """What the tasks in this process read arrays in memory from."""
         return [None if held is None else (0, held.values) for held in self.memory]
+
+    def host(self, span: tuple[int, int], hosts: Mapping[str, str]) -> str | None:
+        """Who holds most rows of the blocks from `span[0]` to before `span[1]`; `hosts` gives it by URL prefix."""
+        rows: dict[str, int] = {}
+        chunks = range(self.blocks[span[0]].chunks[0], self.blocks[span[1] - 1].chunks[1])
+        for source in self.sources:
+            if isinstance(source, Chunks):
+                for url, count in source.chunks.rows_by_url(chunks).items():
+                    fits = [prefix for prefix in hosts if url == prefix or url.startswith(f"{prefix}/")]
+                    if fits:
+                        host = hosts[max(fits, key=len)]
+                        rows[host] = rows.get(host, 0) + count
+        return max(rows, key=lambda host: (rows[host], host)) if rows else None
 
     def on(self, client: Any) -> Any:
         """A future of the sources and blocks, sent to `client`'s cluster once."""

@@ -8,7 +8,8 @@ import pickle
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from millpond.analysis.aligned import Box, hold, read_ahead
@@ -20,7 +21,7 @@ from millpond.analysis.passes import (
     map_range,
     one_blas_thread,
 )
-from millpond.store.errors import Cancelled, InvalidInput
+from millpond.store.errors import Cancelled, ClusterUnavailable
 
 _TOPIC = "millpond-pass"
 _WORKERS_TIMEOUT = 60
@@ -107,15 +108,15 @@ def run_on_cluster(
     client: Any,
     passes: Sequence[Pass],
     description: str,
-    cancel: threading.Event | None,
+    settings: Settings,
     report: Callable[[int], None],
 ) -> list[Any]:
-    """Run on the workers of `client`'s cluster.
+    """Run on the workers of `client`'s cluster, those of `settings.hosts` first where they are next to the rows.
 
     Raises:
-        InvalidInput: the cluster has no workers.
+        ClusterUnavailable: the cluster has no workers.
         MemoryTooSmall: a worker cannot hold what the passes need.
-        Cancelled: `cancel` was set; workers stop after the block they are at.
+        Cancelled: `settings.cancel` was set; workers stop after the block they are at.
     """
     for threads, limit in _workers(client):
         if limit:
@@ -128,13 +129,14 @@ def run_on_cluster(
         if next(left) == len(passes):
             finished.set()
 
-    roots = client.compute([_graph(client, one, token) for one in passes], optimize_graph=False)
+    graphs = [_graph(client, one, token, settings.hosts or {}) for one in passes]
+    roots = client.compute(graphs, optimize_graph=False)
     try:
         for root in roots:
             root.add_done_callback(done)
         checked = time.monotonic()
         while not finished.wait(0.1):
-            check_cancelled(cancel, description)
+            check_cancelled(settings.cancel, description)
             if any(root.status == "error" for root in roots):
                 break
             if time.monotonic() - checked > _CHECK_SECONDS:  # workers that die at once are no longer replaced
@@ -152,7 +154,7 @@ def _workers(client: Any) -> list[tuple[int, int]]:
     deadline = time.monotonic() + _WORKERS_TIMEOUT
     while not (found := client.run_on_scheduler(_threads_and_memory)):
         if time.monotonic() > deadline:
-            raise InvalidInput(f"the Dask cluster has had no workers for {_WORKERS_TIMEOUT} s; start some")
+            raise ClusterUnavailable(f"the Dask cluster has had no workers for {_WORKERS_TIMEOUT} s; start some")
         time.sleep(0.2)
     return [(int(threads), int(limit)) for threads, limit in found]
 
@@ -161,9 +163,9 @@ def _threads_and_memory(dask_scheduler: Any) -> list[tuple[int, int]]:
     return [(worker.nthreads, worker.memory_limit or 0) for worker in dask_scheduler.workers.values()]
 
 
-def _graph(client: Any, one: Pass, token: str) -> Any:
+def _graph(client: Any, one: Pass, token: str, hosts: Mapping[str, str]) -> Any:
     from cloudpickle import dumps
-    from dask import delayed
+    from dask import annotate, delayed
 
     spans = one.ranges()
     # as bytes: what a worker cannot import then fails in the task, and not in the worker's connection
@@ -176,7 +178,10 @@ def _graph(client: Any, one: Pass, token: str) -> Any:
     parts = []
     for task, span in enumerate(spans):
         memory = [None if array is None else array[task] for array in held]
-        parts.append(mapped(what, rows, span, bounds[task][0], token, *memory))
+        host = one.rows.host(span, hosts) if hosts else None
+        near = annotate(workers=[host], allow_other_workers=True) if host else nullcontext()
+        with near:
+            parts.append(mapped(what, rows, span, bounds[task][0], token, *memory))
     while len(parts) > 1:
         pairs = [combined(what, *parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[len(pairs) * 2 :]

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from millpond.store.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from millpond.store.lake import Lake
     from millpond.store.run import Run
 
-
-_SCHEDULER_TIMEOUT = "20s"
 _ESTIMATORS = {"logistic": "LogisticProbe", "ridge": "RidgeProbe", "mass-mean": "MassMeanProbe", "lda": "LdaProbe"}
 
 
@@ -49,11 +46,12 @@ class ProbeJob:
     control: bool = True
     """Also fit each label with its values shuffled, and score a random direction."""
     scheduler: str = ""
-    """Address of a running Dask scheduler; by default the job starts workers on this machine."""
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Workers to start where no scheduler is given, of one thread each; 0 runs in this process."""
+    """Address of a running Dask scheduler, in place of the cluster that the lake's configuration declares."""
+    workers: int | None = None
+    """Workers of one thread to start on this machine instead; 0 runs in this process. One a core where neither
+    this nor the lake says anything."""
     memory_limit: str = "auto"
-    """Memory of each worker that is started, such as `4GB`; by default an equal share of the machine's."""
+    """Memory of each of those workers, such as `4GB`; by default an equal share of the machine's."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ def check_job(job: ProbeJob) -> None:
             raise InvalidInput(f"{name} is missing; give it in the job file or as --{name}")
     if job.estimator not in _ESTIMATORS:
         raise InvalidInput(f"estimator is {job.estimator!r}; use one of {', '.join(_ESTIMATORS)}")
-    if job.workers < 0:
-        raise InvalidInput(f"workers is {job.workers}; give 0 or more")
 
 
 def run_probe_job(job: ProbeJob, *, progress: bool = True) -> ProbeJobDone:
@@ -120,11 +116,13 @@ def run_probe_job(job: ProbeJob, *, progress: bool = True) -> ProbeJobDone:
     """
     from importlib import import_module
 
+    from millpond.analysis.cluster import chosen_cluster
     from millpond.analysis.sweep import CONTROLS
     from millpond.store.files import write_whole
 
     check_job(job)
-    run = _open(job)
+    lake, run = _open(job)
+    cluster = chosen_cluster(lake, scheduler=job.scheduler, workers=job.workers, memory_limit=job.memory_limit)
     run.check_sealed()
     hooks = run.match(job.hooks)
     missing = [label for label in job.label if label not in run.labels]
@@ -135,7 +133,7 @@ def run_probe_job(job: ProbeJob, *, progress: bool = True) -> ProbeJobDone:
     _claim(folder, job, run)
     probe = getattr(import_module("millpond.analysis"), _ESTIMATORS[job.estimator])(progress=progress)
     done = [hook for hook in hooks if (folder / "hooks" / f"{hook}.json").exists()]
-    with _cluster(job):
+    with cluster:
         for hook in hooks:
             if hook in done:
                 continue
@@ -152,13 +150,14 @@ def run_probe_job(job: ProbeJob, *, progress: bool = True) -> ProbeJobDone:
     return ProbeJobDone(folder, tuple(rows), len(done))
 
 
-def _open(job: ProbeJob) -> Run:
+def _open(job: ProbeJob) -> tuple[Lake, Run]:
     from millpond.store.lake import open_lake
 
-    lake, _, name = job.run.rstrip("/").rpartition("/")
-    if not lake:
+    url, _, name = job.run.rstrip("/").rpartition("/")
+    if not url:
         raise InvalidInput(f"run is {job.run!r}; give its lake's folder, a slash and its name, such as lake/stdlib")
-    return open_lake(lake)[name]
+    lake = open_lake(url)
+    return lake, lake[name]
 
 
 def _claim(folder: Path, job: ProbeJob, run: Run) -> None:
@@ -178,7 +177,8 @@ def _claim(folder: Path, job: ProbeJob, run: Run) -> None:
 
 def _toml(job: ProbeJob, run: Run) -> str:
     """The settings as TOML: its strings, numbers, booleans and lists are written like JSON's."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in dataclasses.asdict(job).items()]
+    values = dataclasses.asdict(job).items()
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values if value is not None]
     return "\n".join([f"# millpond probe, run id {run.plan.spec.id}", *lines, ""])
 
 
@@ -186,49 +186,6 @@ def _what_counts(text: str) -> list[str]:
     """What decides the results: all but where they are computed."""
     where = ("scheduler", "workers", "memory_limit", "out")
     return [line for line in text.splitlines() if line.partition(" = ")[0] not in where]
-
-
-@contextmanager
-def _cluster(job: ProbeJob) -> Iterator[None]:
-    from millpond.analysis.passes import running
-
-    with cluster(job.scheduler, job.workers, job.memory_limit) as client, running(client, in_process=client is None):
-        yield
-
-
-@contextmanager
-def cluster(scheduler: str, workers: int, memory_limit: str = "auto") -> Iterator[Any]:
-    """A Dask client of `scheduler`, or of `workers` that are started on this machine; None for neither.
-
-    Raises:
-        InvalidInput: the scheduler cannot be reached.
-    """
-    if not scheduler and not workers:
-        yield None
-        return
-    from distributed import Client, LocalCluster, Security
-
-    if scheduler:
-        try:
-            client = Client(scheduler, timeout=_SCHEDULER_TIMEOUT, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise InvalidInput(f"scheduler: {scheduler!r} cannot be reached ({error}); check the address") from error
-        with client:
-            yield client
-        return
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            memory_limit=memory_limit,
-            security=Security.temporary(),  # whoever reaches a scheduler can run code on it
-            protocol="tls://",
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as started,
-        Client(started, set_as_default=False) as client,
-    ):
-        yield client
 
 
 def _save_hook(folder: Path, hook: str, swept: Any) -> None:

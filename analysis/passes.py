@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ __all__ = [
 MapFunction = Callable[..., Any]
 """`(state, *blocks) -> statistics`; picklable, pure, returns arrays, numbers, or dicts and tuples of them."""
 Combine = Callable[[Any, Any], Any]
-Mapping = tuple[MapFunction, Combine, bool]
+Mapped = tuple[MapFunction, Combine, bool]
 """Function, how its statistics combine, and whether it accumulates."""
 
 SMALL_RESULT = 1 << 20
@@ -68,7 +68,7 @@ class Pass:
         return tasks
 
     @property
-    def mapping(self) -> Mapping:
+    def mapping(self) -> Mapped:
         """What is done with the rows."""
         return self.function, self.combine or add, self.accumulate
 
@@ -96,6 +96,7 @@ class Settings:
     memory_limit: int | None = None
     cancel: threading.Event | None = None
     on_progress: Callable[[str, int, int], None] | None = None
+    hosts: Mapping[str, str] | None = None
 
 
 _SETTINGS: ContextVar[Settings | None] = ContextVar("millpond-passes", default=None)
@@ -110,6 +111,7 @@ def running(
     memory_limit: int | None = None,
     cancel: threading.Event | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    hosts: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """Within this context, run passes as said here.
 
@@ -120,8 +122,12 @@ def running(
         memory_limit: bytes that passes may use in this process; by default its physical memory.
         cancel: passes stop with `Cancelled` soon after this event is set.
         on_progress: called with the description of the pass, blocks done and blocks in all.
+        hosts: which worker is next to the rows below a URL: a Dask worker's address or name, or its host. Tasks run
+            there if it is there, else anywhere. By default those of the context around this one.
     """
-    token = _SETTINGS.set(Settings(client, in_process, threads, memory_limit, cancel, on_progress))
+    if hosts is None:
+        hosts = _SETTINGS.get().hosts
+    token = _SETTINGS.set(Settings(client, in_process, threads, memory_limit, cancel, on_progress, hosts))
     try:
         yield
     finally:
@@ -162,7 +168,7 @@ def run_passes(passes: Sequence[Pass], *, description: str = "pass", progress: b
         report = _Report(bar, description, n_blocks, settings.on_progress)
         report(0)
         if client is not None:
-            done = run_on_cluster(client, passes, description, settings.cancel, report)
+            done = run_on_cluster(client, passes, description, settings, report)
         else:
             done = run_in_threads(passes, description, settings, report)
         report.finish()
@@ -202,7 +208,7 @@ class _Report:
             self(self.total - self.done)
 
 
-def map_range(one: Mapping, state: Any, blocks: Iterator[list[Any]], tick: Callable[[], None]) -> Any:
+def map_range(one: Mapped, state: Any, blocks: Iterator[list[Any]], tick: Callable[[], None]) -> Any:
     """Statistics of one task: its blocks mapped and combined one after another."""
     function, combine, accumulate = one
     total: Any = None

@@ -21,7 +21,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from millpond.analysis.jobs import cluster
+from millpond.analysis.cluster import lake_cluster, with_workers
 from millpond.analysis.passes import running
 from millpond.hub.answers import Answers, Kept, kept_answers
 from millpond.hub.database import open_database
@@ -32,6 +32,7 @@ from millpond.hub.queue import Limits, ProjectJob, SqlQueue
 from millpond.hub.rules import judge
 from millpond.hub.settings import Settings
 from millpond.hub.vault import Vault
+from millpond.store.configuration import read_configuration
 from millpond.store.errors import Cancelled, LeaseLost, MillpondError
 from millpond.store.lake import Lake, open_lake
 
@@ -61,6 +62,16 @@ class Workshop:
         self.projects = Projects(self.engine)
         self.answers = Answers(self.engine)
         self.lake = open_lake(self.settings.lake)
+
+    @contextmanager
+    def cluster(self) -> Iterator[Any]:
+        """A client of the Dask cluster that the lake declares, or of `workers` on this machine; None for neither."""
+        declared, workers = read_configuration(self.lake).cluster, self.settings.workers
+        if declared is None and not workers:
+            yield None
+            return
+        with lake_cluster(self.lake, with_workers(declared, workers) if workers else declared) as client:
+            yield client
 
     def vault(self, job: ProjectJob, stop: threading.Event | None = None) -> Vault:
         """The job's project's vault, with labels as they were when it was submitted."""
@@ -97,7 +108,7 @@ class Executor:
         """Take jobs until `stop`, or until there are none; returns how many ended well."""
         ended = 0
         queue, settings = self.workshop.queue, self.settings
-        with cluster("", settings.workers) as client:
+        with self.workshop.cluster() as client:
             while not self._stopped.is_set():
                 claimed = queue.claim(self.name, EXECUTED, settings.lease_seconds)
                 if claimed is not None:
@@ -262,7 +273,7 @@ def verify_release(settings: Settings, job_id: str) -> list[tuple[int, str]]:
         raise InvalidInput(f"job {job_id} is a {job.kind} that is {job.state}; give one with answers that has finished")
     ledger = Ledger(settings.database, workshop.policy)
     parsed, vault = parse_job(job.spec["job"]), workshop.vault(job)
-    with cluster("", settings.workers) as client, running(client, in_process=client is None):
+    with workshop.cluster() as client, running(client, in_process=client is None):
         outcome = parsed.run(vault, lambda _: None)
     again = {one.number: one for one in workshop.keep(job, parsed, vault, outcome)}
     found = []

@@ -311,7 +311,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Configure:
-    """Show or change a lake's quotas and retention; only what is given changes."""
+    """Show or change a lake's quotas, retention and cluster; only what is given changes."""
 
     lake: LakeUrl
     """Folder or URL of the lake."""
@@ -325,20 +325,28 @@ class Configure:
     """How long superseded files and abandoned segments are kept."""
     keep_runs_s: float | None = None
     """Age at which `millpond gc` removes sealed runs; -1 keeps them."""
+    cluster: Path | None = None
+    """TOML file with the tables `[cluster]` and `[hosts]` (docs/clusters.md): where analyses of this lake run."""
 
     def run(self) -> int:
         """Print the configuration."""
+        from millpond.store.cluster import read_cluster_file
         from millpond.store.configuration import changed, read_configuration, write_configuration
         from millpond.store.lake import open_lake
 
         lake = open_lake(self.lake)
-        given = {name: value for name, value in vars(self).items() if name != "lake" and value is not None}
+        given = {
+            name: value for name, value in vars(self).items() if name not in ("lake", "cluster") and value is not None
+        }
+        if self.cluster is not None:
+            given |= read_cluster_file(self.cluster)
         configuration = read_configuration(lake)
         if given:
             configuration = changed(configuration, given)
             write_configuration(lake, configuration)
         for name, value in configuration.model_dump().items():
-            print(f"{name:20} {'none' if value is None else value}")
+            shown = json.dumps(value) if isinstance(value, dict) else value
+            print(f"{name:20} {'none' if value in (None, {}) else shown}")
         return 0
 
 

@@ -1,13 +1,14 @@
-"""What a lake's owner decides for everybody: quotas, and how long things are kept (`lake.json` in the lake)."""
+"""What a lake's owner decides for everybody: quotas, how long things are kept, where analyses run (`lake.json` in the lake)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from millpond.store.capture_spec import first_problem
+from millpond.store.cluster import ClusterSettings
 from millpond.store.errors import InvalidInput, QuotaExceeded
 from millpond.store.files import decode_document, encode_document
 
@@ -32,6 +33,19 @@ class LakeConfiguration(BaseModel):
     """How long readers may go on reading what was superseded, and writers may leave a segment untouched."""
     keep_runs_s: float | None = Field(default=None, gt=0)
     """Sealed runs older than this are removed by `millpond gc`, with the grace period; None keeps them."""
+    cluster: ClusterSettings | None = None
+    """The Dask cluster that analyses of this lake run on; None for workers on the machine that asks."""
+    hosts: dict[str, str] = {}
+    """Which host holds what: paths in the lake, such as `runs/NAME` or `runs/NAME/segments/ID`, and a Dask worker's
+    address, name, or host. Passes prefer that worker for rows below the longest path that fits."""
+
+    @field_validator("hosts")
+    @classmethod
+    def _are_paths(cls, value: dict[str, str]) -> dict[str, str]:
+        for path, host in value.items():
+            if path.startswith("/") or path.endswith("/") or ":" in path or not path or not host:
+                raise ValueError(f"{path!r} is no path in the lake, such as runs/NAME, with a host")
+        return value
 
 
 def read_configuration(lake: Lake) -> LakeConfiguration:
@@ -56,7 +70,7 @@ def write_configuration(lake: Lake, configuration: LakeConfiguration) -> None:
     lake.storage.put(CONFIGURATION, encode_document(configuration.model_dump(mode="json")))
 
 
-def changed(configuration: LakeConfiguration, given: Mapping[str, float]) -> LakeConfiguration:
+def changed(configuration: LakeConfiguration, given: Mapping[str, Any]) -> LakeConfiguration:
     """A configuration with other values; -1 stands for no limit.
 
     Raises:

@@ -13,6 +13,7 @@ MillpondError
 │   ├── NotPermitted      the caller's role does not allow it
 │   ├── TooMany           the user has as many jobs waiting as are allowed
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
+│   ├── ClusterUnavailable a Dask cluster cannot be started or reached, or has no workers
 │   ├── OneClass          labels hold one class where two are needed
 │   ├── MissingLabels     rows or prompts have no label, or NaN
 │   ├── UnknownPrompts    labels name prompts that the run does not have
@@ -100,6 +101,10 @@ class TooMany(InvalidInput):
 
 class MemoryTooSmall(InvalidInput):
     """A worker cannot hold what an analysis needs; nothing was run."""
+
+
+class ClusterUnavailable(InvalidInput):
+    """A Dask cluster cannot be started or reached, or has no workers; nothing was run."""
 
 
 class OneClass(InvalidInput):

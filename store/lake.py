@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from millpond.store.run import Run
 
 _MARKER = "millpond.json"
+_NAMED = 20
+"""Runs that an error lists."""
 
 
 def open_lake(url: str | os.PathLike[str], *, create: bool = False, **storage_options: Any) -> Lake:
@@ -116,7 +118,7 @@ class Lake(Mapping[str, "Run"]):
         return len(self.runs())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.runs()
+        return isinstance(name, str) and self._holds(name)
 
     def __getitem__(self, name: str) -> Run:
         from millpond.store.run import open_run
@@ -126,8 +128,10 @@ class Lake(Mapping[str, "Run"]):
 
     def _check_held(self, name: str) -> None:
         if not self._holds(name):
+            held = self.runs()
+            more = f" and {len(held) - _NAMED:,} more" if len(held) > _NAMED else ""
             raise RunNotFound(
-                f"run {name!r} is not in the lake {self.url!r}, which holds {', '.join(self.runs()) or 'no runs'}; "
+                f"run {name!r} is not in the lake {self.url!r}, which holds {', '.join(held[:_NAMED]) or 'no runs'}{more}; "
                 "name one of its runs or capture into a new one"
             )
 

@@ -28,6 +28,13 @@ class Span:
 
     pieces: tuple[Piece, ...]
 
+    def rows_by_url(self) -> dict[str, int]:
+        """How many rows it reads below which URL."""
+        rows: dict[str, int] = {}
+        for piece in self.pieces:
+            rows[piece.folder.url] = rows.get(piece.folder.url, 0) + piece.count
+        return rows
+
 
 class Reader(ABC):
     """Reads the values of a piece's chosen rows: picklable, and small however many pieces there are."""

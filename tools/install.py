@@ -35,6 +35,10 @@ SYSTEM_PACKAGES = {
         "chromium": lambda: shutil.which("chromium") is not None,
         "iproute2": lambda: shutil.which("ip") is not None,
         "nftables": lambda: shutil.which("nft") is not None,
+        "munge": lambda: Path("/usr/sbin/munged").exists(),
+        "slurmctld": lambda: Path("/usr/sbin/slurmctld").exists(),
+        "slurmd": lambda: Path("/usr/sbin/slurmd").exists(),
+        "slurm-client": lambda: shutil.which("sbatch") is not None,
         "postgresql": lambda: (
             any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or shutil.which("initdb") is not None
         ),

@@ -60,7 +60,8 @@ class TrainSection(_Section):
     """Rows to train on; by default all of the training part, `epochs` times."""
     epochs: int = Field(default=1, gt=0)
     workers: int = Field(default=0, ge=0)
-    """Dask workers on this machine that train together; 0 trains in this process."""
+    """Dask workers that train together, of the cluster that the lake declares or, where it declares none, of this machine;
+    0 trains in this process."""
 
 
 class SaeJob(_Section):
@@ -155,10 +156,13 @@ def run_job(job: SaeJob, *, resume: bool = False) -> tuple[Sae, Result]:
     with ExitStack() as stack:
         client = None
         if job.train.workers:
-            from distributed import Client, LocalCluster
+            from millpond.analysis.cluster import lake_cluster, with_workers
+            from millpond.store.configuration import read_configuration
+            from millpond.store.lake import open_lake
 
-            cluster = LocalCluster(n_workers=job.train.workers, threads_per_worker=1, dashboard_address=None)
-            client = stack.enter_context(Client(stack.enter_context(cluster)))
+            lake = open_lake(job.data.lake)
+            cluster = with_workers(read_configuration(lake).cluster, job.train.workers)
+            client = stack.enter_context(lake_cluster(lake, cluster))
         options: dict[str, Any] = {"tokens": job.train.tokens, "epochs": job.train.epochs, "resume": resume}
         sae.fit(*rows_of(job, train), **options, out=out, client=client)  # type: ignore[misc]
     write_whole(out / "job.json", (job.model_dump_json(indent=1) + "\n").encode())

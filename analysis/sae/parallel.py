@@ -83,12 +83,16 @@ def train_on_workers(
 ) -> list[Trained]:
     """Train on all workers of `client`, one thread each; `out` must be a folder that all of them see.
 
+    Where some workers declare the resource `GPU`, only those train.
+
     Raises:
         InvalidInput: the cluster has no workers; or as `fit.train`.
     """
     from distributed import get_worker, wait
 
-    addresses = sorted(client.scheduler_info(n_workers=-1)["workers"])
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    with_gpu = [address for address, worker in workers.items() if worker["resources"].get("GPU")]
+    addresses = sorted(with_gpu or workers)
     if not addresses:
         raise InvalidInput("the cluster has no workers; start some, or leave client out to train here")
     spec.open()  # say here what cannot work, before any worker waits for another

@@ -136,7 +136,17 @@ def test_an_open_run_and_another_jobs_folder_are_refused(lake, tmp_path):
         run_probe_job(job_of(lake, tmp_path / "mine"), progress=False)
 
 
-def test_a_scheduler_that_does_not_answer_is_named(lake, tmp_path, monkeypatch):
-    monkeypatch.setattr("millpond.analysis.jobs._SCHEDULER_TIMEOUT", "1s")
-    with pytest.raises(InvalidInput, match="cannot be reached"):
-        run_probe_job(job_of(lake, tmp_path / "out", scheduler="tcp://127.0.0.1:9"), progress=False)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scheduler": "tcp://192.0.2.1:8786"}, r"scheduler: .*loopback only.*tls://HOST:PORT"),
+        ({"scheduler": "192.0.2.1"}, r"scheduler: .*tls://HOST:PORT"),
+        ({"scheduler": "tls://h:1", "workers": 2}, "give one of the two"),
+        ({"scheduler": "tls://h:1", "memory_limit": "1GB"}, "memory_limit"),
+        ({"workers": 2, "memory_limit": "much"}, "such as 4GB"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused_before_the_folder_is_made(lake, tmp_path, change, words):
+    with pytest.raises(InvalidInput, match=words):
+        run_probe_job(job_of(lake, tmp_path / "out", **({"workers": None} | change)), progress=False)
+    assert not (tmp_path / "out").exists()
