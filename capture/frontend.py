@@ -242,7 +242,7 @@ class CaptureFrontend:
         run = lake[name]
         if run.state == "sealed":
             raise InvalidInput(f"millpond.capture.run: run {name!r} is sealed and cannot grow; name another run")
-        return ServedRun(self.facts.run_spec(name), set(run.prompts["id"]))
+        return ServedRun(self.facts.run_spec(name), {*run.prompts["id"], *run.dropped["id"]})
 
     def _adapter(self, name: str, folder: str) -> dict[str, Any]:
         if (name, folder) not in self._adapters:

@@ -294,7 +294,8 @@ def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
         raise InvalidInput(
             f"run {run.name!r} was begun with another job; resume it with that one or choose another name"
         )
-    done = dict(zip(run.prompts["id"], run.prompts["n_rows"].astype(int), strict=True))
+    captured = pd.concat([run.prompts, run.dropped])
+    done = dict(zip(captured["id"], captured["n_rows"].astype(int), strict=True))
     return _Part(target, folder, provenance, made=False, sealed=run.state == "sealed", done=done)
 
 

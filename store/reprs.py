@@ -34,6 +34,8 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("rows", f"{run.n_rows:,} of {run.d_model} x {run.dtype}, {human_bytes(run.nbytes)}"),
         ("prompts", _prompts(run)),
     ]
+    if run.n_dropped_rows:
+        facts.append(("dropped", f"{run.n_dropped_rows:,} rows that were used and not kept"))
     labels = list(run.labels)
     if labels:
         facts.append(("labels", ", ".join(labels)))

@@ -48,7 +48,7 @@ def seal_run(
         prompt_labels: which of those columns are labels.
         token_labels: name to prompt id to one value a token.
         token_label_dtypes: stored data type of each token label.
-        expected_rows: what the capture asked for.
+        expected_rows: what the capture asked for; rows that retention dropped count.
 
     Raises:
         CaptureFailed: the rows are not as many as `expected_rows`.
@@ -71,8 +71,9 @@ def seal_run(
 
 
 def _checked(run: Run, expected_rows: int | None) -> Run:
-    if expected_rows is not None and run.n_rows != expected_rows:
-        raise CaptureFailed(f"run {run.name!r} holds {run.n_rows} rows, but {expected_rows} were asked for")
+    rows = run.n_rows + run.n_dropped_rows
+    if expected_rows is not None and rows != expected_rows:
+        raise CaptureFailed(f"run {run.name!r} holds {rows} rows, but {expected_rows} were asked for")
     return run
 
 
@@ -103,7 +104,8 @@ def _seal(
         counts={
             "rows": part.rows,
             "prompts": part.prompts,
-            "rows_asked": part.rows if expected_rows is None else expected_rows,
+            "rows_asked": part.rows + run.n_dropped_rows,
+            **({"rows_dropped": run.n_dropped_rows} if run.n_dropped_rows else {}),
             "tokens": int(table["n_tokens"].sum()),
         },
     )

@@ -293,6 +293,12 @@ def unpack_statistics(data: bytes) -> dict[str, HookStatistics]:
         raise LakeCorrupt(f"statistics cannot be read ({type(error).__name__}: {error}); restore the file") from error
 
 
+def add_statistics(total: dict[str, HookStatistics], more: Mapping[str, HookStatistics]) -> None:
+    """Merge statistics by hook into those of `total`."""
+    for hook, found in more.items():
+        total.setdefault(hook, HookStatistics(found.d_model)).merge(found)
+
+
 def _restore(fields: Mapping[str, NDArray[np.generic]]) -> HookStatistics:
     found = HookStatistics(len(fields["mean"]))
     totals = fields["totals"].astype(np.float64)
