@@ -15,8 +15,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from millpond.store.configuration import check_quota
-from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import parse_hook
 from millpond.store.prompts import COLUMNS
@@ -172,7 +170,6 @@ def import_run(
             raise InvalidInput(f"{str(path)!r}: its files have different {what}: {sorted(found)}; import them apart")
     table = _prompt_table(np.array(sizes), np.concatenate(tokens), prompts)
     (width,), (kind,), (found_hooks,) = widths, kinds, names
-    check_quota(lake, sum(sizes) * len(found_hooks) * width * np.dtype(STORED_AS[kind]).itemsize, name)
 
     def blocks(array: str) -> Iterator[NDArray[Any]]:
         if array == "token_id":

@@ -341,14 +341,18 @@ class Labels(Mapping[str, "xr.DataArray"]):
 
         Raises:
             InvalidInput: a prompt is unknown, given twice or missing, or a value is.
+            QuotaExceeded: the lake's configuration does not allow so many bytes.
         """
+        from millpond.store.configuration import check_quota
         from millpond.store.label_input import label_values
+        from millpond.store.lake import Lake
 
         check_label_name(name)
         if name in INDEX_ARRAYS:
             raise InvalidInput(f"label name {name!r} is that of a row coordinate; choose another name")
         plan = self._plan
         found = label_values(plan, self._prompts, name, values, column=column or name, by=by)
+        check_quota(Lake(plan.folder.parent.parent), {plan.folder.name: found.values.nbytes})
         ids = self._prompts["id"].to_numpy().astype(str)[plan.chosen]
         if found.by == "prompt":
             version = write_prompt_table_label(plan.folder, name, ids, found.values, source)

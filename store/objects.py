@@ -75,6 +75,11 @@ class Storage(ABC):
         """The objects below `path`."""
 
     @property
+    @abstractmethod
+    def parent(self) -> Storage:
+        """The objects of the folder that this one is in."""
+
+    @property
     def name(self) -> str:
         """The last segment of the URL."""
         return self.url.rstrip("/").rpartition("/")[2]
@@ -285,6 +290,10 @@ class MemoryStorage(Storage):
 
     def __truediv__(self, path: str) -> MemoryStorage:
         return MemoryStorage(self._key(path))
+
+    @property
+    def parent(self) -> MemoryStorage:  # noqa: D102
+        return MemoryStorage(self._root.rpartition("/")[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MemoryStorage, (self._root,)

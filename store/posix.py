@@ -37,6 +37,10 @@ class LocalStorage(Storage):
     def __truediv__(self, path: str) -> LocalStorage:
         return LocalStorage(self.path / path)
 
+    @property
+    def parent(self) -> LocalStorage:  # noqa: D102
+        return LocalStorage(self.path.parent)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalStorage, (self.path,)
 

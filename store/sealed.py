@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from millpond.store.configuration import check_quota
+from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import CaptureFailed, InvalidInput
 from millpond.store.manifest import ArrayChecksums, Manifest, Part, RunSpec, encode_record
 from millpond.store.prompts import write_prompt_table
@@ -46,7 +48,10 @@ def write_sealed(
 
     Raises:
         InvalidInput: the rows are not finite, or not those that the table counts.
+        QuotaExceeded: the lake does not allow so many bytes; nothing was made.
     """
+    row_bytes = len(like["hooks"]) * like["d_model"] * np.dtype(STORED_AS[like["dtype"]]).itemsize
+    check_quota(lake, {name: int(table["n_rows"].sum()) * row_bytes})
     spec = lake.create_run(name, **like)
     try:
         _fill(lake, spec, table, blocks, prompt_labels)
