@@ -43,7 +43,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _prompts(run: Run) -> str:
-    whole = len(run.plan.chosen)
+    whole = int(run.snapshot.visible.sum())
     part = "" if len(run.prompts) == whole else f", a part of the run's {whole:,}"
     return f"{len(run.prompts):,}{part}"
 
