@@ -59,9 +59,15 @@ def collect_run(run: Storage, *, grace_s: float = GRACE_SECONDS, dry_run: bool =
     if not dry_run:
         for folder in ("", "commits", "manifests", "index", "segments"):
             run.sweep(folder, before)
-    if found.paths:
-        log.info("collected", extra={"run": spec.name, "objects": len(found.paths), "bytes": found.bytes})
+    if not dry_run:
+        note_collected(run, found)
     return found
+
+
+def note_collected(run: Storage, found: Collected) -> None:
+    """Write the event of a collection that removed anything."""
+    if found.paths:
+        log.info("collected", extra={"run": run.name, "objects": len(found.paths), "bytes": found.bytes})
 
 
 def _groups(run: Storage, folder: str) -> dict[str, list[Entry]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from millpond.store.files import decode_document, encode_document
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
+
+log = logging.getLogger(__name__)
 
 CONFIGURATION = "lake.json"
 QUOTA_SECONDS = 60.0
@@ -85,6 +88,7 @@ def expire_runs(lake: Lake, *, dry_run: bool = False) -> list[str]:
         if lake.storage.exists(manifest) and lake.storage.head(manifest).modified < before:
             found.append(name)
             if not dry_run:
+                log.info("expired", extra={"run": name, "keep_runs_s": configuration.keep_runs_s})
                 lake.delete(name, grace_s=configuration.deletion_grace_s)
     return found
 

@@ -7,7 +7,6 @@ the same views again from the first that it had not used, and goes on after them
 from __future__ import annotations
 
 import io
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from millpond.store.objects import Storage
 
 if TYPE_CHECKING:
     from millpond.store.run import Run
-
-log = logging.getLogger(__name__)
 
 _GIVEN = "given-"
 RELEASE_SECONDS = 60.0
@@ -174,14 +171,16 @@ class Follower:
             )
 
     def _release(self) -> None:
-        from millpond.store.collect import Collected, collect_dropped
+        from millpond.store.collect import Collected, collect_dropped, note_collected
         from millpond.store.retention import drop_consumed, read_retention
 
         retention = read_retention(self._storage)
         if retention is None or time.monotonic() - self._released < min(RELEASE_SECONDS, retention.grace_s):
             return
         drop_consumed(self._storage)
-        collect_dropped(self._storage, retention.grace_s, Collected())
+        found = Collected()
+        collect_dropped(self._storage, retention.grace_s, found)
+        note_collected(self._storage, found)
         self._released = time.monotonic()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from millpond.store.label_input import LabelInput
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,127}", re.ASCII)
 _STORED_DTYPES = {"b": "bool", "i": "int64", "u": "int64", "f": "float32"}
@@ -365,6 +368,7 @@ class Labels(Mapping[str, "xr.DataArray"]):
             counts = np.diff(plan.offsets)[plan.chosen]
             version = write_token_table_label(plan.folder, name, ids, found.values.astype(dtype), counts, source)
         self.__dict__.pop("_records", None)
+        log.info("labelled", extra={"run": plan.spec.name, "label": name, "version": version})
         return version
 
     def __repr__(self) -> str:

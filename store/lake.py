@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
     from millpond.store.collect import Collected
     from millpond.store.run import Run
+
+log = logging.getLogger(__name__)
 
 _MARKER = "millpond.json"
 
@@ -236,6 +239,7 @@ class Lake(Mapping[str, "Run"]):
             raise InvalidInput(f"provenance of run {name!r} cannot be written as JSON: {error}") from error
         if not self.run_storage(name).create("run.json", document):
             raise RunExists(f"run {name!r} was just created by somebody else in {self.url!r}; choose another name")
+        log.info("created", extra={"run": name, "hooks": len(spec.hooks), "d_model": d_model})
         return spec
 
     def retain(self, name: str, consumed_by: Sequence[str] | None, *, grace_s: float = GRACE_SECONDS) -> None:
@@ -274,6 +278,7 @@ class Lake(Mapping[str, "Run"]):
         self._check_held(name)
         close_run(self.run_storage(name), "deleted")
         self.storage.put(f"deleted/{name}.json", encode_document({"grace_s": grace_s}))
+        log.info("deleted", extra={"run": name, "grace_s": grace_s})
         if grace_s <= 0:
             self._remove(name)
 
@@ -290,6 +295,7 @@ class Lake(Mapping[str, "Run"]):
             )
         reopen_run(self.run_storage(name), "deleted")
         self.storage.delete(f"deleted/{name}.json")
+        log.info("restored", extra={"run": name})
 
     def collect(self, *, grace_s: float = GRACE_SECONDS, dry_run: bool = False) -> dict[str, Collected]:
         """Collect the garbage of every run, and remove deleted runs whose own grace period has passed.
@@ -313,6 +319,7 @@ class Lake(Mapping[str, "Run"]):
         """The last step is the one that frees the name, so an interrupted removal is done again by `collect`."""
         self.storage.delete_tree(f"runs/{name}")
         self.storage.delete(f"deleted/{name}.json")
+        log.info("removed", extra={"run": name})
 
     def to_datatree(self, runs: Iterable[str] | None = None) -> xr.DataTree:
         """Runs as the branches of a tree of lazy Datasets (`Run.to_xarray`), by default all."""

@@ -89,10 +89,13 @@ def write_retention(run: Storage, retention: Retention | None) -> None:
     """Replace the retention of a run; None keeps all rows that are there."""
     if retention is None:
         run.delete(RETENTION)
+        log.info("retention", extra={"run": run.name, "consumed_by": [], "grace_s": None})
         return
     for name in retention.consumed_by:
         check_label_name(name)
-    run.put(RETENTION, encode_document(retention.model_dump(mode="json")))
+    document = retention.model_dump(mode="json")
+    run.put(RETENTION, encode_document(document))
+    log.info("retention", extra={"run": run.name, **document})
 
 
 def drop_consumed(run: Storage) -> Dropped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from millpond.store.prompts import COLUMNS
 from millpond.store.rows import RowPlan
 from millpond.store.run import Run, open_run
 from millpond.store.snapshot import Parts
+
+log = logging.getLogger(__name__)
 
 
 def seal_run(
@@ -109,7 +112,8 @@ def _seal(
             "tokens": int(table["n_tokens"].sum()),
         },
     )
-    storage.create("manifest.json", encode_record(manifest))  # if somebody else was faster, the run is sealed too
+    if storage.create("manifest.json", encode_record(manifest)):  # if somebody else was faster, the run is sealed too
+        log.info("sealed", extra={"run": run.name, "rows": part.rows, "prompts": part.prompts})
 
 
 def _with_metadata(table: pd.DataFrame, metadata: pd.DataFrame | None) -> pd.DataFrame:

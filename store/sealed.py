@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ from millpond.store.stats import HookStatistics
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
     from millpond.store.run import Run
+
+log = logging.getLogger(__name__)
 
 Blocks = Callable[[str], Iterable[NDArray[Any]]]
 
@@ -110,6 +113,7 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
     )
     if not run.create("manifest.json", encode_record(manifest)):
         raise CaptureFailed(f"run {spec.name!r} was sealed by somebody else while it was written")
+    log.info("sealed", extra={"run": spec.name, "rows": rows, "prompts": len(table)})
 
 
 def _prompt_blocks(table: pd.DataFrame) -> Iterable[NDArray[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ from millpond.store.segment import array_attributes
 from millpond.store.shards import ArraySpec, group_metadata, object_crc32c, read_rows
 from millpond.store.stats import unpack_statistics
 from millpond.store.versions import page_columns, prompt_keys, read_page_file
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -76,6 +80,8 @@ def verify_run(run: Run, *, progress: bool = False) -> Verification:
         for name, count in run.manifest.counts.items():
             if count != stored.get(name, count):
                 found.problems.append(f"manifest.json: {name} is {count}, but {stored[name]} are stored")
+    level = logging.INFO if found.ok else logging.ERROR
+    log.log(level, "verified", extra={"run": run.name, "rows": found.rows, "problems": len(found.problems)})
     return found
 
 
