@@ -216,7 +216,7 @@ class RunWriter:
             spec: its specification, as `Lake.create_run` returned it or `run.spec` holds it.
             segment_rows: by default one shard.
             nonfinite: what to do about a request with an infinity or NaN.
-            statistics: whether to gather them (never where infinities are allowed), which costs about 1.5 CPU seconds a GB of bfloat16.
+            statistics: whether to gather them (never where infinities are allowed), which costs about 1 CPU second a GB of bfloat16.
             compact_every: commits of this writer after which it folds the run's commits into a new manifest
                 version, in the background; 0 leaves that to others.
 
