@@ -121,8 +121,7 @@ class Verify:
 
 @dataclass(frozen=True)
 class Gc:
-    """Remove what nobody can see any more: abandoned segments, superseded files, rows that were used and need not be
-    kept, runs whose grace period is over."""
+    """Remove what nobody can see any more: abandoned segments, superseded files, used rows, runs past their grace period."""
 
     lake: LakeUrl
     """Folder or URL of the lake."""

@@ -60,7 +60,9 @@ class Follower:
         if view_rows is not None and view_rows < 1:
             raise InvalidInput(f"view_rows is {view_rows}; give 1 or more")
         if run.plan.marks is not None or not np.array_equal(run.plan.chosen, run.snapshot.visible):
-            raise InvalidInput(f"this is a view of run {run.name!r}; follow the run itself, and select from what it yields")
+            raise InvalidInput(
+                f"this is a view of run {run.name!r}; follow the run itself, and select from what it yields"
+            )
         if consumer is not None:
             check_label_name(consumer)
         self.run, self.consumer = run, consumer

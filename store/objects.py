@@ -111,6 +111,18 @@ class Storage(ABC):
         target[: len(data)] = data
         return len(data)
 
+    def read_scattered(self, path: str, start: int, targets: Sequence[memoryview]) -> int:
+        """Fill one target after the other with the bytes from `start` on; returns how many there were.
+
+        Targets have equal lengths.
+        """
+        size = len(targets[0]) if targets else 0
+        data = memoryview(bytearray(size * len(targets)))
+        count = self.read_into(path, start, data)
+        for number, target in enumerate(targets[: count // size if size else 0]):
+            target[:] = data[number * size : (number + 1) * size]
+        return count
+
     @abstractmethod
     def put(self, path: str, data: bytes, *, durable: bool = True) -> None:
         """Write the object, replacing one of that name at once. `durable`: it outlives a power failure."""

@@ -25,7 +25,6 @@ from millpond.store.versions import (
     read_version,
 )
 
-
 _Marks = NDArray[np.bool_]
 
 

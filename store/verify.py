@@ -23,7 +23,6 @@ from millpond.store.shards import ArraySpec, group_metadata, object_crc32c, read
 from millpond.store.stats import unpack_statistics
 from millpond.store.versions import page_columns, prompt_keys, read_page_file
 
-
 log = logging.getLogger(__name__)
 
 

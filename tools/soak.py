@@ -3,9 +3,10 @@
 `python tools/soak.py --store local|ceph|seaweedfs --kills 200` prints one line of JSON. Every request's rows follow
 from its id, and every writer may write every request, so many are committed twice on purpose. Writers append to a
 file what was acknowledged to them. The collector's grace period is a second, far below what anybody would choose,
-so that it also fences segments that are being written. With `--consume` followers read the run too, check what they
-are given, and what they used is dropped behind them. In the end, before sealing and after, the run must hold
-every acknowledged request that was not used and dropped, none twice and none partly, with the right rows, and `verify_run` must find nothing.
+so that it also fences segments that are being written. With `--consume` a follower reads the run too, checks what it
+is given, and what it used is dropped behind it. In the end, before sealing and after, the run must hold every
+acknowledged request that was not used and dropped, none twice and none partly, with the right rows, and `verify_run`
+must find nothing.
 """
 
 from __future__ import annotations

@@ -287,7 +287,7 @@ def test_segments_are_dropped_behind_a_training_that_is_killed_and_goes_on_to_th
         process = subprocess.Popen(command, env=environment)
         if not writer.ident:
             writer.start()
-        wait_for(lambda at=at: len(metrics_of(out)) >= at or process.poll() is not None)
+        wait_for(lambda at=at, process=process: len(metrics_of(out)) >= at or process.poll() is not None)
         process.kill()
         assert process.wait() == -signal.SIGKILL
     writer.join()
@@ -340,7 +340,13 @@ def test_hooks_that_are_followed_are_aligned_and_train_transcoders_and_crosscode
         np.testing.assert_array_equal(batch[hooks[1]], 2 * batch[hooks[0]] + 1)
     saes = {"t": SkipTranscoder(16, 2, **OPTIONS), "c": Crosscoder(16, 2, **OPTIONS)}
     train_together(saes, following(lake["two"], hooks, 256, timeout_s=0), tokens=80 * 256, progress=False)
-    assert saes["t"].trained_on_ | {"tokens": 0} == {"run": "two", "hook": HOOK, "model": "", "hook_out": hooks[1], "tokens": 0}
+    assert saes["t"].trained_on_ | {"tokens": 0} == {
+        "run": "two",
+        "hook": HOOK,
+        "model": "",
+        "hook_out": hooks[1],
+        "tokens": 0,
+    }
     assert (saes["c"].names_, saes["c"].W_dec_.shape) == (hooks, (16, 16))
     assert saes["t"].evaluate(lake["two"][hooks[0]], lake["two"][hooks[1]]).values["fvu"] < 0.2
     with pytest.raises(InvalidInput, match="name one or several hooks, each once"):
