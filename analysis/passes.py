@@ -126,7 +126,7 @@ def running(
             there if it is there, else anywhere. By default those of the context around this one.
     """
     if hosts is None:
-        hosts = _SETTINGS.get().hosts
+        hosts = (_SETTINGS.get() or Settings()).hosts
     token = _SETTINGS.set(Settings(client, in_process, threads, memory_limit, cancel, on_progress, hosts))
     try:
         yield

@@ -313,7 +313,11 @@ def _open_many(run: Storage, count: int) -> float:
         ids = [f"p{n}" for n in range(first * 10, (first + size) * 10)]
         prompts = pd.DataFrame({"id": ids, "sha256": "0" * 64, "n_prompt_tokens": 30, "n_tokens": 30, "n_rows": 30})
         path = f"index/{1:016x}-{uuid.uuid4().hex}"
-        pages.append(write_page(run, path, level, Segments.of(parts, list(arrays)), prompts.assign(visible=True), {}))
+        pages.append(
+            write_page(
+                run, path, level, Segments.of(parts, list(arrays)), prompts.assign(visible=True, dropped=False), {}
+            )
+        )
     run.create(version_path(1), encode_record(VersionRecord(run=spec.id, number=1, pages=tuple(pages))))
     took = []
     for _ in range(5):

@@ -15,6 +15,7 @@ from millpond.capture.admission import EngineFacts
 from millpond.capture.provenance import adapter_provenance, different_computation
 from millpond.capture.settle import Rpc, Settler
 from millpond.store.capture_spec import CaptureWish, RequestArgs, read_request_args
+from millpond.store.configuration import Allowance
 from millpond.store.errors import CaptureFailed, InvalidInput, RunExists
 from millpond.store.hooks import match_hooks
 from millpond.store.manifest import RunSpec
@@ -27,6 +28,16 @@ class ServedRun:
     spec: RunSpec
     ids: set[str]
     """Prompt ids that it holds or is about to."""
+    allowance: Allowance
+
+    def allow(self, more_bytes: int) -> None:
+        """Check the quotas for what is about to be captured, and count it.
+
+        Raises:
+            QuotaExceeded: the lake's configuration does not allow it.
+        """
+        self.allowance.check(more_bytes)
+        self.allowance.add(more_bytes)
 
 
 @dataclass
@@ -89,6 +100,7 @@ class CaptureFrontend:
 
         Raises:
             InvalidInput: it cannot be done; the message names the field.
+            QuotaExceeded: the lake's configuration does not allow its rows.
         """
         asked = read_request_args(extra_args)
         if asked is None or (asked.capture is None and not asked.intervene):
@@ -118,6 +130,8 @@ class CaptureFrontend:
                     f"millpond.capture.id: {name!r} is in run {run.spec.name!r} already, or is being captured; give every "
                     "prompt its own id, or leave it out"
                 )
+        rows = len(wish.select(n_prompt, 0, n_prompt))  # of the prompt; what is generated is checked when it is written
+        run.allow(n * rows * run.spec.activation_array.row_bytes * len(run.spec.hooks))
         names = {"id": capture_id, "prompt": prompt, "run": run.spec.name}
         filled = asked.model_copy(update={"capture": wish.model_copy(update=names)})
         self.facts.check(filled, n_prompt, max_tokens)
@@ -242,7 +256,8 @@ class CaptureFrontend:
         run = lake[name]
         if run.state == "sealed":
             raise InvalidInput(f"millpond.capture.run: run {name!r} is sealed and cannot grow; name another run")
-        return ServedRun(self.facts.run_spec(name), set(run.prompts["id"]))
+        ids = {*run.prompts["id"], *run.dropped["id"]}
+        return ServedRun(self.facts.run_spec(name), ids, Allowance(lake, name))
 
     def _adapter(self, name: str, folder: str) -> dict[str, Any]:
         if (name, folder) not in self._adapters:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
 from millpond.capture.interrupts import held_back
@@ -21,6 +22,7 @@ from millpond.capture.prompt_file import Prompts
 from millpond.capture.provenance import COMPUTATION, adapter_provenance, model_provenance
 from millpond.capture.reuse import reuse_rows
 from millpond.store.capture_spec import CaptureWish, RequestArgs, read_job
+from millpond.store.configuration import check_quota, read_configuration
 from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
 from millpond.store.lake import Lake, open_lake
 from millpond.store.reprs import human_bytes
@@ -89,6 +91,7 @@ def run_capture(
     destination = plan.job.destination
     try:
         lake = open_lake(destination.lake, create=True)
+        _check_quota(lake, plan, resume)
         parts = [_part(lake, plan, target, resume) for target in plan.targets]
         made = [part for part in parts if part.made]
         with ExitStack() as locks:
@@ -273,6 +276,17 @@ def _requests(
                 )
 
 
+def _check_quota(lake: Lake, plan: CapturePlan, resume: bool) -> None:
+    """Check that all rows fit in the lake, where their number is known and all are kept; what is written is checked anyway."""
+    if plan.job.capture.max_new_tokens or plan.job.destination.consumed_by:
+        return
+    more = {}
+    for target in plan.targets:
+        held = lake[target.run].n_rows if resume and target.run in lake else 0
+        more[target.run] = max(plan.rows - held, 0) * plan.row_bytes
+    check_quota(lake, more)
+
+
 def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
     """The run of one target: made, or what an interrupted capture of the same job left of it."""
     provenance = _provenance(plan, target)
@@ -288,13 +302,17 @@ def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
             shard_rows=destination.shard_rows,
             provenance=provenance,
         )
+        if destination.consumed_by:
+            grace = read_configuration(lake).collection_grace_s
+            lake.retain(target.run, destination.consumed_by, grace_s=grace)
         return _Part(target, folder, provenance, made=True, sealed=False, done={})
     run = lake[target.run]
     if run.hooks != plan.hooks or run.provenance.get("fingerprint") != provenance["fingerprint"]:
         raise InvalidInput(
             f"run {run.name!r} was begun with another job; resume it with that one or choose another name"
         )
-    done = dict(zip(run.prompts["id"], run.prompts["n_rows"].astype(int), strict=True))
+    captured = pd.concat([run.prompts, run.dropped])
+    done = dict(zip(captured["id"], captured["n_rows"].astype(int), strict=True))
     return _Part(target, folder, provenance, made=False, sealed=run.state == "sealed", done=done)
 
 

@@ -68,6 +68,8 @@ class DestinationSection(_Section):
     shard_rows: int = Field(default=32_768, gt=0, le=1 << 24)
     reuse: tuple[str, ...] = ()
     """Runs of the lake whose rows are taken, not computed again, for prompts that they hold with the same computation."""
+    consumed_by: tuple[str, ...] = ()
+    """Names under which the run is followed while it is captured: rows that all of them have used are dropped."""
 
 
 class PairedSection(_Section):

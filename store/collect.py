@@ -17,6 +17,7 @@ from millpond.store.commits import GRACE_SECONDS, commit_path
 from millpond.store.errors import InvalidInput
 from millpond.store.manifest import Manifest, RunSpec, read_record
 from millpond.store.objects import Entry, Storage
+from millpond.store.retention import drop_consumed, read_retention, unneeded_segments
 from millpond.store.snapshot import held_ids, load_snapshot
 from millpond.store.versions import VersionRecord, latest_version, read_version, version_number
 
@@ -35,6 +36,8 @@ class Collected:
 def collect_run(run: Storage, *, grace_s: float = GRACE_SECONDS, dry_run: bool = False) -> Collected:
     """Remove what is older than `grace_s` seconds and cannot be seen, nor become visible, any more.
 
+    Rows that the run's retention does not keep are dropped first.
+
     Raises:
         InvalidInput: `grace_s` is negative.
     """
@@ -46,16 +49,25 @@ def collect_run(run: Storage, *, grace_s: float = GRACE_SECONDS, dry_run: bool =
     try:
         manifest = read_record(run, "manifest.json", Manifest)
     except FileNotFoundError:
+        if not dry_run:
+            drop_consumed(run)
         _collect_open(run, spec, before, found, dry_run)
+        collect_dropped(run, grace_s, found, dry_run=dry_run)
     else:
         if run.head("manifest.json").modified <= before:
             _collect_sealed(run, manifest, found, dry_run)
     if not dry_run:
         for folder in ("", "commits", "manifests", "index", "segments"):
             run.sweep(folder, before)
-    if found.paths:
-        log.info("collected", extra={"run": spec.name, "objects": len(found.paths), "bytes": found.bytes})
+    if not dry_run:
+        note_collected(run, found)
     return found
+
+
+def note_collected(run: Storage, found: Collected) -> None:
+    """Write the event of a collection that removed anything."""
+    if found.paths:
+        log.info("collected", extra={"run": run.name, "objects": len(found.paths), "bytes": found.bytes})
 
 
 def _groups(run: Storage, folder: str) -> dict[str, list[Entry]]:
@@ -113,6 +125,19 @@ def _collect_open(run: Storage, spec: RunSpec, before: float, found: Collected, 
             continue
         run.delete_tree(path)
         _note(found, path, held)
+
+
+def collect_dropped(run: Storage, grace_s: float, found: Collected, *, dry_run: bool = False) -> None:
+    """Remove the objects of segments that retention dropped more than `grace_s`, or its own grace period, ago."""
+    snapshot = load_snapshot(run, tail=False)
+    if snapshot.manifest is not None:
+        return
+    retention = read_retention(run)
+    grace = grace_s if retention is None else min(grace_s, retention.grace_s)
+    for path in unneeded_segments(run, snapshot, run.now() - grace if grace else math.inf):
+        _note(found, path, list(run.list(path)))
+        if not dry_run:
+            run.delete_tree(path)
 
 
 def _visible(run: Storage) -> set[str] | None:

@@ -40,9 +40,10 @@ class Ls:
                 print(f"{name:32} {one_line(error)}")
                 readable = False
                 continue
+            dropped = f" ({run.n_dropped_rows:,} rows dropped)" if run.n_dropped_rows else ""
             print(
                 f"{name:32} {run.state:7} {len(run.prompts):>9,} prompts {run.n_rows:>13,} rows "
-                f"{len(run.hooks):>3} hooks {human_bytes(run.nbytes):>10}"
+                f"{len(run.hooks):>3} hooks {human_bytes(run.nbytes):>10}{dropped}"
             )
         return 0 if readable else 1
 
@@ -59,11 +60,20 @@ class Show:
     """Print each hook's statistics, as they were gathered while it was written."""
 
     def run(self) -> int:
-        """Print the run's facts and provenance."""
+        """Print the run's facts, who followed it and how far, and its provenance."""
+        from millpond.store.follow import consumers, position
         from millpond.store.lake import open_lake
+        from millpond.store.retention import read_retention
 
         run = open_lake(self.lake)[self.name]
         print(run)
+        folder = run.plan.folder
+        for name in consumers(folder):
+            at = position(folder, name)
+            print(f"  consumer {name}: used {at.rows:,} rows of {at.prompts:,} prompts in {at.views:,} views")
+        retention = read_retention(folder)
+        if retention is not None:
+            print(f"  retention: until used by {', '.join(retention.consumed_by)}, and {retention.grace_s:,.0f} s")
         if self.stats:
             for hook, found in run.stats.items():
                 print(f"  {hook}: {found!r}")
@@ -98,8 +108,9 @@ class Verify:
                 whole = False
                 continue
             verdict = "whole" if found.ok else f"{len(found.problems)} problems"
+            dropped = f" ({found.dropped_rows:,} more were used and dropped)" if found.dropped_rows else ""
             print(
-                f"{name}: {verdict}; {found.rows:,} rows, {found.prompts:,} prompts, "
+                f"{name}: {verdict}; {found.rows:,} rows{dropped}, {found.prompts:,} prompts, "
                 f"{found.files} files, {human_bytes(found.bytes)} checked"
             )
             for problem in found.problems:
@@ -110,7 +121,7 @@ class Verify:
 
 @dataclass(frozen=True)
 class Gc:
-    """Remove what nobody can see any more: abandoned segments, superseded files, runs whose grace period is over."""
+    """Remove what nobody can see any more: abandoned segments, superseded files, used rows, runs past their grace period."""
 
     lake: LakeUrl
     """Folder or URL of the lake."""
@@ -181,6 +192,32 @@ class Rm:
 
 
 @dataclass(frozen=True)
+class Retain:
+    """Say which rows of an open run need not be kept: those that its consumers (`Run.follow`) have used."""
+
+    lake: LakeUrl
+    """Folder or URL of the lake."""
+    name: Name
+    """The run."""
+    consumed_by: tuple[str, ...] = ()
+    """Rows that all of these consumers have used are dropped; without any name, all that are left are kept."""
+    grace: float | None = None
+    """Seconds for which readers may go on reading dropped rows; by default as the lake is configured."""
+
+    def run(self) -> int:
+        """Set the run's retention."""
+        from millpond.store.configuration import read_configuration
+        from millpond.store.lake import open_lake
+
+        lake = open_lake(self.lake)
+        grace = read_configuration(lake).collection_grace_s if self.grace is None else self.grace
+        lake.retain(self.name, self.consumed_by or None, grace_s=grace)
+        kept = f"until used by {', '.join(self.consumed_by)}, and {grace:,.0f} s" if self.consumed_by else "all of them"
+        print(f"rows of run {self.name!r} are kept: {kept}")
+        return 0
+
+
+@dataclass(frozen=True)
 class Restore:
     """Bring back a removed run whose grace period is not over."""
 
@@ -217,7 +254,6 @@ class Cp:
 
     def run(self) -> int:
         """Copy the run."""
-        from millpond.store.configuration import check_quota
         from millpond.store.lake import open_lake
 
         view = open_lake(self.lake)[self.name]
@@ -225,7 +261,6 @@ class Cp:
             view = view.select(where=self.where)
         target = open_lake(self.target_lake, create=True)
         hooks = view.match(self.hooks) if self.hooks else view.hooks
-        check_quota(target, view.nbytes * len(hooks) // len(view.hooks), self.target_name)
         made = view.materialise(self.target_name, lake=target, hooks=hooks)
         print(f"wrote run {made.name!r}: {made.n_rows:,} rows of {len(made.hooks)} hooks")
         return 0
@@ -374,6 +409,7 @@ COMMANDS = {
     "compact": Compact,
     "rm": Rm,
     "restore": Restore,
+    "retain": Retain,
     "cp": Cp,
     "import": Import,
     "export": Export,

@@ -8,6 +8,7 @@ commit that was acknowledged is one that the closer has seen.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 import uuid
@@ -18,6 +19,8 @@ from millpond.store.errors import CaptureFailed, InvalidInput
 from millpond.store.files import encode_document
 from millpond.store.manifest import Part, RunSpec, encode_record
 from millpond.store.objects import Storage
+
+log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 3600.0
 """How long readers may go on reading what was superseded, and writers may leave a segment untouched."""
@@ -98,3 +101,4 @@ def commit(run: Storage, spec: RunSpec, segment: str, part: Part) -> None:
         raise CaptureFailed(
             f"run {spec.name!r} was sealed before {part.rows} rows were committed; capture them into a new run"
         )
+    log.info("committed", extra={"run": spec.name, "segment": segment, "rows": part.rows, "prompts": part.prompts})

@@ -17,9 +17,11 @@ from millpond.store.files import encode_document
 from millpond.store.manifest import Part, encode_record
 from millpond.store.objects import Storage
 from millpond.store.snapshot import commit_id, fold, held_ids, load_snapshot, read_commits
+from millpond.store.stats import HookStatistics, add_statistics
 from millpond.store.versions import (
     Segments,
     VersionRecord,
+    dropped_statistics,
     page_columns,
     read_page_file,
     version_path,
@@ -82,7 +84,8 @@ def _compact(run: Storage, least: int) -> int:
         if parts is None:
             continue
         tail = fold(run, snapshot, parts)
-        version = _extend(run, snapshot.version, list(snapshot.spec.arrays()), parts, tail.prompts)
+        prompts = tail.prompts.assign(dropped=False)
+        version = _extend(run, snapshot.version, list(snapshot.spec.arrays()), parts, prompts)
         if run.create(version_path(version.number), encode_record(version)):
             run.delete([*stale, *fresh])
             log.info("compacted", extra={"run": run.name, "version": version.number, "commits": len(parts)})
@@ -96,17 +99,20 @@ def _extend(
     number = version.number + 1
     pages = list(version.pages)
     level, segments = 0, Segments.of(list(parts), arrays)
+    statistics: dict[str, HookStatistics] = {}
     while True:
         same = pages[-(FANOUT - 1) :]
         full = len(same) == FANOUT - 1 and all(page.level == level for page in same)
         if not full or sum(page.prompts for page in same) + len(prompts) > MOST_PROMPTS:
             break
         older = [page_columns(read_page_file(run, page, ".segments.parquet")) for page in same]
-        segments = Segments(pa.concat_tables([*older, segments.table]))
+        segments = Segments(pa.concat_tables([*older, segments.table], promote_options="default"))
+        for page in same:
+            add_statistics(statistics, dropped_statistics(run, page))
         tables = [page_columns(read_page_file(run, page, ".prompts.parquet")).to_pandas() for page in same]
         prompts = pd.concat([*tables, prompts], ignore_index=True)
         del pages[-(FANOUT - 1) :]
         level += 1
     path = f"index/{number:016x}-{uuid.uuid4().hex}"
-    pages.append(write_page(run, path, level, segments, prompts, {}))
+    pages.append(write_page(run, path, level, segments, prompts, statistics))
     return VersionRecord(run=version.run, number=number, pages=tuple(pages))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,11 @@ from millpond.store.files import decode_document, encode_document
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
 
+log = logging.getLogger(__name__)
+
 CONFIGURATION = "lake.json"
+QUOTA_SECONDS = 60.0
+"""A writer looks at the quotas and at what others have written so often."""
 
 
 class LakeConfiguration(BaseModel):
@@ -95,6 +102,7 @@ def expire_runs(lake: Lake, *, dry_run: bool = False) -> list[str]:
         if lake.storage.exists(manifest) and lake.storage.head(manifest).modified < before:
             found.append(name)
             if not dry_run:
+                log.info("expired", extra={"run": name, "keep_runs_s": configuration.keep_runs_s})
                 lake.delete(name, grace_s=configuration.deletion_grace_s)
     return found
 
@@ -104,22 +112,70 @@ def used_bytes(lake: Lake, run: str | None = None) -> int:
     return sum(entry.size for entry in lake.storage.list("runs" if run is None else f"runs/{run}"))
 
 
-def check_quota(lake: Lake, more_bytes: int, run: str = "") -> None:
-    """Check that `more_bytes` may be added to the lake, in the new run `run`.
+def check_quota(lake: Lake, more: Mapping[str, int]) -> None:
+    """Check that runs of the lake may grow by so many bytes each.
 
     Raises:
         QuotaExceeded: they may not.
     """
     configuration = read_configuration(lake)
-    limit = configuration.run_quota_bytes
-    if limit is not None and more_bytes > limit:
+    if configuration.run_quota_bytes is not None:
+        for run, more_bytes in more.items():
+            _check_run(lake, configuration.run_quota_bytes, run, used_bytes(lake, run) + more_bytes)
+    if configuration.quota_bytes is not None:
+        _check_lake(lake, configuration.quota_bytes, ", ".join(more), used_bytes(lake), sum(more.values()))
+
+
+def _check_run(lake: Lake, limit: int, run: str, total: int) -> None:
+    if total > limit:
         raise QuotaExceeded(
-            f"run {run!r} would have {more_bytes:,} bytes, but a run of the lake {lake.url!r} may have {limit:,}; write "
+            f"run {run!r} would have {total:,} bytes, but a run of the lake {lake.url!r} may have {limit:,}; write "
             "fewer rows or hooks, or raise run_quota_bytes: millpond configure"
         )
-    limit = configuration.quota_bytes
-    if limit is not None and (used := used_bytes(lake)) + more_bytes > limit:
+
+
+def _check_lake(lake: Lake, limit: int, run: str, used: int, more: int) -> None:
+    if used + more > limit:
         raise QuotaExceeded(
-            f"the lake {lake.url!r} has {used:,} bytes, and run {run!r} would add {more_bytes:,}, but it may have {limit:,}; "
+            f"the lake {lake.url!r} has {used:,} bytes, and run {run!r} would add {more:,}, but it may have {limit:,}; "
             "remove runs (millpond rm, then millpond gc) or raise quota_bytes: millpond configure"
         )
+
+
+class Allowance:
+    """What one run of a lake may still grow by, for a writer that adds to it all the time.
+
+    The quotas and what is used are looked up at first, and again every `QUOTA_SECONDS`: what other writers add in
+    between counts after that. Without quotas nothing is listed.
+    """
+
+    def __init__(self, lake: Lake, run: str) -> None:
+        self._lake, self._run = lake, run
+        self._configuration = LakeConfiguration()
+        self._used_lake = self._used_run = 0
+        self._looked = -math.inf
+
+    def check(self, more_bytes: int) -> None:
+        """Check that `more_bytes` may be added to what is stored, and was added by `add` since that was looked up.
+
+        Raises:
+            QuotaExceeded: they may not.
+        """
+        if time.monotonic() - self._looked > QUOTA_SECONDS:
+            self._look()
+        found = self._configuration
+        if found.run_quota_bytes is not None:
+            _check_run(self._lake, found.run_quota_bytes, self._run, self._used_run + more_bytes)
+        if found.quota_bytes is not None:
+            _check_lake(self._lake, found.quota_bytes, self._run, self._used_lake, more_bytes)
+
+    def add(self, written_bytes: int) -> None:
+        """Count what was stored since the last look."""
+        self._used_lake += written_bytes
+        self._used_run += written_bytes
+
+    def _look(self) -> None:
+        self._configuration = found = read_configuration(self._lake)
+        self._used_run = 0 if found.run_quota_bytes is None else used_bytes(self._lake, self._run)
+        self._used_lake = 0 if found.quota_bytes is None else used_bytes(self._lake)
+        self._looked = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from millpond.store.tensor_files import write_safetensors
 
 if TYPE_CHECKING:
     from millpond.store.run import Run
+
+log = logging.getLogger(__name__)
 
 Form = Literal["safetensors", "parquet", "numpy"]
 _KINDS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -45,7 +48,9 @@ def export_run(
     about = {"run": view.name, "id": view.plan.spec.id, "rows": view.n_rows, "dtype": view.dtype}
     (folder / "run.json").write_text(json.dumps({**about, "provenance": dict(view.provenance)}, indent=1))
     write = {"safetensors": _safetensors, "parquet": _parquet, "numpy": _numpy}[form]
-    return [folder / "prompts.parquet", folder / "run.json", *write(view, folder, hooks)]
+    files = [folder / "prompts.parquet", folder / "run.json", *write(view, folder, hooks)]
+    log.info("exported", extra={"run": view.name, "rows": view.n_rows, "format": form, "path": str(folder)})
+    return files
 
 
 def _columns(view: Run) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from millpond.store.configuration import check_quota
-from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import parse_hook
 from millpond.store.prompts import COLUMNS
@@ -26,6 +25,8 @@ from millpond.store.tensor_files import open_arrow, open_numpy, open_safetensors
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
     from millpond.store.run import Run
+
+log = logging.getLogger(__name__)
 
 Format = Literal["saelens", "safetensors", "numpy"]
 RowsAre = Literal["prompts", "tokens"]
@@ -172,7 +173,6 @@ def import_run(
             raise InvalidInput(f"{str(path)!r}: its files have different {what}: {sorted(found)}; import them apart")
     table = _prompt_table(np.array(sizes), np.concatenate(tokens), prompts)
     (width,), (kind,), (found_hooks,) = widths, kinds, names
-    check_quota(lake, sum(sizes) * len(found_hooks) * width * np.dtype(STORED_AS[kind]).itemsize, name)
 
     def blocks(array: str) -> Iterator[NDArray[Any]]:
         if array == "token_id":
@@ -187,7 +187,7 @@ def import_run(
                     yield np.ascontiguousarray(values[start : start + rows]).reshape(-1, values.shape[2])
 
     origin = {"format": form, "path": str(path), "files": len(source.files), **_settings(Path(path))}
-    return write_sealed(
+    made = write_sealed(
         lake,
         name,
         like={
@@ -201,6 +201,8 @@ def import_run(
         table=table,
         blocks=blocks,
     )
+    log.info("imported", extra={"run": name, "rows": made.n_rows, "format": form, "path": str(path)})
+    return made
 
 
 def _prompt_table(sizes: NDArray[np.int64], tokens: NDArray[np.int32], prompts: pd.DataFrame | None) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from millpond.store.label_input import LabelInput
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,127}", re.ASCII)
 _STORED_DTYPES = {"b": "bool", "i": "int64", "u": "int64", "f": "float32"}
@@ -341,14 +344,18 @@ class Labels(Mapping[str, "xr.DataArray"]):
 
         Raises:
             InvalidInput: a prompt is unknown, given twice or missing, or a value is.
+            QuotaExceeded: the lake's configuration does not allow so many bytes.
         """
+        from millpond.store.configuration import check_quota
         from millpond.store.label_input import label_values
+        from millpond.store.lake import Lake
 
         check_label_name(name)
         if name in INDEX_ARRAYS:
             raise InvalidInput(f"label name {name!r} is that of a row coordinate; choose another name")
         plan = self._plan
         found = label_values(plan, self._prompts, name, values, column=column or name, by=by)
+        check_quota(Lake(plan.folder.parent.parent), {plan.folder.name: found.values.nbytes})
         ids = self._prompts["id"].to_numpy().astype(str)[plan.chosen]
         if found.by == "prompt":
             version = write_prompt_table_label(plan.folder, name, ids, found.values, source)
@@ -361,6 +368,7 @@ class Labels(Mapping[str, "xr.DataArray"]):
             counts = np.diff(plan.offsets)[plan.chosen]
             version = write_token_table_label(plan.folder, name, ids, found.values.astype(dtype), counts, source)
         self.__dict__.pop("_records", None)
+        log.info("labelled", extra={"run": plan.spec.name, "label": name, "version": version})
         return version
 
     def __repr__(self) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
+from millpond.store.capture_spec import first_problem
 from millpond.store.codecs import check_codec
-from millpond.store.commits import GRACE_SECONDS, close_run, reopen_run
+from millpond.store.commits import GRACE_SECONDS, check_open, close_run, reopen_run
 from millpond.store.dtypes import check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
 from millpond.store.files import decode_document, encode_document
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
     from millpond.store.collect import Collected
     from millpond.store.run import Run
+
+log = logging.getLogger(__name__)
 
 _MARKER = "millpond.json"
 _NAMED = 20
@@ -238,7 +243,32 @@ class Lake(Mapping[str, "Run"]):
             raise InvalidInput(f"provenance of run {name!r} cannot be written as JSON: {error}") from error
         if not self.run_storage(name).create("run.json", document):
             raise RunExists(f"run {name!r} was just created by somebody else in {self.url!r}; choose another name")
+        log.info("created", extra={"run": name, "hooks": len(spec.hooks), "d_model": d_model})
         return spec
+
+    def retain(self, name: str, consumed_by: Sequence[str] | None, *, grace_s: float = GRACE_SECONDS) -> None:
+        """Say which rows of an open run need not be kept: those that were used, or none.
+
+        Args:
+            name: the run's.
+            consumed_by: names under which the run is followed (`Run.follow`); the rows that all of them have used are
+                dropped, by the followers and by `collect`. None keeps all rows that are left.
+            grace_s: how long those who opened the run before may go on reading dropped rows.
+
+        Raises:
+            InvalidInput: the run is sealed, or an argument cannot be used.
+        """
+        from millpond.store.retention import Retention, write_retention
+
+        if consumed_by is None:
+            write_retention(self.run_storage(name), None)
+            return
+        check_open(self.run_storage(name), self.spec(name))
+        try:
+            retention = Retention(consumed_by=tuple(consumed_by), grace_s=grace_s)
+        except ValidationError as error:
+            raise InvalidInput(f"retention of run {name!r}: {first_problem(error)}") from error
+        write_retention(self.run_storage(name), retention)
 
     def delete(self, name: str, *, grace_s: float = 0) -> None:
         """Hide a run from everybody who opens it later, and remove it at once, or leave that to `collect`.
@@ -252,6 +282,7 @@ class Lake(Mapping[str, "Run"]):
         self._check_held(name)
         close_run(self.run_storage(name), "deleted")
         self.storage.put(f"deleted/{name}.json", encode_document({"grace_s": grace_s}))
+        log.info("deleted", extra={"run": name, "grace_s": grace_s})
         if grace_s <= 0:
             self._remove(name)
 
@@ -268,6 +299,7 @@ class Lake(Mapping[str, "Run"]):
             )
         reopen_run(self.run_storage(name), "deleted")
         self.storage.delete(f"deleted/{name}.json")
+        log.info("restored", extra={"run": name})
 
     def collect(self, *, grace_s: float = GRACE_SECONDS, dry_run: bool = False) -> dict[str, Collected]:
         """Collect the garbage of every run, and remove deleted runs whose own grace period has passed.
@@ -291,6 +323,7 @@ class Lake(Mapping[str, "Run"]):
         """The last step is the one that frees the name, so an interrupted removal is done again by `collect`."""
         self.storage.delete_tree(f"runs/{name}")
         self.storage.delete(f"deleted/{name}.json")
+        log.info("removed", extra={"run": name})
 
     def to_datatree(self, runs: Iterable[str] | None = None) -> xr.DataTree:
         """Runs as the branches of a tree of lazy Datasets (`Run.to_xarray`), by default all."""

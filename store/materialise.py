@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from millpond.store.sealed import write_sealed
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
     from millpond.store.run import Run
+
+
+log = logging.getLogger(__name__)
 
 
 def materialise(view: Run, name: str, *, lake: Lake | None = None, hooks: tuple[str, ...] | None = None) -> Run:
@@ -59,6 +63,7 @@ def materialise(view: Run, name: str, *, lake: Lake | None = None, hooks: tuple[
     )
     for label, array in labels.items():
         run.labels.add(label, array.values, by="token", source=f"run {spec.name} ({spec.id})")
+    log.info("copied", extra={"run": name, "rows": run.n_rows, "source": spec.name})
     return run
 
 

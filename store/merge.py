@@ -48,6 +48,8 @@ class Merge:
         self._packed: list[_Extent] = []
         orders: list[list[NDArray[np.int64]]] = [[], []]
         for number, part in enumerate(self._records):
+            if snapshot.dropped_parts[number]:
+                continue
             numbers = np.arange(prompt_of[number], prompt_of[number + 1])
             visible = snapshot.visible[numbers]
             keep = part.rows > 0 and part.rows % self.spec.shard_rows == 0 and bool(visible.all())
@@ -56,7 +58,11 @@ class Merge:
             else:
                 self._packed += _extents(number, snapshot.n_rows[numbers], visible)
             orders[0 if keep else 1].append(numbers[visible])
-        gathered = all(part.statistics is not None for part in self._records)
+        gathered = all(
+            part.statistics is not None
+            for part, dropped in zip(self._records, snapshot.dropped_parts, strict=True)
+            if not dropped
+        )
         hooks = self.spec.hooks if gathered else ()
         self._statistics = {hook: HookStatistics(self.spec.d_model) for hook in hooks}
         self.order: NDArray[np.int64] = np.concatenate([*orders[0], *orders[1], np.empty(0, np.int64)]).astype(np.int64)

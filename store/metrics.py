@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _HELP = {
     "millpond_run_rows": "Visible rows of a run.",
     "millpond_run_prompts": "Visible prompts of a run.",
+    "millpond_run_dropped_rows": "Rows of a run that retention took away.",
     "millpond_run_parts": "Segments that a run's rows lie in; 1 after sealing.",
     "millpond_run_activation_bytes": "Uncompressed bytes of a run's activations.",
     "millpond_run_sealed": "1 if the run is sealed.",
@@ -39,7 +40,8 @@ def metrics(lake: Lake) -> str:
             ("millpond_run_unreadable", label, 0),
             ("millpond_run_rows", label, run.n_rows),
             ("millpond_run_prompts", label, int(run.plan.chosen.sum())),
-            ("millpond_run_parts", label, len(run.plan.parts)),
+            ("millpond_run_dropped_rows", label, run.n_dropped_rows),
+            ("millpond_run_parts", label, int((~run.snapshot.dropped_parts).sum())),
             ("millpond_run_activation_bytes", label, run.nbytes),
             ("millpond_run_sealed", label, run.state == "sealed"),
         ]

@@ -75,6 +75,11 @@ class Storage(ABC):
         """The objects below `path`."""
 
     @property
+    @abstractmethod
+    def parent(self) -> Storage:
+        """The objects of the folder that this one is in."""
+
+    @property
     def name(self) -> str:
         """The last segment of the URL."""
         return self.url.rstrip("/").rpartition("/")[2]
@@ -105,6 +110,18 @@ class Storage(ABC):
         data = memoryview(self.get_range(path, start, len(target)))
         target[: len(data)] = data
         return len(data)
+
+    def read_scattered(self, path: str, start: int, targets: Sequence[memoryview]) -> int:
+        """Fill one target after the other with the bytes from `start` on; returns how many there were.
+
+        Targets have equal lengths.
+        """
+        size = len(targets[0]) if targets else 0
+        data = memoryview(bytearray(size * len(targets)))
+        count = self.read_into(path, start, data)
+        for number, target in enumerate(targets[: count // size if size else 0]):
+            target[:] = data[number * size : (number + 1) * size]
+        return count
 
     @abstractmethod
     def put(self, path: str, data: bytes, *, durable: bool = True) -> None:
@@ -285,6 +302,10 @@ class MemoryStorage(Storage):
 
     def __truediv__(self, path: str) -> MemoryStorage:
         return MemoryStorage(self._key(path))
+
+    @property
+    def parent(self) -> MemoryStorage:  # noqa: D102
+        return MemoryStorage(self._root.rpartition("/")[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MemoryStorage, (self._root,)

@@ -13,6 +13,9 @@ from typing import Any
 from millpond.store.errors import StorageFailed
 from millpond.store.objects import Buffer, Entry, Storage, StreamWriter
 
+_MOST_TARGETS = 1024
+"""Linux's IOV_MAX."""
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames and creations inside `folder` survive a power loss."""
@@ -36,6 +39,10 @@ class LocalStorage(Storage):
 
     def __truediv__(self, path: str) -> LocalStorage:
         return LocalStorage(self.path / path)
+
+    @property
+    def parent(self) -> LocalStorage:  # noqa: D102
+        return LocalStorage(self.path.parent)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalStorage, (self.path,)
@@ -72,6 +79,18 @@ class LocalStorage(Storage):
                 done = 0
                 while done < len(target) and (count := os.preadv(descriptor, [target[done:]], start + done)):
                     done += count
+                return done
+            finally:
+                os.close(descriptor)
+
+    def read_scattered(self, path: str, start: int, targets: Sequence[memoryview]) -> int:  # noqa: D102
+        file = self.path / path
+        with _named_errors(file):
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                done = 0
+                for first in range(0, len(targets), _MOST_TARGETS):
+                    done += _fill(descriptor, targets[first : first + _MOST_TARGETS], start + done)
                 return done
             finally:
                 os.close(descriptor)
@@ -192,6 +211,20 @@ class _FileWriter(StreamWriter):
             os.close(self._descriptor)
             self._descriptor = -1
             self._temporary.unlink(missing_ok=True)
+
+
+def _fill(descriptor: int, targets: Sequence[memoryview], start: int) -> int:
+    """Bytes read into the targets, one after the other; fewer than they hold only at the end of the file."""
+    wanted, done = sum(map(len, targets)), 0
+    left = list(targets)
+    while left and (count := os.preadv(descriptor, left, start + done)):
+        done += count
+        if done == wanted:
+            break
+        while count >= len(left[0]):  # the system may stop in the middle of a target
+            count -= len(left.pop(0))
+        left[0] = left[0][count:]
+    return done
 
 
 def _hidden(path: Path) -> Path:

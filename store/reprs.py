@@ -34,6 +34,8 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("rows", f"{run.n_rows:,} of {run.d_model} x {run.dtype}, {human_bytes(run.nbytes)}"),
         ("prompts", _prompts(run)),
     ]
+    if run.n_dropped_rows:
+        facts.append(("dropped", f"{run.n_dropped_rows:,} rows that were used and not kept"))
     labels = list(run.labels)
     if labels:
         facts.append(("labels", ", ".join(labels)))
@@ -41,7 +43,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _prompts(run: Run) -> str:
-    whole = len(run.plan.chosen)
+    whole = int(run.snapshot.visible.sum())
     part = "" if len(run.prompts) == whole else f", a part of the run's {whole:,}"
     return f"{len(run.prompts):,}{part}"
 

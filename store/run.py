@@ -103,6 +103,19 @@ class Run:
     def __len__(self) -> int:
         return self.n_rows
 
+    @cached_property
+    def dropped(self) -> pd.DataFrame:
+        """The prompts whose rows retention took away from the open run, as they were committed; see `Lake.retain`."""
+        table: pd.DataFrame = self.prompt_table[self.snapshot.dropped]
+        return table
+
+    @property
+    def n_dropped_rows(self) -> int:
+        """Rows that retention took away: of an open run, or before the run was sealed."""
+        if self.manifest is not None:
+            return self.manifest.counts.get("rows_dropped", 0)
+        return int(self.snapshot.n_rows[self.snapshot.dropped].sum())
+
     @property
     def nbytes(self) -> int:
         """Bytes of the stored activations of all hooks."""
@@ -319,20 +332,33 @@ class Run:
         return tensors_by_hook(self, names, batch_size, **options)
 
     def follow(
-        self, consumer: str | None = None, *, poll_s: float = 1.0, timeout_s: float | None = None
+        self,
+        consumer: str | None = None,
+        *,
+        poll_s: float = 1.0,
+        timeout_s: float | None = None,
+        view_rows: int | None = None,
     ) -> Iterator[Run]:
         """Views of what is new, as the run grows, until it is sealed; every prompt is in exactly one of them.
 
         Args:
-            consumer: a name under which the prompts that were used are recorded: a view counts as used when the next
-                one is asked for. Following again under the same name goes on after them, and retention `consumed` may
-                remove them.
+            consumer: a name under which the views are recorded: one counts as used when the next one is asked for.
+                Following again under the same name gives the last one again if it was not used, and goes on after it.
+                Retention (`Lake.retain`) may drop what was used.
             poll_s: seconds between looks.
             timeout_s: stop after so long without anything new; by default only sealing ends it.
+            view_rows: a view ends with the prompt that reaches so many rows; by default it is all that is new.
         """
-        from millpond.store.follow import follow
+        from millpond.store.follow import Follower
 
-        return follow(self, consumer, poll_s, timeout_s)
+        follower = Follower(self, consumer, poll_s=poll_s, timeout_s=timeout_s, view_rows=view_rows)
+
+        def views() -> Iterator[Run]:
+            for number, view in follower.views():
+                yield view
+                follower.use(number)
+
+        return views()
 
     def materialise(self, name: str, *, lake: Lake | None = None, hooks: str | Iterable[str] | None = None) -> Run:
         """Write the rows of this view as a new, sealed run with its metadata, labels and provenance.

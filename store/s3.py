@@ -75,6 +75,10 @@ class S3Storage(Storage):
     def __truediv__(self, path: str) -> S3Storage:
         return S3Storage(self._store, self._bucket, self._key(path), self.options)
 
+    @property
+    def parent(self) -> S3Storage:  # noqa: D102
+        return S3Storage(self._store, self._bucket, self._root.rpartition("/")[0], self.options)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Storage.open, (f"{self._bucket}/{self._root}", self.options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from millpond.store.prompts import COLUMNS
 from millpond.store.rows import RowPlan
 from millpond.store.run import Run, open_run
 from millpond.store.snapshot import Parts
+
+log = logging.getLogger(__name__)
 
 
 def seal_run(
@@ -48,7 +51,7 @@ def seal_run(
         prompt_labels: which of those columns are labels.
         token_labels: name to prompt id to one value a token.
         token_label_dtypes: stored data type of each token label.
-        expected_rows: what the capture asked for.
+        expected_rows: what the capture asked for; rows that retention dropped count.
 
     Raises:
         CaptureFailed: the rows are not as many as `expected_rows`.
@@ -71,8 +74,9 @@ def seal_run(
 
 
 def _checked(run: Run, expected_rows: int | None) -> Run:
-    if expected_rows is not None and run.n_rows != expected_rows:
-        raise CaptureFailed(f"run {run.name!r} holds {run.n_rows} rows, but {expected_rows} were asked for")
+    rows = run.n_rows + run.n_dropped_rows
+    if expected_rows is not None and rows != expected_rows:
+        raise CaptureFailed(f"run {run.name!r} holds {rows} rows, but {expected_rows} were asked for")
     return run
 
 
@@ -103,11 +107,13 @@ def _seal(
         counts={
             "rows": part.rows,
             "prompts": part.prompts,
-            "rows_asked": part.rows if expected_rows is None else expected_rows,
+            "rows_asked": part.rows + run.n_dropped_rows,
+            **({"rows_dropped": run.n_dropped_rows} if run.n_dropped_rows else {}),
             "tokens": int(table["n_tokens"].sum()),
         },
     )
-    storage.create("manifest.json", encode_record(manifest))  # if somebody else was faster, the run is sealed too
+    if storage.create("manifest.json", encode_record(manifest)):  # if somebody else was faster, the run is sealed too
+        log.info("sealed", extra={"run": run.name, "rows": part.rows, "prompts": part.prompts})
 
 
 def _with_metadata(table: pd.DataFrame, metadata: pd.DataFrame | None) -> pd.DataFrame:

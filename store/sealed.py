@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -11,6 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from millpond.store.configuration import check_quota
+from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import CaptureFailed, InvalidInput
 from millpond.store.manifest import ArrayChecksums, Manifest, Part, RunSpec, encode_record
 from millpond.store.prompts import write_prompt_table
@@ -21,6 +24,8 @@ from millpond.store.stats import HookStatistics
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
     from millpond.store.run import Run
+
+log = logging.getLogger(__name__)
 
 Blocks = Callable[[str], Iterable[NDArray[Any]]]
 
@@ -46,7 +51,10 @@ def write_sealed(
 
     Raises:
         InvalidInput: the rows are not finite, or not those that the table counts.
+        QuotaExceeded: the lake does not allow so many bytes; nothing was made.
     """
+    row_bytes = len(like["hooks"]) * like["d_model"] * np.dtype(STORED_AS[like["dtype"]]).itemsize
+    check_quota(lake, {name: int(table["n_rows"].sum()) * row_bytes})
     spec = lake.create_run(name, **like)
     try:
         _fill(lake, spec, table, blocks, prompt_labels)
@@ -105,6 +113,7 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
     )
     if not run.create("manifest.json", encode_record(manifest)):
         raise CaptureFailed(f"run {spec.name!r} was sealed by somebody else while it was written")
+    log.info("sealed", extra={"run": spec.name, "rows": rows, "prompts": len(table)})
 
 
 def _prompt_blocks(table: pd.DataFrame) -> Iterable[NDArray[Any]]:

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from millpond.store.commits import check_open, commit, new_segment_id
 from millpond.store.compaction import compact
+from millpond.store.configuration import Allowance
 from millpond.store.dtypes import decode
 from millpond.store.errors import CaptureFailed, InvalidInput, MillpondError
+from millpond.store.lake import Lake
 from millpond.store.manifest import ArrayChecksums, Part, RunSpec
 from millpond.store.objects import PARALLEL_REQUESTS, Storage, as_storage, check_once
 from millpond.store.packing import ShardPacker
@@ -214,7 +216,7 @@ class RunWriter:
             spec: its specification, as `Lake.create_run` returned it or `run.spec` holds it.
             segment_rows: by default one shard.
             nonfinite: what to do about a request with an infinity or NaN.
-            statistics: whether to gather them (never where infinities are allowed), which costs about 1.5 CPU seconds a GB of bfloat16.
+            statistics: whether to gather them (never where infinities are allowed), which costs about 1 CPU second a GB of bfloat16.
             compact_every: commits of this writer after which it folds the run's commits into a new manifest
                 version, in the background; 0 leaves that to others.
 
@@ -228,6 +230,8 @@ class RunWriter:
         self.spec = spec
         self.segment_rows = segment_rows or spec.shard_rows
         whole = self.segment_rows % spec.shard_rows == 0
+        self._allowance = Allowance(Lake(self.run.parent.parent), self.run.name)
+        self._row_bytes = spec.activation_array.row_bytes * len(spec.hooks)
         self._packer = ShardPacker[CapturedRequest](self.segment_rows, spec.shard_rows // 4 if whole else 0)
         self.nonfinite = nonfinite
         self.statistics = statistics
@@ -245,9 +249,14 @@ class RunWriter:
 
         Raises:
             InvalidInput: the request does not hold what the run needs, or its id was appended before.
+            QuotaExceeded: the lake's configuration does not allow it; nothing was added, and what was appended before
+                can still be committed.
             CaptureFailed: a write failed; discard what was not committed and capture it again.
         """
-        self._open_segment().check(request)
+        opened = self._open_segment()
+        opened.check(request)
+        waiting = sum(rows for rows, _ in self._packer.waiting)
+        self._allowance.check((opened.rows + waiting + len(request.positions)) * self._row_bytes)
         if any(request.id == held.id for _, held in self._packer.waiting):
             raise InvalidInput(
                 f"request {request.id!r} of run {self.spec.name!r} was appended before; give it another id"
@@ -279,6 +288,7 @@ class RunWriter:
     def _commit_segment(self) -> None:
         assert self._segment is not None
         part = self._segment.commit()
+        self._allowance.add(sum(size for array in part.arrays.values() for size, _ in array.shards))
         self.committed_rows += part.rows
         self.committed_prompts += part.prompts
         self._segment = None

@@ -277,11 +277,42 @@ def read_rows(folder: Storage, spec: ArraySpec, start: int, stop: int, out: Arra
     return out
 
 
+SCATTERED_BYTES = 1024
+"""Rows of at least so many bytes are read to where they belong; shorter ones are read together and put there."""
+
+
+def read_rows_to(folder: Storage, spec: ArraySpec, start: int, out: Array, place: NDArray[np.int64]) -> None:
+    """The rows from `start` on, as many as `place` has numbers, each into the row of `out` that its number says.
+
+    Raises:
+        LakeCorrupt: a shard is missing or shorter than its rows.
+    """
+    stop = start + len(place)
+    if spec.codec != "none" or spec.row_bytes < SCATTERED_BYTES:
+        out[place] = read_rows(folder, spec, start, stop)
+        return
+    whole = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    size = spec.row_bytes
+    for shard in range(start // spec.shard_rows, spec.n_shards(stop) if len(place) else 0):
+        first, last = max(start, shard * spec.shard_rows), min(stop, (shard + 1) * spec.shard_rows)
+        at = (place[first - start : last - start] * size).tolist()
+        path, begin = spec.shard_path(shard), (first - shard * spec.shard_rows) * size
+        try:
+            got = folder.read_scattered(path, begin, [whole[byte : byte + size] for byte in at])
+        except FileNotFoundError:
+            raise LakeCorrupt(f"{folder.url}/{path} is missing; run millpond verify") from None
+        _check_length(folder, path, got, len(at) * size)
+
+
+def _check_length(folder: Storage, path: str, got: int, wanted: int) -> None:
+    if got < wanted:
+        raise LakeCorrupt(f"{folder.url}/{path} ends after {got} of {wanted} wanted bytes; run millpond verify")
+
+
 def _read_plain(folder: Storage, path: str, start: int, out: Array) -> None:
     target = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     got = folder.read_into(path, start, target)
-    if got < len(target):
-        raise LakeCorrupt(f"{folder.url}/{path} ends after {got} of {len(target)} wanted bytes; run millpond verify")
+    _check_length(folder, path, got, len(target))
 
 
 def _read_chunks(folder: Storage, path: str, spec: ArraySpec, first: int, out: Array) -> None:
@@ -292,10 +323,7 @@ def _read_chunks(folder: Storage, path: str, spec: ArraySpec, first: int, out: A
     if (index < 0).any() or (index[:-1].sum(axis=1) != index[1:, 0]).any():
         raise LakeCorrupt(f"{folder.url}/{path} has an index that skips chunks; run millpond verify")
     data = memoryview(folder.get_range(path, begin, end - begin))
-    if len(data) < end - begin:
-        raise LakeCorrupt(
-            f"{folder.url}/{path} ends after {len(data)} of {end - begin} wanted bytes; run millpond verify"
-        )
+    _check_length(folder, path, len(data), end - begin)
     spare = None
     for number, (offset, nbytes) in enumerate(index, first // size):
         piece = data[offset - begin : offset - begin + nbytes]

@@ -25,6 +25,8 @@ from millpond.store.versions import (
     read_version,
 )
 
+_Marks = NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -89,12 +91,15 @@ class Snapshot:
         self.tail = tail
         self.manifest = manifest
         self._files: dict[tuple[str, str], bytes] = {}
-        segments, counts = self._columns()
-        self.parts = segments
+        self.parts, dropped, counts = self._columns()
+        self.dropped_parts = dropped
+        """Which parts retention took away; they still count in the numbers of rows and prompts."""
         self.n_rows = np.concatenate([count[0] for count in counts]) if counts else np.empty(0, np.int64)
-        """Stored rows of each prompt."""
+        """Rows of each prompt, as they were committed."""
         self.visible = np.concatenate([count[1] for count in counts]) if counts else np.empty(0, bool)
-        """Which prompts are; the others were committed a second time."""
+        """Which prompts are; the others were committed a second time, or dropped."""
+        self.dropped = np.concatenate([count[2] for count in counts]) if counts else np.empty(0, bool)
+        """Which prompts were visible until retention took their rows away; their ids stay taken."""
         if (int(self.parts.rows.sum()), int(self.parts.prompts.sum())) != (int(self.n_rows.sum()), len(self.n_rows)):
             raise LakeCorrupt(
                 f"run {spec.name!r}: the prompt tables count {len(self.n_rows)} prompts and {int(self.n_rows.sum())} rows, "
@@ -107,25 +112,35 @@ class Snapshot:
             self._files[page.path, suffix] = read_page_file(self.run, page, suffix)
         return self._files[page.path, suffix]
 
-    def _columns(self) -> tuple[Parts, list[tuple[NDArray[np.int64], NDArray[np.bool_]]]]:
+    def _columns(self) -> tuple[Parts, _Marks, list[tuple[NDArray[np.int64], _Marks, _Marks]]]:
         if self.manifest is not None:
             table = self._sealed_prompts
-            return Parts.of([self.manifest.data]), [(table["n_rows"].to_numpy(np.int64), np.ones(len(table), bool))]
-        paths, rows, prompts, counts = [], [], [], []
+            all_of = np.ones(len(table), bool)
+            return (
+                Parts.of([self.manifest.data]),
+                np.zeros(1, bool),
+                [(table["n_rows"].to_numpy(np.int64), all_of, ~all_of)],
+            )
+        paths, rows, prompts, dropped, counts = [], [], [], [], []
         for page in self.version.pages:
-            table = page_columns(self._page(page, ".segments.parquet"), ["id", "rows", "prompts"])
+            table = page_columns(self._page(page, ".segments.parquet"), ["id", "rows", "prompts", "dropped"])
             ids = table["id"].to_numpy().astype(np.str_)
             paths.append(np.char.add("segments/", ids))
             rows.append(table["rows"].to_numpy())
             prompts.append(table["prompts"].to_numpy())
-            prompt = page_columns(self._page(page, ".prompts.parquet"), ["n_rows", "visible"])
-            counts.append((prompt["n_rows"].to_numpy(), prompt["visible"].to_numpy().astype(bool)))
+            dropped.append(table["dropped"].to_numpy().astype(bool))
+            prompt = page_columns(self._page(page, ".prompts.parquet"), ["n_rows", "visible", "dropped"])
+            visible, gone = (prompt[name].to_numpy().astype(bool) for name in ("visible", "dropped"))
+            counts.append((prompt["n_rows"].to_numpy(), visible, gone))
         tail = Parts.of(self.tail.parts)
         if len(tail):
             table = self.tail.prompts
-            counts.append((table["n_rows"].to_numpy(np.int64), table["visible"].to_numpy(bool)))
+            counts.append(
+                (table["n_rows"].to_numpy(np.int64), table["visible"].to_numpy(bool), np.zeros(len(table), bool))
+            )
         columns = [[*paths, tail.paths], [*rows, tail.rows], [*prompts, tail.prompts]]
-        return Parts(*(np.concatenate(column) for column in columns)), counts
+        marks = np.concatenate([*dropped, np.zeros(len(tail), bool)])
+        return Parts(*(np.concatenate(column) for column in columns)), marks, counts
 
     @cached_property
     def _sealed_prompts(self) -> pd.DataFrame:
@@ -134,7 +149,7 @@ class Snapshot:
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
-        """One row a stored prompt, also those that are not visible; the index is its number."""
+        """One row a committed prompt, also those that are not visible; the index is its number."""
         if self.manifest is not None:
             return self._sealed_prompts
         pages = [
@@ -147,7 +162,7 @@ class Snapshot:
         return whole
 
     def records(self) -> Iterator[Part]:
-        """Every part with its checksums."""
+        """Every part with its checksums, also those that were dropped."""
         if self.manifest is not None:
             yield self.manifest.data
             return
@@ -219,7 +234,7 @@ def commit_id(path: str) -> str:
 
 
 def held_ids(snapshot: Snapshot) -> set[str]:
-    """The ids of all segments that a snapshot holds."""
+    """The ids of all segments that a snapshot holds, or held before they were dropped."""
     return {path.rpartition("/")[2] for path in snapshot.parts.paths.tolist()}
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from millpond.store.errors import InvalidInput, LakeCorrupt
 from millpond.store.objects import PARALLEL_REQUESTS
-from millpond.store.stats import HookStatistics, unpack_statistics
+from millpond.store.stats import HookStatistics, add_statistics, unpack_statistics
+from millpond.store.versions import dropped_statistics
 
 if TYPE_CHECKING:
     from millpond.store.run import Run
@@ -17,7 +18,7 @@ STATISTICS_FILE = "statistics.safetensors"
 
 
 class RunStatistics(Mapping[str, HookStatistics]):
-    """`HookStatistics` by hook, over all rows of a run; reads the parts' statistics files once."""
+    """`HookStatistics` by hook, over all rows of a run, those that retention dropped too; reads them once."""
 
     def __init__(self, run: Run) -> None:
         if run.plan.marks is not None or run.n_rows != int(run.snapshot.n_rows[run.snapshot.visible].sum()):
@@ -28,7 +29,8 @@ class RunStatistics(Mapping[str, HookStatistics]):
     def _merged(self) -> dict[str, HookStatistics]:
         run = self._run
         total = {hook: HookStatistics(run.d_model) for hook in run.hooks}
-        paths = [f"{part.path}/{STATISTICS_FILE}" for part in run.plan.parts]
+        snapshot = run.snapshot
+        paths = [f"{path}/{STATISTICS_FILE}" for path in snapshot.parts.paths[~snapshot.dropped_parts].tolist()]
         for start in range(0, len(paths), PARALLEL_REQUESTS):
             some = paths[start : start + PARALLEL_REQUESTS]
             for path, data in zip(some, run.plan.folder.get_many(some), strict=True):
@@ -39,6 +41,10 @@ class RunStatistics(Mapping[str, HookStatistics]):
                     if hook not in found or found[hook].d_model != run.d_model:
                         raise LakeCorrupt(f"{run.plan.folder}/{path} has no statistics of {hook}; restore it")
                     total[hook].merge(found[hook])
+        for page in snapshot.version.pages:
+            add_statistics(total, dropped_statistics(run.plan.folder, page))
+        if any(found.count != int(snapshot.parts.rows.sum()) for found in total.values()):
+            raise InvalidInput(f"run {run.name!r} has no statistics of its dropped rows; it was captured without them")
         return total
 
     def __getitem__(self, hook: str) -> HookStatistics:

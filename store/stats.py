@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from millpond.store.dtypes import decode_into
 from millpond.store.errors import InvalidInput, LakeCorrupt
 
 SKETCH_ROWS = 64
-BLOCK_ROWS = 256
-"""Rows absorbed at once: float32 sums within a block about the first block's mean, float64 across blocks."""
+BLOCK_ROWS = SKETCH_ROWS
+"""Rows absorbed at once, few enough for a core's cache: float32 sums about the first block's mean, float64 across blocks."""
+SKETCHED_BLOCKS = 16
+"""Blocks whose rows are added to the sketch in float32 before they go to that in float64."""
 
 _FIELDS = {"mean": "F64", "squares": "F64", "maximum": "F64", "totals": "F64", "weights": "F64", "buckets": "I64"}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "I64": "<i8"}
@@ -38,7 +41,7 @@ class MassiveDimensions:
 class HookStatistics:
     """Count, mean, variance, norms, largest magnitudes and a Gram sketch of one hook's rows, (d_model,) each.
 
-    `update` costs 2.5 ns a value on one core (d_model 2048) and buffers `BLOCK_ROWS` rows as float32.
+    `update` costs 2 ns a value on one core (d_model 2048) and buffers `BLOCK_ROWS` rows as float32.
 
     The sketch S has `SKETCH_ROWS` = k rows; the expected squared Frobenius error of SᵀS as an
     estimate of the centred Gram matrix G is at most 2/k of trace(G)² (k = 64: 18 % of the trace),
@@ -62,6 +65,7 @@ class HookStatistics:
         self._weights = np.zeros(SKETCH_ROWS)
         self._origin: NDArray[np.floating[Any]] = np.zeros(d_model)
         self._sketch = np.zeros((SKETCH_ROWS, d_model))  # of the rows less the origin
+        self._recent: NDArray[np.float32] | None = None  # what the last few blocks add to it
         self._buffer: NDArray[np.float32] | None = None
         self._buffered = 0
 
@@ -82,18 +86,20 @@ class HookStatistics:
             while len(piece):
                 taken = piece[: BLOCK_ROWS - self._buffered]
                 place = self._buffer[self._buffered : self._buffered + len(taken)]
-                if taken.dtype == np.uint16:
-                    bits = place.view(np.uint32)
-                    bits[:] = taken
-                    bits <<= 16
-                else:
-                    place[:] = taken
+                decode_into(taken, "bfloat16" if taken.dtype == np.uint16 else taken.dtype.name, place)
                 self._buffered += len(taken)
                 piece = piece[len(taken) :]
                 if self._buffered == BLOCK_ROWS:
-                    self._absorb()
+                    self._absorb_block()
 
     def _absorb(self) -> None:
+        """Take in what is buffered, so that every total is up to date."""
+        self._absorb_block()
+        if self._recent is not None:
+            self._sketch += self._recent
+            self._recent = None
+
+    def _absorb_block(self) -> None:
         if self._buffer is not None and self._buffered:
             with np.errstate(over="ignore", invalid="ignore"):  # rows may be kept that are not finite
                 self._absorb_buffer(self._buffer)
@@ -109,23 +115,37 @@ class HookStatistics:
         if not self._absorbed:
             self._origin = rows.mean(0, dtype=np.float64).astype(np.float32)
         rows -= self._origin
-        self._add_sketch(n)
         mean, squares = _moments(rows)
-        self._blocks += 1
+        self._add_sketch(rows)
         self._add(n, mean + self._origin, squares)
 
-    def _add_sketch(self, n: int) -> None:
-        """Add each of the `n` rows in the buffer, by a random sign, to a bucket; no two of a group share one."""
-        assert self._buffer is not None
-        groups = -(-n // SKETCH_ROWS)
-        self._buffer[n : groups * SKETCH_ROWS] = 0
+    def _add_sketch(self, rows: NDArray[np.float32]) -> None:
+        """Add each row, by a random sign, to a bucket; overwrites the rows.
+
+        The rows of a block go to consecutive buckets from a random one on: no two of a block share one, and two of
+        different blocks do with probability 1 / `SKETCH_ROWS`, which is all that the error of the sketch depends on.
+        """
+        now = self._blocks % SKETCHED_BLOCKS
+        if not now:
+            self._draw()
+        if self._recent is None:
+            self._recent = np.zeros((SKETCH_ROWS, self.d_model), np.float32)
+        self._blocks += 1
+        signs, first = self._signs[now, : len(rows)], int(self._first[now])
+        rows *= signs[:, None]
+        end = min(SKETCH_ROWS - first, len(rows))
+        for buckets, part in ((slice(first, first + end), slice(end)), (slice(len(rows) - end), slice(end, None))):
+            self._recent[buckets] += rows[part]
+            self._weights[buckets] += signs[part]
+        if self._blocks % SKETCHED_BLOCKS == 0:
+            self._sketch += self._recent
+            self._recent = None
+
+    def _draw(self) -> None:
+        """Signs and first buckets of the next blocks."""
         rng = np.random.default_rng([self._key, self._blocks])
-        signs = rng.integers(0, 2, (groups, SKETCH_ROWS), np.int8) * 2 - 1
-        row_of = np.argsort(rng.random((groups, SKETCH_ROWS)), axis=1)  # [group, bucket]
-        row_of += np.arange(groups)[:, None] * SKETCH_ROWS
-        for rows, group_signs in zip(row_of, signs.astype(np.float32)[:, :, None], strict=True):
-            self._sketch += self._buffer[rows] * group_signs
-        self._weights += np.where(row_of < n, signs, 0).sum(0)
+        self._signs = rng.integers(0, 2, (SKETCHED_BLOCKS, SKETCH_ROWS), np.int8).astype(np.float32) * 2 - 1
+        self._first = rng.integers(0, SKETCH_ROWS, SKETCHED_BLOCKS)
 
     def _add(self, n: int, mean: Float64, squares: Float64) -> None:
         total = self._absorbed + n
@@ -239,7 +259,7 @@ class HookStatistics:
 def _moments(rows: NDArray[np.float32]) -> tuple[Float64, Float64]:
     """Mean and sum of squares about it; the rows are centred anew where the mean would drown the variance."""
     n = len(rows)
-    mean = rows.sum(0).astype(np.float64) / n
+    mean = (np.ones(n, np.float32) @ rows).astype(np.float64) / n
     squares = np.einsum("ij,ij->j", rows, rows) - n * mean**2
     unsafe = ~(n * mean**2 <= 64 * squares)
     if unsafe.any():
@@ -291,6 +311,12 @@ def unpack_statistics(data: bytes) -> dict[str, HookStatistics]:
         if isinstance(error, InvalidInput):
             raise
         raise LakeCorrupt(f"statistics cannot be read ({type(error).__name__}: {error}); restore the file") from error
+
+
+def add_statistics(total: dict[str, HookStatistics], more: Mapping[str, HookStatistics]) -> None:
+    """Merge statistics by hook into those of `total`."""
+    for hook, found in more.items():
+        total.setdefault(hook, HookStatistics(found.d_model)).merge(found)
 
 
 def _restore(fields: Mapping[str, NDArray[np.generic]]) -> HookStatistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from millpond.store.dtypes import check_view_dtype, decode_into, to_torch
 from millpond.store.errors import InvalidInput
 from millpond.store.rows import RowPlan
-from millpond.store.shards import read_rows
+from millpond.store.shards import read_rows, read_rows_to
 
 if TYPE_CHECKING:
     import torch.utils.data
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 Rows = NDArray[Any]
 READERS = 2
 """Threads that read."""
-DECODE_BYTES = 1 << 18
-"""Rows are decoded so many stored bytes at a time, which a core's cache holds."""
 
 
 @contextmanager
@@ -110,6 +109,10 @@ class ActivationStream(Iterator[Any]):
         self._table, self._chunks, self._counts = table, np.flatnonzero(counts), counts[counts > 0]
         self._share = plan.n_rows * rank // world, plan.n_rows * (rank + 1) // world
         self._fingerprint = self._identify()
+        stored = plan.spec.activation_array.dtype
+        rows = min(self.buffer_rows, self._share[1] - self._share[0])
+        self._stored = _Memory((rows, plan.spec.d_model), np.dtype(stored), 3 * len(names))
+        self._decoded = _Memory((batch_rows, plan.spec.d_model), self._kind, 3 * len(names))
         self.step = 0 if state is None else self._restore(state)
         """Batches given out so far."""
         self._batches = self._make_batches(self.step)
@@ -189,31 +192,64 @@ class ActivationStream(Iterator[Any]):
                     held = ahead.result()
                     ahead = loader.submit(next(groups, None))
                     at = held.skip
-                    while at < len(held.order):
-                        if not filled:
-                            shape = (self.batch_rows, self.plan.spec.d_model)
-                            batch = {hook: np.empty(shape, self._kind) for hook in self.hooks}
-                        take = min(self.batch_rows - filled, len(held.order) - at)
-                        for hook, rows in batch.items():
-                            self._gather(held.rows[hook], held.order[at : at + take], rows[filled : filled + take])
-                        at, filled = at + take, (filled + take) % self.batch_rows
-                        if not filled:
-                            yield batch
-                    loader.reuse(held)
+                    while at < held.count:
+                        take = min(self.batch_rows - filled, held.count - at)
+                        parts = {hook: rows[at : at + take] for hook, rows in held.rows.items()}
+                        at += take
+                        if take < self.batch_rows:  # a batch that goes on in the next group
+                            if not filled:
+                                batch = {
+                                    hook: np.empty((self.batch_rows, *rows.shape[1:]), rows.dtype)
+                                    for hook, rows in parts.items()
+                                }
+                            for hook, rows in parts.items():
+                                batch[hook][filled : filled + take] = rows
+                            filled = (filled + take) % self.batch_rows
+                            if filled:
+                                continue
+                            parts, batch = batch, {}
+                        yield self._as_asked(parts)
+                        del parts
+                    del held  # its memory is used again when no batch of it is left
             finally:
                 if ahead:
                     ahead.cancel()
 
-    def _gather(self, stored: Rows, order: NDArray[np.int64], out: Rows) -> None:
-        """The rows `order` of a group, as the stream's dtype; mode "clip" because NumPy buffers `out` otherwise."""
+    def _as_asked(self, stored: dict[str, Rows]) -> dict[str, Rows]:
+        """A batch in the stream's dtype."""
         spec = self.plan.spec
         if self.dtype == spec.dtype:
-            np.take(stored, order, axis=0, out=out.view(stored.dtype), mode="clip")
-            return
-        step = max(DECODE_BYTES // spec.activation_array.row_bytes, 1)
-        for first in range(0, len(order), step):
-            rows = np.take(stored, order[first : first + step], axis=0)
-            decode_into(rows, spec.dtype, out[first : first + step])
+            return {hook: rows.view(self._kind) for hook, rows in stored.items()}
+        given = {}
+        for hook, rows in stored.items():
+            given[hook] = self._decoded.take()
+            decode_into(rows, spec.dtype, given[hook])
+        return given
+
+
+class _Memory:
+    """Arrays of one shape whose memory is used again when nobody holds them, nor a view, tensor or buffer of them.
+
+    New memory has to be mapped and zeroed by the system, which takes longer than reading rows into it.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], most: int) -> None:
+        self._shape, self._dtype, self._most = shape, dtype, most
+        self._arrays: list[Rows] = []
+        self._alone = _uses([np.empty(0)], 0)
+
+    def take(self) -> Rows:
+        """An array with any values."""
+        for number in range(len(self._arrays)):
+            if _uses(self._arrays, number) <= self._alone:
+                return self._arrays[number]
+        rows = np.empty(self._shape, self._dtype)
+        self._arrays = [*self._arrays, rows][-self._most :]
+        return rows
+
+
+def _uses(arrays: list[Rows], number: int) -> int:
+    return sys.getrefcount(arrays[number])
 
 
 @dataclass(frozen=True)
@@ -221,9 +257,8 @@ class _Pending:
     """A group whose pieces are being read."""
 
     rows: dict[str, Rows]
-    """As they are stored, chunk after chunk; of each hook."""
-    order: NDArray[np.int64]
-    """Which of them is the group's first, second and so on."""
+    """As they are stored, of each hook, in the group's order."""
+    count: int
     skip: int
     tasks: Sequence[Future[None]]
 
@@ -239,27 +274,14 @@ class _Pending:
 
 
 class _Loader:
-    """Reads groups, into two buffers that take turns: every chunk is one task of the readers."""
+    """Reads groups: every chunk is one task of the readers, which puts its rows where the group's order wants them."""
 
     def __init__(self, stream: ActivationStream, readers: ThreadPoolExecutor) -> None:
         self.stream, self.readers = stream, readers
         self._array = stream.plan.spec.activation_array
-        self._free: list[dict[str, Rows]] = []
         self._epoch = -1
         self._order: NDArray[np.int64] = np.zeros(0, np.int64)
         self._before: NDArray[np.int64] = np.zeros(0, np.int64)
-
-    def reuse(self, group: _Pending) -> None:
-        """Read another group to where this one is."""
-        self._free.append(group.rows)
-
-    def _buffer(self) -> dict[str, Rows]:
-        if self._free:
-            return self._free.pop()
-        stream = self.stream
-        first, last = stream._share
-        shape = min(stream.buffer_rows, last - first), stream.plan.spec.d_model
-        return {hook: np.empty(shape, self._array.dtype) for hook in stream.hooks}
 
     def submit(self, group: _Group | None) -> _Pending | None:
         if group is None:
@@ -268,10 +290,10 @@ class _Loader:
         if group.epoch != self._epoch:
             self._epoch, (self._order, self._before) = group.epoch, stream._order(group.epoch)
         n = group.stop - group.start
-        rows = self._buffer()
-        mixed = np.random.default_rng([stream.seed, group.epoch, group.number, stream.rank, stream.world])
-        order = np.empty(n, np.int64)
-        order[mixed.permutation(n)] = np.arange(n)
+        rows = {hook: stream._stored.take()[:n] for hook in stream.hooks}
+        place = np.random.default_rng([stream.seed, group.epoch, group.number, stream.rank, stream.world]).permutation(
+            n
+        )
         first = int(np.searchsorted(self._before, group.start, "right")) - 1
         last = int(np.searchsorted(self._before, group.stop, "left"))
         tasks = []
@@ -280,12 +302,12 @@ class _Loader:
             high = min(int(self._before[index + 1]), group.stop)
             chunk = int(self._order[index])
             inside = slice(low - int(self._before[index]), high - int(self._before[index]))
-            target = {hook: values[low - group.start : high - group.start] for hook, values in rows.items()}
-            tasks.append(self.readers.submit(self._load, chunk, inside, target))
-        return _Pending(rows, order, group.skip, tasks)
+            there = place[low - group.start : high - group.start]
+            tasks.append(self.readers.submit(self._load, chunk, inside, rows, there))
+        return _Pending(rows, n, group.skip, tasks)
 
-    def _load(self, chunk: int, inside: slice, target: dict[str, Rows]) -> None:
-        """The chosen rows `inside` of a chunk, the number of which counts those that have any."""
+    def _load(self, chunk: int, inside: slice, target: dict[str, Rows], place: NDArray[np.int64]) -> None:
+        """The chosen rows `inside` of a chunk, the number of which counts those that have any, to their places."""
         plan = self.stream.plan
         block = self.stream._table[int(self.stream._chunks[chunk])]
         whole = self.stream._counts[chunk] == block.stop - block.start
@@ -294,11 +316,11 @@ class _Loader:
         low, high = (inside.start, inside.stop) if held is None else (int(held[0]), int(held[-1]) + 1)
         folder = plan.folder / plan.parts[block.part].path
         for hook, rows in target.items():
-            place = folder / hook, self._array, block.start + low, block.start + high
             if held is None or len(held) == high - low:
-                read_rows(*place, out=rows)
+                read_rows_to(folder / hook, self._array, block.start + low, rows, place)
             else:
-                np.take(read_rows(*place), held - low, axis=0, out=rows, mode="clip")
+                stored = read_rows(folder / hook, self._array, block.start + low, block.start + high)
+                rows[place] = stored[held - low]
 
 
 def _torch_dataset(stream: ActivationStream) -> torch.utils.data.IterableDataset[Any]:

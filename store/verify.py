@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ from millpond.store.run import Run, open_run
 from millpond.store.segment import array_attributes
 from millpond.store.shards import ArraySpec, group_metadata, object_crc32c, read_rows
 from millpond.store.stats import unpack_statistics
+from millpond.store.versions import page_columns, prompt_keys, read_page_file
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,6 +35,8 @@ class Verification:
     prompts: int = 0
     files: int = 0
     bytes: int = 0
+    dropped_rows: int = 0
+    """Taken away by retention: nothing of them is left but their prompts' ids."""
     problems: list[str] = field(default_factory=list)
     """One line each; empty when the run is whole."""
 
@@ -44,10 +50,11 @@ def verify_run(run: Run, *, progress: bool = False) -> Verification:
     """Check every byte of `run` against its manifest, its counts against each other, and every value for finiteness."""
     if run.plan.marks is not None or not run.plan.chosen.all():
         run = open_run(run.plan.folder)  # a view is verified with the whole run that it belongs to
-    found = Verification(run.name, run.n_rows, len(run.prompts))
+    found = Verification(run.name, run.n_rows, len(run.prompts), dropped_rows=run.n_dropped_rows)
     plan = run.plan
     expected = plan.spec.arrays()
-    parts = list(run.snapshot.records())
+    dropped = run.snapshot.dropped_parts
+    parts = [part for part, gone in zip(run.snapshot.records(), dropped, strict=True) if not gone]
     for part in tqdm(parts, desc=f"verify {run.name}", unit="part", disable=not progress):
         for name in sorted(set(part.arrays) ^ set(expected)):
             found.problems.append(f"{part.path}: {name} is not both an array of the run and recorded")
@@ -58,6 +65,7 @@ def verify_run(run: Run, *, progress: bool = False) -> Verification:
             if record.rows != part.rows:
                 found.problems.append(f"{part.path}/{name}: {record.rows} rows, but its part has {part.rows}")
         _check_part(found, run, part)
+    _check_tombstones(found, run)
     _check_labels(found, run)
     if not found.problems:
         _check_rows(found, run)
@@ -65,12 +73,14 @@ def verify_run(run: Run, *, progress: bool = False) -> Verification:
         stored = {
             "rows": run.n_rows,
             "prompts": len(run.prompts),
-            "rows_asked": run.n_rows,
+            "rows_asked": run.n_rows + run.n_dropped_rows,
             "tokens": int(run.prompts["n_tokens"].sum()),
         }
         for name, count in run.manifest.counts.items():
             if count != stored.get(name, count):
                 found.problems.append(f"manifest.json: {name} is {count}, but {stored[name]} are stored")
+    level = logging.INFO if found.ok else logging.ERROR
+    log.log(level, "verified", extra={"run": run.name, "rows": found.rows, "problems": len(found.problems)})
     return found
 
 
@@ -136,6 +146,22 @@ def _check_part(found: Verification, run: Run, part: Part) -> None:
     _check_json(found, folder, "zarr.json", group_metadata(arrays, {"millpond:run": spec.name}))
 
 
+def _check_tombstones(found: Verification, run: Run) -> None:
+    """That every id of an open run's pages is found by its hash, so that none becomes visible twice, nor again."""
+    for page in run.snapshot.version.pages:
+        found.files += len(page.files)
+        found.bytes += sum(size for size, _ in page.files.values())
+        data = {suffix: read_page_file(run.plan.folder, page, suffix) for suffix in page.files}
+        prompts = page_columns(data[".prompts.parquet"]).to_pandas()
+        keys = np.sort(prompt_keys(prompts["id"])).astype("<u8").tobytes()
+        if keys != data[".keys"]:
+            found.problems.append(f"{page.path}.keys does not have the keys of its prompts")
+        segments = page_columns(data[".segments.parquet"])
+        owner = np.repeat(segments["dropped"].to_numpy().astype(bool), segments["prompts"].to_numpy())
+        if (prompts["visible"].to_numpy(bool) & owner).any() or (prompts["dropped"].to_numpy(bool) & ~owner).any():
+            found.problems.append(f"{page.path}: its segments and its prompts disagree about what was dropped")
+
+
 def _check_labels(found: Verification, run: Run) -> None:
     """Every version of every label that readers see."""
     plan = run.plan
@@ -169,6 +195,8 @@ def _check_rows(found: Verification, run: Run) -> None:
         found.problems.append(f"prompt {ids[ids.duplicated()].iloc[0]!r} is stored more than once")
     previous = (-1, -1)
     for block in plan.blocks():
+        if run.snapshot.dropped_parts[block.part]:
+            continue
         prompt = _stored_prompts(plan, block)
         numbers = plan.prompt_numbers(block).astype(np.int64)
         if not np.array_equal(prompt, numbers):

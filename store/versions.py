@@ -7,6 +7,7 @@ A page is written once, for one version, and later versions go on naming it unti
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import google_crc32c
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from millpond.store.errors import LakeCorrupt
 from millpond.store.manifest import FORMAT_VERSION, ArrayChecksums, Part, decode_record
 from millpond.store.objects import Storage
+from millpond.store.stats import HookStatistics, pack_statistics, unpack_statistics
 
 _LAST = 2**64 - 1
 Column = NDArray[Any]
@@ -30,7 +32,7 @@ class _Record(BaseModel):
 
 
 class PageRecord(_Record):
-    """One page: `<path>.segments.parquet`, `<path>.prompts.parquet`, `<path>.keys`, and `<path>.statistics`."""
+    """One page: `<path>.segments.parquet`, `<path>.prompts.parquet`, `<path>.keys`, and perhaps `<path>.statistics`."""
 
     path: str
     """Below the run; its name begins with the number of the version it was written for."""
@@ -88,7 +90,7 @@ def read_version(run: Storage, number: int) -> VersionRecord:
 
 
 class Segments:
-    """Segments as columns: one row each, with the checksums of every shard of every array."""
+    """Segments as columns: one row each, with the checksums of every shard of every array, and whether it was dropped."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
@@ -105,6 +107,7 @@ class Segments:
             "prompts": pa.array([part.prompts for part in parts], pa.int64()),
             "prompt_table": pa.array([list(part.prompt_table) for part in parts], pa.list_(pa.int64())),
             "statistics": pa.array([part.statistics and list(part.statistics) for part in parts], pa.list_(pa.int64())),
+            "dropped": pa.array([False] * len(parts), pa.bool_()),
         }
         for name in arrays:
             shards = [[value for shard in part.arrays[name].shards for value in shard] for part in parts]
@@ -134,17 +137,26 @@ class Segments:
 
 
 def write_page(
-    run: Storage, path: str, level: int, segments: Segments, prompts: pd.DataFrame, more: dict[str, bytes]
+    run: Storage,
+    path: str,
+    level: int,
+    segments: Segments,
+    prompts: pd.DataFrame,
+    statistics: Mapping[str, HookStatistics],
 ) -> PageRecord:
-    """Write the files of a page; `prompts` has, beside a prompt table's columns, the boolean `visible`."""
+    """Write the files of a page; `prompts` has, beside a prompt table's columns, the booleans `visible` and `dropped`.
+
+    `statistics`, by hook, are those of its dropped segments.
+    """
     buffer = io.BytesIO()
     pq.write_table(segments.table, buffer, compression="none", use_dictionary=False)
     files = {
         ".segments.parquet": buffer.getvalue(),
         ".prompts.parquet": _parquet(prompts),
         ".keys": np.sort(prompt_keys(prompts["id"])).astype("<u8").tobytes(),
-        **more,
     }
+    if statistics:
+        files[".statistics"] = pack_statistics(statistics)
     for suffix, data in files.items():
         run.put(path + suffix, data)
     return PageRecord(
@@ -181,9 +193,19 @@ def read_page_file(run: Storage, page: PageRecord, suffix: str) -> bytes:
     return data
 
 
+def dropped_statistics(run: Storage, page: PageRecord) -> dict[str, HookStatistics]:
+    """Statistics by hook of a page's dropped segments; none if it has no such segment, or they had none."""
+    return unpack_statistics(read_page_file(run, page, ".statistics")) if ".statistics" in page.files else {}
+
+
 def page_columns(data: bytes, columns: list[str] | None = None) -> pa.Table:
-    """Columns of a page's Parquet file."""
-    return pq.read_table(io.BytesIO(data), columns=columns, use_threads=False)
+    """Columns of a page's Parquet file; `dropped` is false throughout in pages older than that column."""
+    file = pq.ParquetFile(io.BytesIO(data))
+    held = file.schema_arrow.names
+    table = file.read([name for name in columns or held if name in held], use_threads=False)
+    if "dropped" not in held and (columns is None or "dropped" in columns):
+        table = table.append_column("dropped", pa.array([False] * len(table), pa.bool_()))
+    return table
 
 
 def prompt_keys(ids: pd.Series[str]) -> NDArray[np.uint64]:

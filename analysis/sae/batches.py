@@ -32,6 +32,10 @@ class Source(Protocol):
         """Batches from number `step` on; the same ones each time."""
         ...
 
+    def saved(self, step: int) -> None:
+        """Batches before number `step` will not be asked for again, because a checkpoint holds what came of them."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What decides the batches, to be compared with that of a checkpoint."""
         ...
@@ -79,7 +83,7 @@ class ShuffledBatches:
         if not lazy[0]:
             self._held = [np.asarray(array) for array in plain]
             for array in self._held:
-                _check_finite(array, "X", 0)
+                check_finite(array, "X", 0)
             return
         self._lazy = [LazyChunks(array) for array in plain]
         for chunks in self._lazy[1:]:
@@ -118,7 +122,7 @@ class ShuffledBatches:
     def once(self) -> Iterator[list[NDArray[Any]]]:
         """All rows of lazy arrays once, in groups of chunks that are permuted; the next group is read meanwhile."""
         order = np.random.default_rng([self.seed, 0]).permutation(len(self._sizes))
-        groups = enumerate(_filled(order, self._sizes, self._group_rows))
+        groups = enumerate(filled(order, self._sizes, self._group_rows))
         with reader_threads(1, "sae-reader") as reader:
             coming: deque[Future[list[NDArray[Any]]]] = deque()
             for number, chunks in groups:
@@ -127,6 +131,9 @@ class ShuffledBatches:
                     yield coming.popleft().result()
             for last in coming:
                 yield last.result()
+
+    def saved(self, step: int) -> None:
+        """See `Source.saved`; rows stay where they are."""
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""
@@ -173,7 +180,7 @@ class ShuffledBatches:
             if skip >= (total := sum(self._sizes[number] for number in order)):
                 skip -= total
             else:
-                for number, chunks in enumerate(_filled(order, self._sizes, self._group_rows)):
+                for number, chunks in enumerate(filled(order, self._sizes, self._group_rows)):
                     rows = sum(self._sizes[chunk] for chunk in chunks)
                     if skip >= rows:
                         skip -= rows
@@ -192,7 +199,7 @@ class ShuffledBatches:
             rows, filled = np.empty((total, width), np.float32), 0
             for number in numbers:
                 part = chunks.take([number]).read()
-                _check_finite(part, f"chunk {number} of X", int(self._starts[number]))
+                check_finite(part, f"chunk {number} of X", int(self._starts[number]))
                 here = slice(filled, filled + len(part))
                 rows[here if place is None else place[here]] = part
                 filled += len(part)
@@ -220,6 +227,9 @@ class StreamBatches:
         self._stream.restore(self._start | {"step": self._start["step"] + step})
         for number, batch in enumerate(self._stream, step):
             yield _as_batch(batch, self.widths, number)
+
+    def saved(self, step: int) -> None:
+        """See `Source.saved`; rows stay where they are."""
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""
@@ -262,6 +272,9 @@ class GivenBatches:
                 yield _as_batch(batch, self.widths, number)
             number += 1
 
+    def saved(self, step: int) -> None:
+        """See `Source.saved`; rows stay where they are."""
+
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""
         return {"widths": list(self.widths), "batch_size": self.batch_size}
@@ -279,11 +292,16 @@ def _as_batch(batch: Any, widths: tuple[int, ...] | None, number: int) -> Batch:
         width = None if widths is None else widths[position]
         if rows.ndim != 2 or width not in (None, rows.shape[1]):
             raise InvalidInput(f"a batch has shape {rows.shape}; give (rows, {width or 'd_model'}), the same for all")
-        _check_finite(rows, f"batch {number}", None)
+        check_finite(rows, f"batch {number}", None)
     return found
 
 
-def _check_finite(rows: NDArray[Any], where: str, first: int | None) -> None:
+def check_finite(rows: NDArray[Any], where: str, first: int | None) -> None:
+    """Check that no row holds NaN or infinity; `first` is the number of the first one, for the message.
+
+    Raises:
+        InvalidInput: some do.
+    """
     with np.errstate(all="ignore"):
         if np.isfinite(rows.sum(dtype=np.float32)):  # a NaN or infinity would be in the sum
             return
@@ -297,7 +315,7 @@ def _check_finite(rows: NDArray[Any], where: str, first: int | None) -> None:
         )
 
 
-def _filled(order: NDArray[np.int64], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+def filled(order: NDArray[np.int64], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Cut `order` into groups of at most `limit` rows and at least one chunk."""
     group: list[int] = []
     rows = 0

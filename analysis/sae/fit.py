@@ -133,10 +133,12 @@ def train(
             stats = [trainer.step(*_seen(learner, rows)) for learner, trainer in zip(learners, trainers, strict=True)]
             log.step(trainers, stats)
             step = trainers[0].steps
-            if out is not None and first and (step % config.checkpoint_every == 0 or step == total_steps):
-                state = _state(trainers, every, origin, learners, step)
-                state["recent"] = [] if source.repeatable else list(recent)
-                checkpoint.write_checkpoint(out, state)
+            if step % config.checkpoint_every == 0 or step == total_steps:
+                if out is not None and first:
+                    state = _state(trainers, every, origin, learners, step)
+                    state["recent"] = [] if source.repeatable else list(recent)
+                    checkpoint.write_checkpoint(out, state)
+                source.saved(step)
         if trainers[0].steps < total_steps:
             raise InvalidInput(
                 f"X ended after {trainers[0].tokens:,} of {tokens:,} rows; give more batches or lower tokens"

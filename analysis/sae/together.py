@@ -13,7 +13,7 @@ from millpond.analysis.aligned import LazyChunks
 from millpond.analysis.sae.batches import GivenBatches, ShuffledBatches, Source, StreamBatches
 from millpond.analysis.sae.config import SaeConfig
 from millpond.analysis.sae.fit import Learner, Trained, train
-from millpond.analysis.sae.follow import FollowedBatches
+from millpond.analysis.sae.follow import FollowedBatches, FollowedHook
 from millpond.analysis.sae.scaling import Scale, scale_of_moments
 from millpond.store.errors import InvalidInput
 from millpond.store.lazy import ReadArray
@@ -42,7 +42,8 @@ def train_together(
 
     Args:
         saes: what to train, by name; all with one batch_size, seed and device.
-        X: an array or batches as in `Sae.fit`, for all; or the arrays of several hooks by name, aligned by row.
+        X: an array or batches as in `Sae.fit`, for all; or several hooks, aligned by row: their arrays by name, or
+            `following(run, hooks)`.
         tokens: rows to train each on.
         out: folder of the checkpoint, with a subfolder for each name.
         hooks: with several hooks, those that each autoencoder sees: one, for a transcoder two (in and out),
@@ -58,7 +59,11 @@ def train_together(
     """
     if not saes:
         raise InvalidInput("saes is empty; give at least one autoencoder to train")
-    arrays = dict(X) if isinstance(X, Mapping) else {"": X}
+    arrays: dict[str, Any] = {"": X}
+    if isinstance(X, Mapping):
+        arrays = dict(X)
+    elif isinstance(X, FollowedBatches):
+        arrays = dict(X.by_hook)
     order = list(arrays)
     learners, chosen = [], []
     for name, sae in saes.items():
@@ -70,7 +75,7 @@ def train_together(
             raise InvalidInput(f"{name!r} is to see {len(mine)} hooks; name one of {', '.join(order)} for it in hooks")
         if sae.kind == "crosscoder":
             sae.names_ = tuple(mine)  # type: ignore[attr-defined]
-            sae.widths_ = tuple(int(np.shape(arrays[hook])[1]) for hook in mine)  # type: ignore[attr-defined]
+            sae.widths_ = tuple(_width(arrays[hook]) for hook in mine)  # type: ignore[attr-defined]
         learner = sae._learner(name, len(mine))
         at = [order.index(hook) for hook in mine]
         outputs = None if learner.outputs is None else tuple(at[number] for number in learner.outputs)
@@ -78,9 +83,14 @@ def train_together(
         learners.append(Learner(name, learner.config, inputs, outputs, learner.skip))
         chosen.append([arrays[hook] for hook in mine])
     known = [(statistics or {}).get(name) for name in order]
-    every = run_training(list(arrays.values()), learners, tokens, out, epochs, resume, known, client, progress)
+    given = [X] if isinstance(X, FollowedBatches) else list(arrays.values())
+    every = run_training(given, learners, tokens, out, epochs, resume, known, client, progress)
     for sae, trained, mine_arrays in zip(saes.values(), every, chosen, strict=True):
         sae._take(trained, mine_arrays)
+
+
+def _width(array: Any) -> int:
+    return array.width if isinstance(array, FollowedHook) else int(np.shape(array)[1])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,114 @@ def test_following_gives_each_row_once_and_a_resumed_training_what_is_left(growi
         next(following(lake["grown"], HOOK, 900).batches(3))
     with pytest.raises(HookNotCaptured, match=r"blocks\.9"):
         following(lake["grown"], "blocks.9.hook_resid_post")
+
+
+FOLLOW = """
+import sys
+sys.path.insert(0, {here!r})
+import test_sae_training as t
+t.follow_to_the_end(t.open_lake(sys.argv[1]), sys.argv[2])
+"""
+
+
+def follow_to_the_end(lake, out):
+    sae = Sae(32, 3, architecture="batchtopk", checkpoint_every=7, log_every=1, **OPTIONS)
+    batches = following(lake["grown"], HOOK, 256, consumer="sae", view_rows=1000, buffer_bytes=1 << 16, poll_s=0.01)
+    sae.fit(batches, tokens=110 * 256, out=out, resume=True).save(f"{out}/done")
+
+
+def test_segments_are_dropped_behind_a_training_that_is_killed_and_goes_on_to_the_bit(growing, tmp_path):
+    """The run grows in one lake, which keeps all, and segment by segment in another, which drops what was used."""
+    kept, commit = growing
+    commit(range(40))
+    shutil.copytree(kept.folder, tmp_path / "dropping")
+    lake = open_lake(tmp_path / "dropping")
+    lake.retain("grown", ["sae"], grace_s=0)
+    source, target, out = kept.run_folder("grown"), lake.run_folder("grown"), tmp_path / "killed"
+
+    def grow():
+        for number in range(40, 60):
+            commit([number])
+            for path in sorted(source.glob("commits/*.json")):
+                if not (target / "segments" / path.stem).exists() and path.stem not in copied:
+                    shutil.copytree(source / "segments" / path.stem, target / "segments" / path.stem)
+                    shutil.copy(path, target / f".{path.name}")
+                    (target / f".{path.name}").rename(target / "commits" / path.name)
+                    copied.add(path.stem)
+            time.sleep(0.05)
+
+    copied = {path.stem for path in source.glob("commits/*.json")}
+    writer = threading.Thread(target=grow)
+    command = [sys.executable, "-c", FOLLOW.format(here=str(Path(__file__).parent)), str(lake.folder), str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for at in (20, 60):
+        process = subprocess.Popen(command, env=environment)
+        if not writer.ident:
+            writer.start()
+        wait_for(lambda at=at, process=process: len(metrics_of(out)) >= at or process.poll() is not None)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    writer.join()
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    dropped = lake["grown"].n_dropped_rows
+    assert 0 < dropped <= checkpoint * 256
+    assert subprocess.run(command, env=environment).returncode == 0
+    assert [line["step"] for line in metrics_of(out)] == list(range(1, 111))
+    assert lake["grown"].n_dropped_rows > dropped
+    held = sum(path.stat().st_size for path in target.glob("segments/**/c/*/0"))
+    assert held < 0.2 * sum(path.stat().st_size for path in source.glob("segments/**/c/*/0"))
+    # the same views, from the lake that keeps all, without a kill
+    for path in sorted((target / "consumers" / "sae").iterdir()):
+        given = source / "consumers" / "sae" / f"given-{path.name.removeprefix('given-')}"
+        given.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, given)
+    follow_to_the_end(kept, tmp_path / "whole")
+    one, two = (Sae.load(folder / "done") for folder in (out, tmp_path / "whole"))
+    for name in ("w_enc", "b_enc", "w_dec", "b_dec", "threshold"):
+        np.testing.assert_array_equal(getattr(one.weights_, name), getattr(two.weights_, name))
+    (out / "checkpoint.pt").unlink()
+    with pytest.raises(InvalidInput, match=r"consumer 'sae' has used [\d,]+ rows, batch 0 begins at row 0"):
+        follow_to_the_end(lake, out)
+
+
+def metrics_of(out):
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.002)
+    assert condition()
+
+
+def test_hooks_that_are_followed_are_aligned_and_train_transcoders_and_crosscoders(tmp_path):
+    hooks = (HOOK, "blocks.1.hook_resid_post")
+    lake = open_lake(tmp_path / "lake", create=True)
+    spec = lake.create_run("two", hooks=hooks, d_model=8, dtype="float32", chunk_rows=64, shard_rows=256)
+    writer, steps = RunWriter(lake.run_folder("two"), spec), np.arange(512, dtype=np.int32)
+    for number in range(40):
+        x = np.random.default_rng(number).standard_normal((512, 8)).astype(np.float32)
+        writer.append(CapturedRequest(f"p{number}", steps, 512, steps, {hooks[0]: x, hooks[1]: 2 * x + 1}))
+    writer.commit()
+    batches = list(following(lake["two"], hooks, 512, timeout_s=0))
+    assert len(batches) == 40
+    for batch in batches:
+        np.testing.assert_array_equal(batch[hooks[1]], 2 * batch[hooks[0]] + 1)
+    saes = {"t": SkipTranscoder(16, 2, **OPTIONS), "c": Crosscoder(16, 2, **OPTIONS)}
+    train_together(saes, following(lake["two"], hooks, 256, timeout_s=0), tokens=80 * 256, progress=False)
+    assert saes["t"].trained_on_ | {"tokens": 0} == {
+        "run": "two",
+        "hook": HOOK,
+        "model": "",
+        "hook_out": hooks[1],
+        "tokens": 0,
+    }
+    assert (saes["c"].names_, saes["c"].W_dec_.shape) == (hooks, (16, 16))
+    assert saes["t"].evaluate(lake["two"][hooks[0]], lake["two"][hooks[1]]).values["fvu"] < 0.2
+    with pytest.raises(InvalidInput, match="name one or several hooks, each once"):
+        following(lake["two"], [HOOK, HOOK])
 
 
 def test_several_trained_on_one_read_are_what_each_is_alone(tmp_path):

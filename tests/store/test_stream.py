@@ -174,6 +174,24 @@ def test_batches_do_not_change_each_other(sealed):
     assert all(np.array_equal(a, b) for a, b in zip(plain, changed, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_batches_that_somebody_holds_are_not_written_over(build, dtype):
+    """Memory is used again only when neither a batch nor a view nor a tensor of it is left."""
+    made = build([60] * 20, chunk_rows=16, shard_rows=64, d_model=512)
+    run = made.run
+    stream = {"batch_rows": 100, "epochs": 3, "buffer_rows": 256, "dtype": dtype, "seed": 1}
+    copies = [batch.astype(np.float32) for batch in run.stream(HOOK, **stream)]
+    assert len(copies) == 36
+    assert rows_of(np.concatenate(copies[:12])) == rows_of(made.float32(HOOK))
+    kept = list(run.stream(HOOK, **stream))
+    views = [batch[7:9] for batch in run.stream(HOOK, **stream)]
+    tensors = [tensor[50:] for tensor in run.stream(HOOK, **stream).torch()]
+    for copy, whole, view, tensor in zip(copies, kept, views, tensors, strict=True):
+        np.testing.assert_array_equal(copy, whole.astype(np.float32))
+        np.testing.assert_array_equal(copy[7:9], view.astype(np.float32))
+        np.testing.assert_array_equal(copy[50:], tensor.float().numpy())
+
+
 def test_memory_is_three_buffers_however_long_the_run(build, tmp_path):
     made = build([400] * 60, chunk_rows=100, shard_rows=1000, d_model=128, segment_rows=5000, folder=tmp_path / "lake")
     run, buffer_rows = made.run, 2000
