@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from millpond.capture.edits import Edits
+from millpond.capture.edits import BankRows, Edits
 from millpond.store.capture_spec import RequestArgs
 from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import InvalidInput
@@ -17,6 +18,11 @@ from millpond.store.hooks import KINDS, Hook, match_hooks
 from millpond.store.lake import Lake, open_lake
 from millpond.store.manifest import RunSpec
 from millpond.store.reprs import human_bytes
+
+_SETTINGS = {
+    "lake", "run", "hooks", "request_bytes", "queue_bytes", "commit_seconds",
+    "device_taps", "staging_rows", "edits_per_token", "vectors_per_request",
+}  # fmt: skip
 
 
 def model_hooks(patterns: Iterable[str], n_layers: int, where: str = "the model offers") -> tuple[str, ...]:
@@ -27,6 +33,19 @@ def model_hooks(patterns: Iterable[str], n_layers: int, where: str = "the model 
     """
     every = [str(Hook(layer, kind)) for layer in range(n_layers) for kind in KINDS]
     return match_hooks(patterns, every, where)
+
+
+def _on_gpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
+def _count(settings: Mapping[str, Any], name: str, default: int) -> int:
+    value = settings.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidInput(f"additional_config['millpond'] has {name} {value!r}; give a whole number from 0")
+    return value
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,22 @@ class EngineFacts:
     """Most bytes of activations that one request may keep until it ends."""
     queue_bytes: int
     commit_seconds: float | None
+    on_device: bool = False
+    """Whether taps are part of the model's graphs, as on CUDA, and work on buffers of a fixed size."""
+    max_tokens: int = 0
+    """Most tokens of one step, padding included."""
+    staging_rows: int = 0
+    """Rows of the staging ring of each hook, where taps are on the device."""
+    edits_per_token: int = 0
+    """Most interventions of one request at one hook, where taps are on the device; 0 leaves them out of the graphs."""
+    vectors_per_request: int = 0
+    """Most vectors and stored rows that the interventions of one request need, where taps are on the device."""
+    max_requests: int = 1
+
+    @property
+    def bank_rows(self) -> int:
+        """Vectors that fit into device memory: every request of a step has its share, so no request waits for room."""
+        return self.max_requests * self.vectors_per_request
 
     @classmethod
     def of(cls, vllm_config: Any) -> EngineFacts:
@@ -59,10 +94,15 @@ class EngineFacts:
                 "the engine has no Millpond settings; start it with millpond serve, or with --worker-cls "
                 'millpond.capture.worker.TapWorker --additional-config \'{"millpond": {"lake": ..., "hooks": [...]}}\''
             )
-        unknown = set(settings) - {"lake", "run", "hooks", "request_bytes", "queue_bytes", "commit_seconds"}
+        unknown = set(settings) - _SETTINGS
         if unknown:
             raise InvalidInput(f"additional_config['millpond'] has {min(unknown)!r}, which is no setting; leave it out")
         model = vllm_config.model_config
+        scheduler = vllm_config.scheduler_config
+        # a batch is padded to the size of a recorded graph
+        max_tokens = max(
+            scheduler.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        )
         return cls(
             lake_url=settings.get("lake"),
             run=settings.get("run"),
@@ -72,6 +112,12 @@ class EngineFacts:
             request_bytes=int(settings.get("request_bytes", 1 << 30)),
             queue_bytes=int(settings.get("queue_bytes", 1 << 30)),
             commit_seconds=settings.get("commit_seconds"),
+            on_device=bool(settings.get("device_taps", _on_gpu())),
+            max_tokens=max_tokens,
+            staging_rows=_count(settings, "staging_rows", 2 * scheduler.max_num_batched_tokens),
+            edits_per_token=_count(settings, "edits_per_token", 1),
+            vectors_per_request=_count(settings, "vectors_per_request", 8),
+            max_requests=scheduler.max_num_seqs,
         )
 
     @cached_property
@@ -117,9 +163,31 @@ class EngineFacts:
         Raises:
             InvalidInput: the engine cannot do what it asks; the message names the field.
         """
+        at_hook: Counter[str] = Counter()
+        banked: set[BankRows] = set()
         for intervention in args.intervene:
             for hook in match_hooks(intervention.hook, self.hooks, "intervene: the engine has taps at"):
-                self.edits.make(intervention, hook, n_prompt)
+                if self.on_device:
+                    banked.add(self.edits.rows(intervention, hook, n_prompt))
+                    at_hook[hook] += 1
+                else:
+                    self.edits.make(intervention, hook, n_prompt)
+            if (
+                self.on_device
+                and intervention.token_ids is not None
+                and intervention.positions not in ("prompt", "last")
+            ):
+                raise InvalidInput(
+                    "intervene.token_ids: generated tokens are known on the device only; set positions to 'prompt' or 'last'"
+                )
+        for field, limit, found in (
+            ("edits_per_token", self.edits_per_token, max(at_hook.values(), default=0)),
+            ("vectors_per_request", self.vectors_per_request, sum(rows.count for rows in banked)),
+        ):
+            if self.on_device and found > limit:
+                raise InvalidInput(
+                    f"intervene: the request needs {field} {found}, the engine has {limit}; start it with more"
+                )
         if args.capture is None:
             return
         spec = self.run_spec(args.capture.run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -10,14 +12,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from millpond.capture.device_tap import BankRow
 from millpond.capture.saes import StoredSae
 from millpond.store.artifacts import load_artifact
 from millpond.store.errors import InvalidInput
-from millpond.store.interventions import Ablate, Add, Intervention, Patch, SpliceSae
+from millpond.store.interventions import Ablate, Add, Clamp, Intervention, Patch, SpliceSae
 from millpond.store.lake import Lake
 
 Edit = Callable[[Tensor, NDArray[np.int32]], Tensor]
 """From float32 activations (n, d_model) and their token positions (n,) to what they become."""
+
+
+@dataclass(frozen=True)
+class BankRows:
+    """An edit as a vector bank holds it; the same at every hook where it has one vector."""
+
+    at: Callable[[int], BankRow]
+    """By token position."""
+    count: int
+    """Rows that all its positions need."""
 
 
 class Edits:
@@ -27,6 +40,7 @@ class Edits:
         self._lake = lake
         self._d_model = d_model
         self._sae = lru_cache(maxsize=4)(self._load_sae)
+        self._directed_rows = lru_cache(maxsize=256)(self._make_directed_rows)
 
     def make(self, intervention: Intervention, hook: str, n_prompt: int) -> Edit:
         """The edit that `intervention` asks for at `hook` of a request with `n_prompt` prompt tokens.
@@ -54,6 +68,38 @@ class Edits:
 
         return clamp
 
+    def rows(self, intervention: Intervention, hook: str, n_prompt: int) -> BankRows:
+        """The same edit as rows of a vector bank, for taps inside CUDA graphs.
+
+        Raises:
+            InvalidInput: as `make`, or the edit is not a sum of vectors.
+        """
+        if isinstance(intervention, Patch):
+            source = self._patch_rows(intervention, hook, n_prompt)
+            nothing = torch.zeros(self._d_model)
+            rows = {at: BankRow(nothing, row, keep=False) for at, row in source.items()}
+            return BankRows(rows.__getitem__, len(rows))
+        if isinstance(intervention, SpliceSae):
+            raise InvalidInput(
+                "intervene: sae is not supported where taps are part of CUDA graphs; run it on the CPU build"
+            )
+        return self._directed_rows(intervention)
+
+    def _make_directed_rows(self, intervention: Add | Ablate | Clamp) -> BankRows:
+        vector = self._vector(intervention.vector)
+        nothing = torch.zeros_like(vector)
+        if isinstance(intervention, Add):
+            row = BankRow(nothing, intervention.scale * vector)
+        else:
+            low, high = (0.0, 0.0) if isinstance(intervention, Ablate) else (intervention.min, intervention.max)
+            row = BankRow(
+                vector / vector.norm(),
+                nothing,
+                low=-math.inf if low is None else low,
+                high=math.inf if high is None else high,
+            )
+        return BankRows(lambda _: row, 1)
+
     def _vector(self, vector: str | tuple[float, ...]) -> Tensor:
         if isinstance(vector, str):
             values = load_artifact(self._needs_lake(), vector, "vector").arrays()["vector"]
@@ -68,6 +114,15 @@ class Edits:
         return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
     def _patch(self, patch: Patch, hook: str, n_prompt: int) -> Edit:
+        rows = self._patch_rows(patch, hook, n_prompt)
+
+        def put(x: Tensor, positions: NDArray[np.int32]) -> Tensor:
+            return torch.stack([rows[position] for position in positions.tolist()])
+
+        return put
+
+    def _patch_rows(self, patch: Patch, hook: str, n_prompt: int) -> dict[int, Tensor]:
+        """The stored row (d_model,) that each position gets."""
         run = self._needs_lake()[patch.run]
         run.match(hook)
         if run.d_model != self._d_model:
@@ -91,12 +146,8 @@ class Edits:
         for position in source_of.values():
             if position not in held:
                 raise InvalidInput(f"run {patch.run!r} holds no row of prompt {patch.prompt!r} at position {position}")
-        values = torch.from_numpy(np.array(source[hook].values))
-
-        def put(x: Tensor, positions: NDArray[np.int32]) -> Tensor:
-            return values[[held[source_of[position]] for position in positions.tolist()]]
-
-        return put
+        values = torch.from_numpy(np.array(source[hook].values, np.float32))
+        return {to: values[held[position]] for to, position in source_of.items()}
 
     def _splice(self, splice: SpliceSae) -> Edit:
         sae = self._sae(splice.artifact)

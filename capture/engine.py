@@ -10,7 +10,7 @@ from typing import Any
 
 from millpond.capture.adapters import Adapter, engine_rank
 from millpond.capture.interrupts import blocked
-from millpond.capture.versions import check_vllm_version, set_environment
+from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
 from millpond.store.capture_spec import ModelSection, RequestArgs
 from millpond.store.errors import CaptureFailed
 
@@ -81,8 +81,7 @@ class CaptureEngine:
             "model": model.path,
             "dtype": model.dtype,
             "max_model_len": max_model_len,
-            "async_scheduling": False,  # the token ids of a step must be known when it is planned
-            "worker_cls": "millpond.capture.worker.TapWorker",
+            **dict([worker_argument()]),
             # no run's name: every setting is part of the compilation cache's key
             "additional_config": {"millpond": {"lake": str(lake.absolute()), "hooks": list(hooks)}},
         }

@@ -24,7 +24,7 @@ from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
 from millpond.store.reprs import human_bytes
 
-_SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config", "async_scheduling")
+_SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config")
 _ONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 

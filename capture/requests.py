@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from millpond.capture.edits import Edit
+from millpond.capture.edits import BankRows, Edit
 from millpond.capture.tap import HookWork, Rows
 from millpond.store.capture_spec import CaptureWish
 from millpond.store.errors import CaptureFailed
@@ -28,6 +28,17 @@ class PlannedEdit:
     edit: Edit
 
 
+@dataclass(frozen=True)
+class BankedEdit:
+    """The same where taps are part of a device's graph."""
+
+    hook: int
+    where: PositionFilter
+    rows: BankRows
+    nth: int
+    """How many others of the request come before it at this hook point."""
+
+
 @dataclass(eq=False)
 class Following:
     """One request that captures, is intervened in, or both."""
@@ -38,6 +49,7 @@ class Following:
     """Numbers of the hook points that are kept."""
     edits: tuple[PlannedEdit, ...] = ()
     """In the order in which they are applied at a hook point."""
+    banked: tuple[BankedEdit, ...] = ()
     tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Token ids seen, from position 0; room for more at the end."""
     seen: int = 0
@@ -45,16 +57,17 @@ class Following:
     positions: list[NDArray[np.int32]] = field(default_factory=list)
     rows: list[NDArray[Any]] = field(default_factory=list)
     """Of each step, (n_hooks, n_rows, d_model)."""
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    """Numbers of the steps that computed it, and the first position of each; only where rows arrive later."""
 
     def see(self, start: int, tokens: NDArray[np.int32]) -> None:
-        """Positions from `start` are computed now, for these tokens."""
+        """The tokens at the positions from `start` are these; negative where not known yet."""
         stop = start + len(tokens)
         if stop > len(self.tokens):
             grown = np.empty(max(stop, 2 * len(self.tokens)), np.int32)
             grown[: len(self.tokens)] = self.tokens
             self.tokens = grown
         self.tokens[start:stop] = tokens
-        self.seen = stop
 
 
 @dataclass(frozen=True)
@@ -101,15 +114,10 @@ class RequestFollower:
             self._by_id[following.wish.id] = following
         self._by_request[request_id] = following
 
-    def plan_step(self, batch: Iterable[tuple[str, int, NDArray[np.int32]]]) -> dict[int, HookWork]:
-        """What each hook point does in the coming step.
-
-        Args:
-            batch: in row order, each request's id, first position and token ids of this step.
-        """
-        work: dict[int, HookWork] = {}
-        edits: dict[tuple[int, int, Edit], list[tuple[NDArray[np.int64], NDArray[np.int32]]]] = {}
-        kept: dict[tuple[int, ...], list[tuple[Following, NDArray[np.int32], int]]] = {}
+    def _followed(
+        self, batch: Iterable[tuple[str, int, NDArray[np.int32]]]
+    ) -> Iterator[tuple[Following, int, int, int]]:
+        """The batch's followed requests: positions from one to before another, and the row that position 0 would have."""
         offset = 0
         for request_id, start, tokens in batch:
             following = self._by_request.get(request_id)
@@ -119,18 +127,28 @@ class RequestFollower:
                         f"request {following.wish.id!r}: positions {following.seen} to {start - 1} were never computed"
                     )
                 following.see(start, tokens)
-                first, stop = offset - start, start + len(tokens)
-                for order, planned in enumerate(following.edits):
-                    at = planned.where.select(following.n_prompt, start, stop, following.tokens)
-                    if len(at):
-                        edits.setdefault((planned.hook, order, planned.edit), []).append(
-                            (at.astype(np.int64) + first, at)
-                        )
-                if following.wish is not None:
-                    at = following.wish.select(following.n_prompt, start, stop, following.tokens)
-                    if len(at):
-                        kept.setdefault(following.hooks, []).append((following, at, first))
+                following.seen = start + len(tokens)
+                yield following, start, following.seen, offset - start
             offset += len(tokens)
+
+    def plan_step(self, batch: Iterable[tuple[str, int, NDArray[np.int32]]]) -> dict[int, HookWork]:
+        """What each hook point does in the coming step.
+
+        Args:
+            batch: in row order, each request's id, first position and token ids of this step.
+        """
+        work: dict[int, HookWork] = {}
+        edits: dict[tuple[int, int, Edit], list[tuple[NDArray[np.int64], NDArray[np.int32]]]] = {}
+        kept: dict[tuple[int, ...], list[tuple[Following, NDArray[np.int32], int]]] = {}
+        for following, start, stop, first in self._followed(batch):
+            for order, planned in enumerate(following.edits):
+                at = planned.where.select(following.n_prompt, start, stop, following.tokens)
+                if len(at):
+                    edits.setdefault((planned.hook, order, planned.edit), []).append((at.astype(np.int64) + first, at))
+            if following.wish is not None:
+                at = following.wish.select(following.n_prompt, start, stop, following.tokens)
+                if len(at):
+                    kept.setdefault(following.hooks, []).append((following, at, first))
         for (hook, _, edit), parts in sorted(edits.items(), key=lambda item: item[0][1]):
             rows = as_rows(np.concatenate([rows for rows, _ in parts]))
             positions = np.concatenate([positions for _, positions in parts])
@@ -193,7 +211,7 @@ class RequestFollower:
             raise CaptureFailed(self._failed.pop(capture_id))
         if following is None or following.wish is None:
             raise CaptureFailed(f"request {capture_id!r} never reached the worker")
-        computed = n_tokens if n_tokens == following.n_prompt else n_tokens - 1
+        computed = self.computed(following, n_tokens)
         if following.seen < computed:
             raise CaptureFailed(f"request {capture_id!r}: {following.seen} of {computed} positions were computed")
         tokens = following.tokens[:computed].copy()
@@ -213,6 +231,11 @@ class RequestFollower:
             positions=positions[rows],
             activations=self._gather(following, rows),
         )
+
+    @staticmethod
+    def computed(following: Following, n_tokens: int) -> int:
+        """Positions that a request of `n_tokens` tokens computes: not that of the last generated token."""
+        return n_tokens if n_tokens == following.n_prompt else n_tokens - 1
 
     def _gather(self, following: Following, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         names = [self._hooks[hook] for hook in following.hooks]

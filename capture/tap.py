@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import Library
 
+from millpond.capture.device_tap import DeviceTaps
 from millpond.capture.hook_points import decoder_layers, find_hook_point, value_after, value_before
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import Hook, parse_hook
@@ -47,10 +48,17 @@ class Taps:
         self.number = {hook: number for number, hook in enumerate(hooks)}
         self.work: Mapping[int, HookWork] = {}
         """By a hook's number. Empty while vLLM profiles, warms up or runs nobody's request."""
+        self.device: DeviceTaps | None = None
+        """What a hook point does instead where no Python runs when a graph is replayed."""
 
 
 def _tap(hidden: Tensor, residual: Tensor | None, number: int) -> None:
-    work = _active.work.get(number) if _active is not None else None
+    if _active is None:
+        return
+    if _active.device is not None:
+        _active.device.apply(hidden, residual, number)
+        return
+    work = _active.work.get(number)
     if work is None:
         return
     hidden = hidden.view(-1, hidden.shape[-1])
@@ -82,6 +90,20 @@ def _tap_fake(hidden: Tensor, residual: Tensor | None, number: int) -> None:
 _library.define("tap(Tensor(a!) hidden, Tensor(b!)? residual, int number) -> ()")  # type: ignore[no-untyped-call]
 _library.impl("tap", _tap, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library._register_fake("tap", _tap_fake)  # type: ignore[no-untyped-call]
+
+
+def tapped_hooks(model: nn.Module, n_layers: int, hooks: Sequence[str]) -> tuple[str, ...]:
+    """Those of `hooks` whose layers this process has: a pipeline stage has some of a model's.
+
+    Raises:
+        InvalidInput: a hook or the architecture is not supported.
+    """
+    layers = decoder_layers(model, n_layers)
+    return tuple(
+        hook
+        for hook in hooks
+        if type(layers[check_layer(parse_hook(hook), n_layers).layer]).__name__ != "PPMissingLayer"
+    )
 
 
 def install_taps(model: nn.Module, n_layers: int, taps: Taps) -> None:

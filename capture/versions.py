@@ -7,12 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 from millpond.store.errors import InvalidInput
 
-SUPPORTED = ("0.32",)
-"""Minor versions whose worker, scheduler output and row order were checked."""
-
+WORKERS = {
+    "0.32": ("worker_cls", "millpond.capture.worker.TapWorker"),
+    "0.33": ("worker_extension_cls", "millpond.capture.worker.TapExtension"),
+}
+"""Minor versions whose worker, scheduler output and row order were checked, and the engine argument that taps them."""
 
 _ENVIRONMENT = {
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     # a capture's own lines would drown in advice about the CPU; set these to hear it
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -44,7 +45,7 @@ def installed_vllm() -> str:
 
 def is_supported_vllm() -> bool:
     """Whether capture knows the installed version of vLLM."""
-    return ".".join(installed_vllm().split(".")[:2]) in SUPPORTED
+    return _minor(installed_vllm()) in WORKERS
 
 
 def check_vllm_version() -> str:
@@ -54,6 +55,19 @@ def check_vllm_version() -> str:
         InvalidInput: capture does not know that version; it would rather not run than be wrong.
     """
     found = installed_vllm()
-    if not is_supported_vllm():
-        raise InvalidInput(f"vLLM {found} is not supported; install {' or '.join(SUPPORTED)}.x")
+    if _minor(found) not in WORKERS:
+        raise InvalidInput(f"vLLM {found} is not supported; install {'.x or '.join(WORKERS)}.x")
     return found
+
+
+def worker_argument() -> tuple[str, str]:
+    """The engine argument that puts Millpond into the workers of the installed vLLM, and its value.
+
+    Raises:
+        InvalidInput: capture does not know that version.
+    """
+    return WORKERS[_minor(check_vllm_version())]
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

@@ -13,12 +13,12 @@ from importlib.metadata import Distribution, DistributionFinder, PackageNotFound
 from pathlib import Path
 from typing import Any
 
-from millpond.capture.versions import check_vllm_version, set_environment
+from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
 from millpond.store.errors import InvalidInput
 from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
 
-_SET_BY_MILLPOND = ("--worker-cls", "--worker-extension-cls", "--additional-config", "--async-scheduling", "--model")
+_SET_BY_MILLPOND = ("--worker-cls", "--worker-extension-cls", "--additional-config", "--model")
 
 
 class _CpuWheelAsVllm(Distribution):
@@ -83,7 +83,7 @@ def serve_command(
         raise InvalidInput(f"--commit-seconds is {commit_seconds}; give a time above 0")
     if run is not None:
         check_run_name(run)
-    check_vllm_version()
+    name, worker = worker_argument()
     lake_url = lake if "://" in lake else str(Path(lake).absolute())
     open_lake(lake_url, create=True)
     settings: dict[str, Any] = {"lake": lake_url, "hooks": list(hooks), "commit_seconds": commit_seconds}
@@ -95,9 +95,8 @@ def serve_command(
         "millpond.capture.vllm_cli",
         "serve",
         model,
-        "--no-async-scheduling",  # the token ids of a step must be known when it is planned
-        "--worker-cls",
-        "millpond.capture.worker.TapWorker",
+        f"--{name.replace('_', '-')}",
+        worker,
         "--additional-config",
         json.dumps({"millpond": settings}),
         *arguments,

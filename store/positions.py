@@ -36,7 +36,8 @@ class PositionFilter(BaseModel):
             n_prompt: number of prompt tokens.
             start: first position looked at.
             stop: one after the last.
-            tokens: the request's token ids from position 0, (at least `stop`,); without them, `token_ids` filters nothing.
+            tokens: the request's token ids from position 0, (at least `stop`,), negative where they are not known yet;
+                `token_ids` leaves out no position whose token is not known.
         """
         low, high = max(start, self.first_position), stop
         if self.end_position is not None:
@@ -55,7 +56,7 @@ class PositionFilter(BaseModel):
         if self.every > 1:
             chosen = chosen[(chosen - self.first_position) % self.every == 0]
         if self.token_ids is not None and tokens is not None:
-            chosen = chosen[np.isin(tokens[chosen], self.token_ids)]
+            chosen = chosen[(tokens[chosen] < 0) | np.isin(tokens[chosen], self.token_ids)]
         return chosen
 
     def out_of_reach(self, n_prompt: int, n_tokens: int) -> int | None:

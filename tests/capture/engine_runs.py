@@ -48,6 +48,8 @@ class EngineRun:
     engine: dict[str, Any] = field(default_factory=dict)
     run: str | None = "run"
     environment: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further ones of Millpond's."""
 
 
 @dataclass
@@ -102,7 +104,9 @@ def _run(spec: dict[str, Any]) -> Outcome:
         "model": spec["model"],
         "dtype": spec["dtype"],
         "worker_cls": "millpond.capture.worker.TapWorker",
-        "additional_config": {"millpond": {"lake": spec["lake"], "run": spec["run"], "hooks": spec["hooks"]}},
+        "additional_config": {
+            "millpond": {"lake": spec["lake"], "run": spec["run"], "hooks": spec["hooks"], **spec["settings"]}
+        },
     }
     llm = LLM(**(ENGINE | settings | spec["engine"]))
     rounds = [_round(llm, [Ask(**ask) for ask in asks], number) for number, asks in enumerate(spec["rounds"])]

@@ -1,0 +1,51 @@
+"""Which of vLLM's settings capture works with; an engine with any other does not start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from millpond.store.errors import InvalidInput
+
+
+def check_engine(config: Any, *, on_device: bool) -> None:
+    """Check that an engine is set up in a way that capture supports.
+
+    Args:
+        config: vLLM's configuration.
+        on_device: whether taps are part of the model's graphs.
+
+    Raises:
+        InvalidInput: it is not; starting anyway would give wrong or missing rows.
+    """
+    parallel = config.parallel_config
+    for name, remedy in {
+        "data_parallel_size": "start several engines that share the lake",
+        "prefill_context_parallel_size": "use tensor_parallel_size",
+        "ubatch_size": "leave it out",
+    }.items():
+        if (getattr(parallel, name, 1) or 1) > 1:
+            raise InvalidInput(f"{name} above 1 is not supported with capture; {remedy}")
+    for name in ("enable_dbo", "enable_expert_parallel"):
+        if getattr(parallel, name, False):
+            raise InvalidInput(f"{name} is not supported with capture; leave it out")
+    passes = getattr(config.compilation_config, "pass_config", None)
+    if getattr(passes, "enable_sp", False):
+        raise InvalidInput(
+            "pass_config.enable_sp leaves each rank a part of the residual stream, which capture cannot sum; set it to false"
+        )
+    speculative = config.speculative_config
+    if speculative is not None:
+        if config.scheduler_config.async_scheduling:
+            raise InvalidInput(
+                "speculative decoding with asynchronous scheduling is not supported with capture: the host does not know "
+                "which positions a step computes; set async_scheduling to false"
+            )
+        if getattr(speculative, "enable_adaptive_verification", False):
+            raise InvalidInput(
+                "speculative_config.enable_adaptive_verification orders tokens on the device, where capture cannot follow; "
+                "set it to false"
+            )
+    if config.model_config.enable_prompt_embeds:
+        raise InvalidInput("enable_prompt_embeds is not supported with capture: rows need tokens; leave it out")
+    if on_device and config.model_config.is_encoder_decoder:
+        raise InvalidInput("encoder-decoder models are not supported with capture")

@@ -1,0 +1,250 @@
+"""What Millpond does in one vLLM worker: which hooks it taps, which rows are whose, and where they go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+from millpond.capture.admission import EngineFacts
+from millpond.capture.device_requests import DeviceFollower
+from millpond.capture.device_tap import DeviceTaps
+from millpond.capture.engine_checks import check_engine
+from millpond.capture.requests import BankedEdit, Following, PlannedEdit, RequestFollower
+from millpond.capture.sink import LakeSink
+from millpond.capture.stages import Confirmed, gather_stages
+from millpond.capture.tap import Taps, install_taps, tapped_hooks
+from millpond.capture.versions import check_vllm_version
+from millpond.store.capture_spec import RequestArgs, read_request_args
+from millpond.store.errors import CaptureFailed
+from millpond.store.hooks import match_hooks
+from millpond.store.interventions import Patch
+from millpond.store.segment import RunWriter
+
+
+class Tapping:
+    """Taps the model that a worker has loaded, before anything is compiled, profiled or recorded.
+
+    In a tensor-parallel group every rank intervenes and the first one keeps rows. Of a pipeline each stage keeps
+    the rows of its own layers, and the first writes them all.
+
+    Args:
+        worker: vLLM's, with `vllm_config` and a `model_runner` that holds the model.
+
+    Raises:
+        InvalidInput: the engine is set up in a way that capture does not support.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        check_vllm_version()
+        config = worker.vllm_config
+        self._facts = facts = EngineFacts.of(config)
+        check_engine(config, on_device=facts.on_device)
+        self._runner = runner = worker.model_runner
+        self._v2 = bool(getattr(worker, "use_v2_model_runner", False))
+        self._keeps = get_tp_group().rank_in_group == 0
+        self._pipeline = get_pp_group()
+        n_layers = config.model_config.hf_text_config.num_hidden_layers
+        self._taps = taps = Taps(tapped_hooks(runner.model, n_layers, facts.hooks))
+        dtype = config.model_config.dtype
+        self._follower: RequestFollower
+        if facts.on_device:
+            taps.device = DeviceTaps(
+                len(taps.hooks),
+                facts.staging_rows,
+                facts.max_tokens,
+                facts.d_model,
+                dtype,
+                facts.edits_per_token,
+                facts.bank_rows,
+                worker.device,
+            )
+            taps.device.warm_up()
+            # what vLLM measured while it loaded the model leaves this out of the memory for keys and values
+            runner.model_memory_usage = getattr(runner, "model_memory_usage", 0) + taps.device.nbytes
+            self._follower = DeviceFollower(taps.hooks, facts.d_model, dtype, taps.device)
+        else:
+            self._follower = RequestFollower(taps.hooks, facts.d_model, dtype)
+        writes = self._keeps and self._pipeline.rank_in_group == 0
+        self._sink = LakeSink(self._open_run, facts.queue_bytes, facts.commit_seconds) if writes else None
+        self._edit = lru_cache(maxsize=256)(facts.edits.make)
+        self._rows = lru_cache(maxsize=256)(facts.edits.rows)
+        self._hook_numbers = lru_cache(maxsize=64)(self._numbers_of_run)
+        self._statistics = {"steps": 0, "rows": 0, "bytes": 0, "plan_seconds": 0.0, "take_seconds": 0.0}
+        self._run_of: dict[str, str] = {}
+        self._input_ids: Any = None
+        install_taps(runner.model, n_layers, taps)
+        self._follow_row_order(worker)
+
+    def _follow_row_order(self, worker: Any) -> None:
+        """Plan each step where the runner has put the batch into row order; only it knows that order."""
+        name = "prepare_inputs" if self._v2 else "_prepare_inputs"
+        prepare = getattr(self._runner, name)
+
+        def prepare_and_plan(*args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(*args, **kwargs)
+            started = time.perf_counter()
+            self._plan(rows_v2(prepared) if self._v2 else rows_v1(self._runner, *args, **kwargs), prepared)
+            self._statistics["plan_seconds"] += time.perf_counter() - started
+            return prepared
+
+        setattr(self._runner, name, prepare_and_plan)
+        if self._pipeline.world_size > 1 and not self._pipeline.is_first_rank and worker.device.type == "cpu":
+            _make_room_for_the_stage_before(self._runner)
+
+    def _plan(self, rows: list[tuple[str, int, int]], prepared: Any) -> None:
+        ids = prepared.input_ids if self._v2 else self._runner.input_ids.gpu
+        if isinstance(self._follower, DeviceFollower):
+            self._input_ids = ids
+            self._follower.load_step(rows)
+        else:
+            self._taps.work = self._follower.plan_step(_with_tokens(rows, ids.numpy()))
+
+    def before_step(self, scheduler_output: Any) -> None:
+        """Take in the step's new requests, before the runner sees them."""
+        self._follower.forget(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            args = read_request_args(request.sampling_params.extra_args) if request.sampling_params else None
+            if args is not None:
+                self._admit(request.req_id, request.prompt_token_ids, args)
+        self._taps.work = {}
+        self._input_ids = None
+
+    def after_step(self) -> None:
+        """Take the rows that the step kept."""
+        self._taps.work = {}
+        started = time.perf_counter()
+        if not isinstance(self._follower, DeviceFollower):
+            rows, size = self._follower.take_rows()
+        elif self._input_ids is not None:
+            rows, size = self._follower.send_rows(self._input_ids)
+        else:
+            rows = size = 0
+        self._statistics["take_seconds"] += time.perf_counter() - started
+        self._statistics["steps"] += 1
+        self._statistics["rows"] += rows
+        self._statistics["bytes"] += size
+
+    def _admit(self, request_id: str, prompt: list[int], args: RequestArgs) -> None:
+        n_prompt = len(prompt)
+        edits: list[PlannedEdit] = []
+        banked: list[BankedEdit] = []
+        for intervention in args.intervene:
+            length = n_prompt if isinstance(intervention, Patch) else 0
+            for hook in match_hooks(intervention.hook, self._facts.hooks, "the engine has taps at"):
+                number = self._taps.number.get(hook)
+                if number is None:
+                    continue  # another pipeline stage has it
+                if self._facts.on_device:
+                    nth = sum(edit.hook == number for edit in banked)
+                    banked.append(BankedEdit(number, intervention, self._rows(intervention, hook, length), nth))
+                else:
+                    edits.append(PlannedEdit(number, intervention, self._edit(intervention, hook, length)))
+        following = Following(n_prompt, edits=tuple(edits), banked=tuple(banked))
+        following.see(0, np.array(prompt, np.int32))
+        if args.capture is not None and args.capture.id is not None and self._keeps:
+            following.wish = args.capture
+            following.hooks = self._hook_numbers(args.capture.run)
+            self._run_of[args.capture.id] = self._facts.run_spec(args.capture.run).name
+        self._follower.admit(request_id, following)
+
+    def _numbers_of_run(self, run: str | None) -> tuple[int, ...]:
+        number = self._taps.number
+        return tuple(number[hook] for hook in self._facts.run_spec(run).hooks if hook in number)
+
+    def _open_run(self, name: str) -> RunWriter:
+        assert self._facts.lake is not None  # run_spec has found the run in it
+        return RunWriter(self._facts.lake.run_folder(name), self._facts.run_spec(name))
+
+    def confirm(self, finished: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
+        """Write requests of which the client received so many tokens.
+
+        Returns:
+            For every request that this worker writes: status (`kept` or `failed`), rows and error.
+        """
+        if not self._keeps:
+            return {}
+        mine: dict[str, Confirmed] = {}
+        runs: dict[str, str] = {}
+        for capture_id, n_tokens in finished:
+            run = self._run_of.pop(capture_id, None)
+            if run is None:
+                continue
+            runs[capture_id] = run
+            try:
+                mine[capture_id] = self._follower.confirm(capture_id, n_tokens)
+            except CaptureFailed as error:
+                mine[capture_id] = error
+        whole = gather_stages(self._pipeline, mine)
+        if self._sink is None:
+            return {}
+        answers: dict[str, dict[str, Any]] = {}
+        for capture_id, request in whole.items():
+            if isinstance(request, CaptureFailed):
+                answers[capture_id] = {"status": "failed", "rows": 0, "error": str(request)}
+            else:
+                answers[capture_id] = {"status": "kept", "rows": len(request.positions), "error": None}
+                self._sink.put(runs[capture_id], capture_id, request)
+        return answers
+
+    def drop(self, capture_ids: list[str]) -> None:
+        """Let go of requests that were aborted."""
+        for capture_id in capture_ids:
+            self._follower.drop(capture_id)
+            self._run_of.pop(capture_id, None)
+
+    def poll(self) -> dict[str, dict[str, Any]]:
+        """Since the last call: `committed` requests with their rows, and `failed` ones with the reason."""
+        committed, failed = self._sink.poll() if self._sink else ({}, {})
+        return {"committed": committed, "failed": failed}
+
+    def commit(self) -> tuple[int, int, str | None]:
+        """Commit everything confirmed: rows and prompts committed in all, and what was lost, if anything was."""
+        return self._sink.commit() if self._sink else (0, 0, None)
+
+    def statistics(self) -> dict[str, float]:
+        """Counts and seconds since the start, and this process's CPU seconds."""
+        found = {**self._statistics, "cpu_seconds": time.process_time()}
+        if self._sink is not None:
+            sink = self._sink
+            found |= {"wait_seconds": sink.waited, "writer_seconds": sink.busy, "written": sink.written_bytes}
+        if isinstance(self._follower, DeviceFollower):
+            found["ring_wait_seconds"] = self._follower.ring.waited
+        return found
+
+
+def rows_v1(runner: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> list[tuple[str, int, int]]:
+    """Each request's id, first position and number of tokens, in the order of vLLM's first model runner."""
+    batch = runner.input_batch
+    counts = num_scheduled_tokens.tolist()
+    starts = batch.num_computed_tokens_cpu[: len(counts)].tolist()
+    return list(zip(batch.req_ids, starts, counts, strict=False))
+
+
+def rows_v2(batch: Any) -> list[tuple[str, int, int]]:
+    """The same from what the second model runner's `prepare_inputs` returns."""
+    starts, counts = batch.num_computed_tokens_np.tolist(), batch.num_scheduled_tokens.tolist()
+    return list(zip(batch.req_ids, starts, counts, strict=True))
+
+
+def _with_tokens(
+    rows: list[tuple[str, int, int]], ids: NDArray[np.int32]
+) -> Iterator[tuple[str, int, NDArray[np.int32]]]:
+    offset = 0
+    for request_id, start, count in rows:
+        yield request_id, start, ids[offset : offset + count]
+        offset += count
+
+
+def _make_room_for_the_stage_before(runner: Any) -> None:
+    """Where an eager CPU engine skips its warm-up, nobody makes the buffer that later pipeline stages receive into."""
+    if getattr(runner, "intermediate_tensors", True) is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=torch.device("cpu")
+        )
