@@ -13,7 +13,7 @@ from millpond.store.configuration import LakeConfiguration, expire_runs, write_c
 from millpond.store.exporting import export_run
 from millpond.store.importing import import_run
 from millpond.store.lake import open_lake
-from millpond.store.metrics import JsonLines
+from millpond.store.logs import JsonLines
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 from millpond.store.verify import verify_run
