@@ -252,10 +252,11 @@ def create_app(settings: Settings, endpoints: Sequence[Endpoint] | None = None) 
 
 def server_options(settings: Settings) -> dict[str, Any]:
     """Uvicorn's options: no header that says when or by what, no reading of forwarded addresses, no log of requests."""
-    from millpond.hub.queue_commands import listen_at
+    from millpond.hub.queue_commands import listen_at, serve_tls
 
     return {
-        **listen_at(settings.listen), "log_level": "warning", "access_log": False, "server_header": False,
+        **listen_at(settings.listen), **serve_tls(settings.certificate, settings.key),
+        "log_level": "warning", "access_log": False, "server_header": False,
         "date_header": False, "proxy_headers": False, "ws": "none",
     }  # fmt: skip
 

@@ -22,6 +22,10 @@ class QueueServe:
     """File of the workers' tokens' hashes, from `millpond queue token`."""
     listen: str = "127.0.0.1:8911"
     """HOST:PORT of the vault, or unix:/PATH."""
+    certificate: Path | None = None
+    """PEM file of the certificate with which to serve HTTPS."""
+    key: Path | None = None
+    """PEM file of the certificate's key."""
 
     def run(self) -> int:
         """Serve until interrupted."""
@@ -31,7 +35,8 @@ class QueueServe:
         from millpond.hub.queue_api import create_queue_app, read_workers
 
         app = create_queue_app(SqlQueue(self.database), read_workers(self.workers))
-        uvicorn.run(app, **listen_at(self.listen), log_level="warning", access_log=False, server_header=False)
+        options = listen_at(self.listen) | serve_tls(self.certificate, self.key)
+        uvicorn.run(app, **options, log_level="warning", access_log=False, server_header=False)
         return 0
 
 
@@ -64,6 +69,20 @@ class QueueToken:
             handle.write(f"kinds = {json.dumps(sorted(worker.kinds))}\nsubmit = {json.dumps(worker.submit)}\n\n")
         print(token)
         return 0
+
+
+def serve_tls(certificate: Path | None, key: Path | None) -> dict[str, Any]:
+    """Uvicorn's arguments for HTTPS, of version 1.2 of TLS at least; none without files.
+
+    Raises:
+        InvalidInput: one of the files is missing.
+    """
+    if certificate is None and key is None:
+        return {}
+    for name, path in (("certificate", certificate), ("key", key)):
+        if path is None or not path.is_file():
+            raise InvalidInput(f"{name} is {path}, which is no file; give both certificate and key")
+    return {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
 
 
 def listen_at(address: str) -> dict[str, Any]:

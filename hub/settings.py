@@ -43,6 +43,10 @@ class Settings(_Section):
     """The policy file."""
     listen: str = "127.0.0.1:8910"
     """HOST:PORT, or unix:PATH."""
+    certificate: Path | None = None
+    """PEM file of the certificate with which the gateway serves HTTPS; needed where `listen` is not of this machine."""
+    key: Path | None = None
+    """PEM file of the certificate's key."""
     origin: str = "http://127.0.0.1:8910"
     """Where browsers find the gateway: scheme, host and port. Posts from other origins are refused."""
     tokens: Path | None = None
@@ -79,6 +83,12 @@ class Settings(_Section):
             raise ValueError("give either tokens, a token file, or a section [jupyterhub]")
         return self
 
+    @model_validator(mode="after")
+    def _both_files(self) -> Settings:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("give both certificate and key, or neither")
+        return self
+
 
 def read_settings(path: Path) -> Settings:
     """The settings in the TOML file `path`.
@@ -96,7 +106,7 @@ def read_settings(path: Path) -> Settings:
     folder = path.resolve().parent
     changes: dict[str, object] = {
         name: folder / value
-        for name in ("policy", "tokens", "dictionary", "prompts")
+        for name in ("policy", "tokens", "dictionary", "prompts", "certificate", "key")
         if (value := getattr(found, name)) is not None
     }
     if "://" not in found.lake:
