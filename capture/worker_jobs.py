@@ -24,6 +24,7 @@ from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
 from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
 from millpond.store.hooks import summarize_hooks
 from millpond.store.lake import open_lake
+from millpond.store.logs import of_job
 from millpond.store.queue import JobQueue, QueuedJob
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ def work(
                 check()
                 claimed = queue.claim(name, {KIND}, config.lease_seconds)
                 if claimed is not None:
-                    ended += _run(queue, claimed, config, engine, told)
+                    with of_job(claimed.id):
+                        ended += _run(queue, claimed, config, engine, told)
                 elif until_empty:
                     return ended
                 else:

@@ -35,6 +35,7 @@ from millpond.hub.vault import Vault
 from millpond.store.configuration import read_configuration
 from millpond.store.errors import Cancelled, LeaseLost, MillpondError
 from millpond.store.lake import Lake, open_lake
+from millpond.store.logs import of_job
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class Executor:
             while not self._stopped.is_set():
                 claimed = queue.claim(self.name, EXECUTED, settings.lease_seconds)
                 if claimed is not None:
-                    ended += self._run(claimed, client)
+                    with of_job(claimed.id):
+                        ended += self._run(claimed, client)
                 elif until_empty:
                     break
                 else:

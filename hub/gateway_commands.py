@@ -23,7 +23,9 @@ class Gateway:
         """Serve until interrupted."""
         from millpond.hub.gateway import serve
         from millpond.hub.settings import read_settings
+        from millpond.store.logs import log_to
 
+        log_to()
         serve(read_settings(self.config))
         return 0
 
@@ -41,7 +43,9 @@ class Executor:
         """Take jobs until interrupted."""
         from millpond.hub.executor import run_executor
         from millpond.hub.settings import read_settings
+        from millpond.store.logs import log_to
 
+        log_to()
         run_executor(
             read_settings(self.config), until_empty=self.until_empty, told=lambda text: print(text, flush=True)
         )

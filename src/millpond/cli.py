@@ -24,6 +24,7 @@ from millpond.hub.gateway_commands import (
 )
 from millpond.hub.queue_commands import QueueServe, QueueToken
 from millpond.store.commands import COMMANDS, one_line
+from millpond.store.commands import Metrics as MetricsOfLake
 from millpond.store.commands import Verify as VerifyStored
 from millpond.store.errors import InvalidInput, MillpondError
 
@@ -139,7 +140,9 @@ class Worker:
         from millpond.capture.worker_jobs import WorkerConfig, work
         from millpond.store.capture_spec import ModelSection, first_problem
         from millpond.store.http_queue import open_queue
+        from millpond.store.logs import log_to
 
+        log_to()
         try:
             model = ModelSection.model_validate({"path": self.model, "dtype": self.dtype})
             arguments = json.loads(self.engine)
@@ -208,6 +211,29 @@ class Probe:
         again = f", {done.resumed} hooks from before" if done.resumed else ""
         print(f"{len(done.rows)} probes, controls included{again}; results are in {done.folder}")
         return 0
+
+
+@dataclass(frozen=True)
+class Metrics(MetricsOfLake):
+    """Print a lake's state in Prometheus' text format, for node_exporter's textfile collector."""
+
+    config: Path | None = None
+    """The gateway's settings: also print the state of jobs, reviews, ledger and budgets."""
+
+    def run(self) -> int:
+        """Print the metrics."""
+        code = super().run()
+        if self.config is not None:
+            from millpond.hub.database import open_database
+            from millpond.hub.metrics import hub_metrics
+            from millpond.hub.policy import read_policy
+            from millpond.hub.settings import read_settings
+
+            settings = read_settings(self.config)
+            engine = open_database(settings.database)
+            print(hub_metrics(engine, read_policy(settings.policy)), end="")
+            engine.dispose()
+        return code
 
 
 @dataclass(frozen=True)
@@ -443,6 +469,7 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     "seal": Seal,
     **COMMANDS,
     "verify": Verify,
+    "metrics": Metrics,
     "demo": Demo,
     "gateway": Gateway,
     "executor": Executor,

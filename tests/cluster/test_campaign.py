@@ -291,6 +291,7 @@ def run_sweep_and(installed, seed, harm, mend):
     wait_for(lambda: len(jobs(installed, "claimed")) > before or not thread.is_alive(), what="the job's start")
     time.sleep(0.5)
     harm()
+    assert len(jobs(installed, "claimed")) > before  # it was hit in the middle
     time.sleep(3)
     mend()
     thread.join(400)
