@@ -161,7 +161,7 @@ def cost(text):
 def probe_job(site, **more):
     split = {"run": site.run, "split": {"test": 0.25, "seed": 3}}
     rows = {"train": split | {"part": "train"}, "test": split | {"part": "test"}}
-    return {"kind": "probe", "estimator": {"name": "RidgeProbe", "params": {}}, **rows, "label": "deceptive"} | more
+    return {"kind": "probe", "estimator": {"name": "LogisticProbe", "params": {}}, **rows, "label": "deceptive"} | more
 
 
 def reduced(site, op):
@@ -186,7 +186,7 @@ def test_a_job_from_the_form_to_its_result_by_keyboard_alone(browser, site, tmp_
     assert "Released" in text
     run = mp.open(site.lake.url)["run-1"]
     train, test = run.split(test=0.25, seed=3)
-    probe = mp.RidgeProbe().fit(train[HOOKS[3]], train.labels["deceptive"])
+    probe = mp.LogisticProbe().fit(train[HOOKS[3]], train.labels["deceptive"])
     right = probe.evaluate(test[HOOKS[3]], test.labels["deceptive"])
     row = next(line for line in text.splitlines() if line.startswith("auroc"))
     shown, low, high = map(float, row.split()[1:])
@@ -295,7 +295,7 @@ def test_without_scripts_the_main_path_works(browser, site):
     press(browser, "form[aria-labelledby=declared] button[value=submit]")
     browser.wait_for("document.querySelector('[data-state]')?.textContent == 'done'")  # the page reloads itself
     press(browser, "ol a")
-    assert "Mean" in browser.text()
+    assert "Summary" in browser.text()
     assert browser.js("document.querySelectorAll('script').length") == 1
 
 
