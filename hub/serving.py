@@ -166,7 +166,7 @@ def response(reply: Reply) -> Response:
         out = Response(b"", 303, headers={"location": reply.to})
     for name, value in () if isinstance(reply, Sent) else reply.headers:
         out.headers.append(name, value)
-    out.headers["cache-control"] = "no-store"
+    out.headers.setdefault("cache-control", "no-store")
     out.headers["x-content-type-options"] = "nosniff"
     return out
 
@@ -281,9 +281,7 @@ def _reply(
         return endpoint.refused(call, sent) if endpoint.refused else sent
 
 
-def refuse(
-    error: Exception, gateway: Gateway, identity: Identity | None, params: Mapping[str, str], what: str
-) -> Sent:
+def refuse(error: Exception, gateway: Gateway, identity: Identity | None, params: Mapping[str, str], what: str) -> Sent:
     """What is sent in place of an answer, charged to whoever asked; why is said in the vault's log."""
     code = error_code(error)
     if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):
