@@ -121,9 +121,11 @@ class Endpoint:
     path: str
     scope: Scope | Literal["public"]
     handler: Handler
-    takes: Literal["nothing", "json", "bulk", "form"] = "nothing"
+    takes: Literal["nothing", "json", "bulk", "form", "bulk form"] = "nothing"
     page: bool = False
     """For browsers: without a session they are sent to log in."""
+    refused: Callable[[Call, Sent], Reply] | None = None
+    """Makes a page of an error that was charged."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Its part of the OpenAPI description."""
 
@@ -242,7 +244,7 @@ def _finite(text: str) -> float:
 
 async def _read(endpoint: Endpoint, request: Request) -> tuple[bytes, bool]:
     """The body, and whether it is larger than the endpoint takes."""
-    limit = {"nothing": 0, "json": MAX_BODY, "bulk": MAX_BULK, "form": MAX_BODY}[endpoint.takes]
+    limit = {"nothing": 0, "json": MAX_BODY, "bulk": MAX_BULK, "form": MAX_BODY, "bulk form": MAX_BULK}[endpoint.takes]
     length = request.headers.get("content-length", "")
     if length.isdigit() and len(length) < 20 and int(length) > limit:
         return b"", True
@@ -274,20 +276,28 @@ def _reply(
         if identity is not None and endpoint.scope != "public":
             _check(endpoint, gateway, call, identity)
         return endpoint.handler(call)
-    except Exception as error:  # the only place that sees them all: nothing of an exception may be sent
-        code = error_code(error)
-        if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):
-            logger.exception("%s %s", endpoint.method, endpoint.path)
-        else:
-            logger.info("%s %s: %s: %s", endpoint.method, endpoint.path, type(error).__name__, error)
-        return gateway.failure(code, identity, call.params.get("project")) if identity else constant(code)
+    except Exception as error:  # whatever a handler raises: nothing of an exception may be sent
+        sent = refuse(error, gateway, identity, call.params, f"{endpoint.method} {endpoint.path}")
+        return endpoint.refused(call, sent) if endpoint.refused else sent
+
+
+def refuse(
+    error: Exception, gateway: Gateway, identity: Identity | None, params: Mapping[str, str], what: str
+) -> Sent:
+    """What is sent in place of an answer, charged to whoever asked; why is said in the vault's log."""
+    code = error_code(error)
+    if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):
+        logger.error("%s", what, exc_info=error)
+    else:
+        logger.info("%s: %s: %s", what, type(error).__name__, error)
+    return gateway.failure(code, identity, params.get("project")) if identity else constant(code)
 
 
 def _check(endpoint: Endpoint, gateway: Gateway, call: Call, identity: Identity) -> None:
     if endpoint.scope not in identity.scopes:
         raise NotAllowed(f"{endpoint.scope} is not among the scopes")
     if endpoint.method != "GET":
-        form = str(call.body.get("csrf_token", "")) if endpoint.takes == "form" else ""
+        form = str(call.body.get("csrf_token", "")) if endpoint.takes.endswith("form") else ""
         if not gateway.gatekeeper.meant(identity, call.headers, form):
             raise NotAllowed("the request does not come from the gateway's own pages")
 
@@ -298,7 +308,7 @@ def _with_body(call: Call, endpoint: Endpoint, data: bytes) -> Call:
         body = parse_json(data)
         if not isinstance(body, dict):
             raise InvalidInput("the body must be a JSON object")
-    elif endpoint.takes == "form":
+    elif endpoint.takes.endswith("form"):
         from urllib.parse import parse_qsl
 
         try:
