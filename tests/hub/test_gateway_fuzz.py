@@ -8,11 +8,11 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
+from tests.hub.gatehouse import Gatehouse, probe
 
 from millpond.hub.api import ENDPOINTS
 from millpond.hub.body import Closed, Handles, JobStatus, decode
 from millpond.hub.serving import status_of
-from tests.hub.gatehouse import Gatehouse, probe
 
 OPERATIONS = sorted({one.handler.__name__ for one in ENDPOINTS if one.path.startswith("/api/v1/p/")})
 EXAMPLES = 12
