@@ -118,7 +118,7 @@ def fifteen_lines(lake, name):
         train, test, hooks="blocks.*.hook_resid_post", labels="deceptive", controls=("shuffled",)
     )
     sae = mp.BatchTopKSae(d_sae=32, k=4, progress=False)
-    sae.fit(train[HOOK], tokens=20_000)
+    sae.fit(train[HOOK], tokens=1_500)
     return probe, score, result, sweep, sae.evaluate(test[HOOK]), sae
 
 
@@ -157,7 +157,7 @@ def test_the_same_lines_give_the_same_numbers_in_the_vault_and_outside(vault, la
         sweep.best("deceptive")
 
     assert measured.kind == "sae-evaluation"
-    assert 3 < measured["l0"] < 5
+    assert 2 < measured["l0"] < 6
     assert 0 < measured["explained_variance"] < 1
     assert "in the vault" in repr(sae)
     with pytest.raises(ActivationsStayInVault, match="weights"):
@@ -308,7 +308,7 @@ def test_tokens_projects_and_addresses_that_are_wrong(vault, lake):
     with pytest.raises(InvalidInput, match="MILLPOND_URL"):
         mp.connect()
     with pytest.raises(GatewayUnavailable, match="Connection refused"):
-        Connection("http://127.0.0.1:9", "t", "p", retries=1).constant("/api/v1/version")
+        mp.connect("http://127.0.0.1:9", "t", "p")
     reader = vault.add_token("ada", "read")
     with mp.connect(vault.url, reader, "probing") as narrow, pytest.raises(GatewayRefused, match="scope"):
         narrow["deception"].statistics(HOOK)
