@@ -34,7 +34,6 @@ from millpond.hub.serving import (
     NotThere,
     NotYet,
     Redirect,
-    Reply,
     constant,
     error_code,
     response,
@@ -113,7 +112,7 @@ class Gateway:
         """The body, charged."""
         return self.door.send(body, self.payer(identity, project, models))
 
-    def failure(self, code: ErrorCode, identity: Identity, project: str | None) -> Reply:
+    def failure(self, code: ErrorCode, identity: Identity, project: str | None) -> Sent:
         """An error, charged like any body."""
         try:
             return self.send(Failure(code), identity, project)

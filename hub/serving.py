@@ -124,7 +124,7 @@ class Endpoint:
     takes: Literal["nothing", "json", "bulk", "form", "bulk form"] = "nothing"
     page: bool = False
     """For browsers: without a session they are sent to log in."""
-    refused: Callable[[Call, Reply], Reply] | None = None
+    refused: Callable[[Call, Sent], Reply] | None = None
     """Makes a page of an error that was charged."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Its part of the OpenAPI description."""
@@ -166,7 +166,7 @@ def response(reply: Reply) -> Response:
         out = Response(b"", 303, headers={"location": reply.to})
     for name, value in () if isinstance(reply, Sent) else reply.headers:
         out.headers.append(name, value)
-    out.headers["cache-control"] = "no-store"
+    out.headers.setdefault("cache-control", "no-store")
     out.headers["x-content-type-options"] = "nosniff"
     return out
 
@@ -276,14 +276,19 @@ def _reply(
         if identity is not None and endpoint.scope != "public":
             _check(endpoint, gateway, call, identity)
         return endpoint.handler(call)
-    except Exception as error:  # the only place that sees them all: nothing of an exception may be sent
-        code = error_code(error)
-        if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):
-            logger.exception("%s %s", endpoint.method, endpoint.path)
-        else:
-            logger.info("%s %s: %s: %s", endpoint.method, endpoint.path, type(error).__name__, error)
-        failure = gateway.failure(code, identity, call.params.get("project")) if identity else constant(code)
-        return endpoint.refused(call, failure) if endpoint.refused else failure
+    except Exception as error:  # whatever a handler raises: nothing of an exception may be sent
+        sent = refuse(error, gateway, identity, call.params, f"{endpoint.method} {endpoint.path}")
+        return endpoint.refused(call, sent) if endpoint.refused else sent
+
+
+def refuse(error: Exception, gateway: Gateway, identity: Identity | None, params: Mapping[str, str], what: str) -> Sent:
+    """What is sent in place of an answer, charged to whoever asked; why is said in the vault's log."""
+    code = error_code(error)
+    if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):
+        logger.error("%s", what, exc_info=error)
+    else:
+        logger.info("%s: %s: %s", what, type(error).__name__, error)
+    return gateway.failure(code, identity, params.get("project")) if identity else constant(code)
 
 
 def _check(endpoint: Endpoint, gateway: Gateway, call: Call, identity: Identity) -> None:

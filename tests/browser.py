@@ -163,7 +163,7 @@ class Browser:
                 self._loads += 1
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
-            case "Log.entryAdded" if params["entry"]["level"] == "error":
+            case "Log.entryAdded" if params["entry"]["level"] == "error" and params["entry"]["source"] != "network":
                 self.complaints.append(params["entry"]["text"])
             case "Runtime.exceptionThrown":
                 self.complaints.append(str(params["exceptionDetails"]))

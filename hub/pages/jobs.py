@@ -81,7 +81,7 @@ def submit(view: View) -> Fixed | Redirect:
         wish = _capture(view, given) if given.get("do") == "capture" else parse_json(given.get("job", "").encode())
         job = parse_job(wish).model_dump(mode="json", exclude_unset=True)
     except InvalidInput as error:  # says nothing but what was given
-        return _form(view, given, problem=str(error), status=400)
+        return _form(view, given, problem=str(error), code=400)
     try:
         if given.get("do") == "quote":
             answer = view.ask("POST", "/p/{project}/quote", {"job": job})
@@ -89,20 +89,19 @@ def submit(view: View) -> Fixed | Redirect:
             return _form(view, given, quote=answer.bytes)
         made = view.ask("POST", "/p/{project}/jobs", {"job": job})
     except Refused as refused:
-        return _form(view, given, problem=problem_text(refused.code), status=400)
+        return _form(view, given, problem=problem_text(refused.code), code=400)
     assert isinstance(made, Handles)
     return Redirect(view.path("jobs", made.values[0].hex()))
 
 
 def jobs(view: View) -> Fixed:
-    """The project's jobs, newest first, with their states as of the last slot."""
+    """The user's jobs in the project, newest first, with their states as of the last slot."""
     handles = view.ask("GET", "/p/{project}/jobs")
     assert isinstance(handles, Handles)
     found = sorted((declared(view, handle.hex()) for handle in handles.values), key=lambda job: -job.submitted)
     chosen, pages = view.page_of(found)
     rows = [
-        {"id": job.id, "kind": job.kind, "user": job.user, "submitted": job.submitted, "status": _status(view, job.id)}
-        for job in chosen
+        {"id": job.id, "kind": job.kind, "submitted": job.submitted, "status": _status(view, job.id)} for job in chosen
     ]
     return view.show("jobs.html", here="Jobs", jobs=rows, **pages)
 
@@ -149,13 +148,11 @@ def cancel(view: View) -> Redirect:
     return Redirect(view.path("jobs", view.call.params["job"]))
 
 
-def _form(
-    view: View, given: dict[str, str], *, problem: str = "", quote: int | None = None, status: int = 200
-) -> Fixed:
+def _form(view: View, given: dict[str, str], *, problem: str = "", quote: int | None = None, code: int = 200) -> Fixed:
     fields = ("name", "model", "hooks", "positions", "max_new_tokens", "prompts", "job")
     return view.show(
         "submit.html",
-        status=status,
+        code=code,
         here="Submit",
         given={name: given.get(name, "") for name in fields},
         models=view.gateway.projects.models(view.project),

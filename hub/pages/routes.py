@@ -25,7 +25,7 @@ def _page(
     handler: Callable[[View], Fixed | Redirect],
     takes: Literal["nothing", "form", "bulk form"] = "nothing",
 ) -> Endpoint:
-    return Endpoint(method, path, scope, page(handler), takes, page=True, refused=refused_page)
+    return Endpoint(method, path, scope, page(handler, path), takes, page=True, refused=refused_page)
 
 
 PAGES: tuple[Endpoint, ...] = (

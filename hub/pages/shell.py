@@ -32,17 +32,18 @@ UNCAPPED = (1 << 48) - 1
 STATIC: Mapping[str, str] = {"style.css": "text/css", "live.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
-def render(template: str, status: int = 200, **values: Any) -> Fixed:
-    """The page."""
+def render(template: str, code: int = 200, **values: Any) -> Fixed:
+    """The page, with the HTTP status `code`."""
     empty = {"base": "", "user": "", "project": "", "here": "", "admin": False, "csrf": "", "cost": 0}
     text = _templates().get_template(template).render(empty | values)
-    return Fixed(text.encode(), "text/html", status, HEADERS)
+    return Fixed(text.encode(), "text/html; charset=utf-8", code, HEADERS)
 
 
 @cache
 def static(name: str) -> Fixed:
     """A file of the installation: style, script, icon."""
-    return Fixed((FOLDER / "static" / name).read_bytes(), STATIC[name])
+    headers = (("cache-control", "max-age=3600"),)  # the meter counts every byte, these too
+    return Fixed((FOLDER / "static" / name).read_bytes(), STATIC[name], headers=headers)
 
 
 @cache

@@ -12,7 +12,7 @@ from millpond.hub.body import Body, Closed, ErrorCode, Failure, decode
 from millpond.hub.ledger import Sent
 from millpond.hub.pages.shell import render
 from millpond.hub.projects import Right
-from millpond.hub.serving import Call, Fixed, Handler, NotThere, Redirect, Reply, status_of
+from millpond.hub.serving import Call, Fixed, Handler, NotThere, Redirect, Reply, refuse, status_of
 
 PER_PAGE = 20
 _PROBLEMS: Mapping[ErrorCode, tuple[str, str]] = {
@@ -107,13 +107,13 @@ class View:
             raise NotThere(f"there is no page {given!r}")
         return int(given)
 
-    def show(self, template: str, *, status: int = 200, **values: Any) -> Fixed:
+    def show(self, template: str, *, code: int = 200, **values: Any) -> Fixed:
         """The page."""
         who = self.call.identity
         shown = {"base": self.gateway.prefix, "project": self.project, "cost": self.cost}
         if who is not None:
             shown |= {"user": who.user, "csrf": who.csrf, "admin": "admin" in who.scopes}
-        return render(template, status, **shown | values)
+        return render(template, code, **shown | values)
 
 
 @cache
@@ -123,8 +123,8 @@ def _api() -> Mapping[tuple[str, str], Handler]:
     return {(one.method, one.path.removeprefix("/api/v1")): one.handler for one in ENDPOINTS}
 
 
-def page(handler: Callable[[View], Fixed | Redirect]) -> Handler:
-    """A handler of the gateway that shows an error of the API as a page."""
+def page(handler: Callable[[View], Fixed | Redirect], path: str) -> Handler:
+    """A handler of the gateway, which shows an error as a page and says what it cost."""
 
     def run(call: Call) -> Reply:
         view = View(call)
@@ -132,20 +132,26 @@ def page(handler: Callable[[View], Fixed | Redirect]) -> Handler:
             return handler(view)
         except Refused as refused:
             return problem(refused.sent, view)
+        except Exception as error:
+            sent = refuse(error, call.gateway, call.identity, call.params, f"{path} (page)")
+            view.cost += sent.charged
+            return problem(sent, view)
 
     return run
 
 
-def refused_page(call: Call, reply: Reply) -> Reply:
-    """The page of an error that was raised before or in a page's handler."""
-    return problem(reply, View(call)) if isinstance(reply, Sent) else reply
+def refused_page(call: Call, sent: Sent) -> Fixed:
+    """The page of a request that was not let in."""
+    view = View(call)
+    view.cost = sent.charged
+    return problem(sent, view)
 
 
 def problem(sent: Sent, view: View) -> Fixed:
     """The page of an error that was charged."""
     found = decode(sent.body)
     title, remedy = _PROBLEMS[found.code] if isinstance(found, Failure) else _SPENT
-    return view.show("problem.html", status=status_of(sent.body), title=title, remedy=remedy)
+    return view.show("problem.html", code=status_of(sent.body), title=title, remedy=remedy)
 
 
 def problem_text(code: ErrorCode | None) -> str:

@@ -133,15 +133,8 @@ class Gatehouse:
         found = self.client(Origin=self.origin)
         reply = found.post("/login", data={"token": self.logins[user]})
         assert reply.status_code == 303, reply.content
-        (session,) = (
-            self.app.state.gateway.gatekeeper.sessions._held.values()
-            if False
-            else [
-                one
-                for one in self.app.state.gateway.gatekeeper.sessions._held.values()
-                if one.token == self.logins[user]
-            ][-1:]
-        )
+        held = self.app.state.gateway.gatekeeper.sessions._held.values()
+        session = [one for one in held if one.token == self.logins[user]][-1]
         return found, session.csrf
 
     def work(self):
@@ -162,12 +155,12 @@ class Gatehouse:
         assert type(body).__name__ == "Handles", body
         return body.values[0].hex()
 
-    def wait(self, client, job, project="one"):
-        """The state when it cannot change without a reviewer."""
+    def wait(self, client, job, project="one", *, past=("queued", "running")):
+        """The first state that is seen after those."""
         end = time.monotonic() + 30
         while time.monotonic() < end:
             body = decode(client.get(f"/api/v1/p/{project}/jobs/{job}").content)
-            if body.state not in ("queued", "running"):
+            if body.state not in past:
                 return body.state
             time.sleep(0.03)
         raise AssertionError("it does not end")

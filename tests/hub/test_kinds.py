@@ -289,19 +289,20 @@ def test_a_graph_of_the_clients_own_is_measured_and_its_statistic_is_for_review(
 
 
 WEIGHED = {"op": "multiply", "left": {"op": "activations", "hook": HOOK}, "right": {"op": "label", "name": "true"}}
+MEAN = {"op": "mean", "of": AXIS}
 ATTACKS = {
-    "mean of one row": (lambda v: expression(v.handles["shared", "own"], {"op": "mean", "of": AXIS}, "prompt == 3 and position == 2"), "refuse", Rule.NO_VARIANCE),
-    "mean weighed by a label": (lambda v: expression(v.handles["shared", "own"], {"op": "mean", "of": WEIGHED}), "review", Rule.CUSTOM_OUTPUT),
-    "mean of a steered run": (lambda v: expression(v.handles["steered", "own"], {"op": "mean", "of": AXIS}), "review", Rule.INTERVENED),
-    "few prompts of somebody's": (lambda v: expression(v.handles["shared", "restricted"], {"op": "mean", "of": AXIS}, "prompt < 12"), "refuse", Rule.TOO_FEW_PROMPTS),
-    "one prompt many times": (lambda v: expression(v.handles["copies", "restricted"], {"op": "mean", "of": AXIS}), "refuse", Rule.TOO_FEW_PROMPTS),
-}  # fmt: skip
+    "mean of one row": ("shared", "own", MEAN, "prompt == 3 and position == 2", "refuse", Rule.NO_VARIANCE),
+    "mean weighed by a label": ("shared", "own", MEAN | {"of": WEIGHED}, None, "review", Rule.CUSTOM_OUTPUT),
+    "mean of a steered run": ("steered", "own", MEAN, None, "review", Rule.INTERVENED),
+    "few prompts of somebody's": ("shared", "restricted", MEAN, "prompt < 12", "refuse", Rule.TOO_FEW_PROMPTS),
+    "one prompt many times": ("copies", "restricted", MEAN, None, "refuse", Rule.TOO_FEW_PROMPTS),
+}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_evidence_shows_what_a_result_would_give_away(vault, name):
-    job, outcome, rule = ATTACKS[name]
-    (answer,) = do(vault, job(vault)).answers
+    run, kind, reduce, where, outcome, rule = ATTACKS[name]
+    (answer,) = do(vault, expression(vault.handles[run, kind], reduce, where)).answers
     found = verdict(answer)
     assert found.outcome == outcome
     assert rule in found.rules
