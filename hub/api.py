@@ -128,7 +128,7 @@ def add_labels(call: Call) -> Reply:
     if any(lists) != (wish.by == "token") or any(lists) != all(lists):
         raise InvalidInput("values: give one for each prompt, or a list of one a token for each")
     run = vault.run(handle)
-    run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")  # type: ignore[arg-type]
+    run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")
     return _handles(call, [])
 
 

@@ -232,7 +232,7 @@ def _moments(
     else:
         np.add.at(total, codes, centred)
     square = np.bincount(codes, weights=np.square(centred).sum(axis=1), minlength=classes)
-    return n, total, square, [row_keys(rows, unit)]
+    return n.astype(np.int64), total, np.asarray(square, np.float64), [row_keys(rows, unit)]
 
 
 def _join(left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:

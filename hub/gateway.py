@@ -34,7 +34,6 @@ from millpond.hub.serving import (
     NotThere,
     NotYet,
     Redirect,
-    Reply,
     constant,
     error_code,
     response,
@@ -113,7 +112,7 @@ class Gateway:
         """The body, charged."""
         return self.door.send(body, self.payer(identity, project, models))
 
-    def failure(self, code: ErrorCode, identity: Identity, project: str | None) -> Reply:
+    def failure(self, code: ErrorCode, identity: Identity, project: str | None) -> Sent:
         """An error, charged like any body."""
         try:
             return self.send(Failure(code), identity, project)
@@ -226,9 +225,10 @@ def create_app(settings: Settings, endpoints: Sequence[Endpoint] | None = None) 
         InvalidInput: a setting cannot be used.
     """
     from millpond.hub.api import ENDPOINTS
+    from millpond.hub.pages.routes import PAGES
 
     gateway = Gateway(settings)
-    every = ENDPOINTS if endpoints is None else tuple(endpoints)
+    every = (*ENDPOINTS, *PAGES) if endpoints is None else tuple(endpoints)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

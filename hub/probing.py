@@ -88,7 +88,7 @@ def load_probe(artifact: Artifact) -> LinearProbe:
     linear = Linear(arrays["coef"], arrays["intercept"], arrays["shift"], arrays["intercept_shifted"])
     classes = None if config["classes"] is None else np.asarray(config["classes"])
     probe.trained_on_ = config["trained_on"]
-    probe.train_prompts_ = arrays.get("train_prompts")  # type: ignore[attr-defined]
+    probe.train_prompts_ = arrays.get("train_prompts")
     return probe.take(linear, classes, config["evidence"], config["strength"])
 
 

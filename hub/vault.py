@@ -273,7 +273,7 @@ class _Rename(ast.NodeTransformer):
             and isinstance(node.left, ast.Name)
             and isinstance(node.right, ast.Constant)
         ):
-            return self._versioned(f"{node.left.id}@{node.right.value}", node)
+            return self._versioned(f"{node.left.id}@{node.right.value!r}", node)
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
