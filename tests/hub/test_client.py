@@ -352,6 +352,7 @@ def test_a_module_of_ones_own_is_measured_in_the_vault(lake):
     assert trained["fvu"] < untrained["fvu"]
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # httpcore's, of a socket that is gone
 def test_results_arrive_although_the_gateway_is_killed_meanwhile(vault, lake):
     run = lake["deception"]
     future = mp.BatchTopKSae(d_sae=64, k=4, progress=False).submit_fit(run[HOOK], tokens=400_000)
