@@ -3,40 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 from pydantic import ValidationError
 
 from millpond.store.capture_spec import RequestArgs, first_problem
 from millpond.store.errors import InvalidInput
-
-
-@overload
-def capture_params(
-    run: str | None = None,
-    *,
-    hooks: str | Sequence[str] | None = None,
-    positions: str | Sequence[int] = "all",
-    id: str | None = None,
-    intervene: Sequence[Mapping[str, Any]] = (),
-    capture: bool = True,
-    http: Literal[False] = False,
-    **more: Any,
-) -> dict[str, Any]: ...
-
-
-@overload
-def capture_params(
-    run: str | None = None,
-    *,
-    hooks: str | Sequence[str] | None = None,
-    positions: str | Sequence[int] = "all",
-    id: str | None = None,
-    intervene: Sequence[Mapping[str, Any]] = (),
-    capture: bool = True,
-    http: Literal[True],
-    **more: Any,
-) -> dict[str, str]: ...
 
 
 def capture_params(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,28 +24,35 @@ _END_MARK = 2
 """Bytes that the end of a coded text costs at most."""
 
 
-class _Item(BaseModel):
+class _Item(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     what: str
     """In your words."""
     times: int = Field(default=1, ge=1)
     """Jobs of this kind."""
+
+    @abstractmethod
+    def cost(self, charges: Charges) -> int:
+        """Bytes of all."""
+
+
+class _JobItem(_Item, ABC):
     seconds: float = Field(default=60, ge=0)
     """That one takes: its status is watched all the time."""
 
+    @abstractmethod
     def answers(self, charges: Charges) -> int:
         """Bytes of the answers of one job."""
-        raise NotImplementedError
 
     def cost(self, charges: Charges) -> int:
-        """Bytes of all: the quote, the job's handle, its status in each slot, its answers."""
+        """The quote, the job's handle, its status in each slot, its answers."""
         job = sum(len(body) + charges.response_bytes for body in _SUBMIT)
         job += _STATUS * slots_in(self.seconds, charges)
         return self.times * (job + self.answers(charges))
 
 
-class ResultItem(_Item):
+class ResultItem(_JobItem):
     """Jobs that answer with results."""
 
     kind: Literal["result"]
@@ -60,7 +68,7 @@ class ResultItem(_Item):
         return self.each * (result_bytes(self.result, self.shapes) + charges.response_bytes)
 
 
-class TextItem(_Item):
+class TextItem(_JobItem):
     """Jobs that answer with completions; usually they are coded in a fraction of these bytes."""
 
     kind: Literal["text"]

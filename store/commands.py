@@ -20,11 +20,26 @@ Name = Annotated[str, tyro.conf.Positional]
 
 
 @dataclass(frozen=True)
-class Ls:
-    """List the runs of a lake."""
-
+class _OneLake:
     lake: LakeUrl
     """Folder or URL of the lake."""
+
+
+@dataclass(frozen=True)
+class _OneRun(_OneLake):
+    name: Name
+    """The run."""
+
+
+@dataclass(frozen=True)
+class _SomeRuns(_OneLake):
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The runs; by default every one that this is for."""
+
+
+@dataclass(frozen=True)
+class Ls(_OneLake):
+    """List the runs of a lake."""
 
     def run(self) -> int:
         """Print one line a run."""
@@ -49,13 +64,9 @@ class Ls:
 
 
 @dataclass(frozen=True)
-class Show:
+class Show(_OneRun):
     """Show what a run holds and where it came from."""
 
-    lake: LakeUrl
-    """Folder or URL of the lake."""
-    name: Name
-    """The run."""
     stats: bool = False
     """Print each hook's statistics, as they were gathered while it was written."""
 
@@ -66,6 +77,7 @@ class Show:
         from millpond.store.retention import read_retention
 
         run = open_lake(self.lake)[self.name]
+        list(run.labels)  # looked up, so that they are shown too
         print(run)
         folder = run.plan.folder
         for name in consumers(folder):
@@ -84,13 +96,8 @@ class Show:
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(_SomeRuns):
     """Check every byte, count and value of a lake's runs against their manifests."""
-
-    lake: LakeUrl
-    """Folder or URL of the lake."""
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """The runs; all of them by default."""
 
     def run(self) -> int:
         """Print one line a run and one a problem; 1 if there is any."""
@@ -120,11 +127,9 @@ class Verify:
 
 
 @dataclass(frozen=True)
-class Gc:
+class Gc(_OneLake):
     """Remove what nobody can see any more: abandoned segments, superseded files, used rows, runs past their grace period."""
 
-    lake: LakeUrl
-    """Folder or URL of the lake."""
     grace: float | None = None
     """Seconds for which things are kept; by default as the lake is configured."""
     dry_run: bool = False
@@ -148,13 +153,8 @@ class Gc:
 
 
 @dataclass(frozen=True)
-class Compact:
+class Compact(_SomeRuns):
     """Fold the commits of open runs into manifest versions, so that they open fast."""
-
-    lake: LakeUrl
-    """Folder or URL of the lake."""
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """The runs; all open ones by default."""
 
     def run(self) -> int:
         """Print one line a run."""
@@ -168,13 +168,9 @@ class Compact:
 
 
 @dataclass(frozen=True)
-class Rm:
+class Rm(_OneRun):
     """Remove a run: it vanishes at once, and `millpond gc` removes its bytes when the grace period is over."""
 
-    lake: LakeUrl
-    """Folder or URL of the lake."""
-    name: Name
-    """The run."""
     grace: float | None = None
     """Seconds in which `millpond restore` brings it back; by default as the lake is configured; 0 removes it now."""
 
@@ -192,13 +188,9 @@ class Rm:
 
 
 @dataclass(frozen=True)
-class Retain:
+class Retain(_OneRun):
     """Say which rows of an open run need not be kept: those that its consumers (`Run.follow`) have used."""
 
-    lake: LakeUrl
-    """Folder or URL of the lake."""
-    name: Name
-    """The run."""
     consumed_by: tuple[str, ...] = ()
     """Rows that all of these consumers have used are dropped; without any name, all that are left are kept."""
     grace: float | None = None
@@ -218,13 +210,8 @@ class Retain:
 
 
 @dataclass(frozen=True)
-class Restore:
+class Restore(_OneRun):
     """Bring back a removed run whose grace period is not over."""
-
-    lake: LakeUrl
-    """Folder or URL of the lake."""
-    name: Name
-    """The run."""
 
     def run(self) -> int:
         """Restore the run."""
@@ -236,13 +223,9 @@ class Restore:
 
 
 @dataclass(frozen=True)
-class Cp:
+class Cp(_OneRun):
     """Copy a sealed run, or some rows of any run, into a new run of the same or another lake."""
 
-    lake: LakeUrl
-    """Folder or URL of the lake."""
-    name: Name
-    """The run."""
     target_lake: LakeUrl
     """Folder or URL of the lake that gets the copy; made if it is missing."""
     target_name: Name
@@ -315,13 +298,9 @@ class Import:
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(_OneRun):
     """Write a run's rows as files of other tools. They are activations: keep them inside the vault."""
 
-    lake: LakeUrl
-    """Folder or URL of the lake."""
-    name: Name
-    """The run."""
     out: Annotated[Path, tyro.conf.Positional]
     """New folder."""
     format: Literal["safetensors", "parquet", "numpy"]
@@ -345,11 +324,9 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Configure:
+class Configure(_OneLake):
     """Show or change a lake's quotas, retention and cluster; only what is given changes."""
 
-    lake: LakeUrl
-    """Folder or URL of the lake."""
     quota_bytes: int | None = None
     """Most bytes of all runs together; -1 for no limit."""
     run_quota_bytes: int | None = None
@@ -386,11 +363,8 @@ class Configure:
 
 
 @dataclass(frozen=True)
-class Metrics:
+class Metrics(_OneLake):
     """Print a lake's state in Prometheus' text format, for node_exporter's textfile collector."""
-
-    lake: LakeUrl
-    """Folder or URL of the lake."""
 
     def run(self) -> int:
         """Print the metrics."""

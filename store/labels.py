@@ -192,6 +192,11 @@ class Labels(Mapping[str, "xr.DataArray"]):
         added = sorted(name for name in self._records if self._find(name)[1].by == "prompt")
         return tuple(dict.fromkeys([*(name for name in self._captured if name not in self.token_labels), *added]))
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names that are known without reading: those captured, and all once any label was looked for."""
+        return tuple(self) if "_records" in self.__dict__ else tuple(self._captured)
+
     def versions(self, name: str) -> tuple[int, ...]:
         """The versions of a label, ascending.
 

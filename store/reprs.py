@@ -26,7 +26,10 @@ def human_bytes(count: float) -> str:
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
-    """What a reader wants to know of a run, in order."""
+    """What a reader wants to know of a run, in order; reads nothing.
+
+    Labels that were added are among the facts once `run.labels` was looked at.
+    """
     facts = [
         ("state", run.state),
         ("model", str(run.provenance.get("model", "unknown"))),
@@ -36,7 +39,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     ]
     if run.n_dropped_rows:
         facts.append(("dropped", f"{run.n_dropped_rows:,} rows that were used and not kept"))
-    labels = list(run.labels)
+    labels = run.labels.known
     if labels:
         facts.append(("labels", ", ".join(labels)))
     return facts

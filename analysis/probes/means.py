@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,15 +20,16 @@ from millpond.store.errors import InvalidInput
 Vector = NDArray[np.float64]
 
 
-class _MeansProbe(ClassProbe):
+class _MeansProbe(ClassProbe, ABC):
     """Scores by class means m_k and a precision matrix P: x' P m_k - m_k' P m_k / 2 + bias_k."""
 
+    @abstractmethod
     def _priors(self, rates: Vector) -> Vector:
         """Prior of each class, given how frequent they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _whitens(self) -> bool:
-        raise NotImplementedError
+        """Whether P is the inverse of the pooled covariance, not the identity."""
 
     @one_blas_thread()
     def solve(self, designs: Sequence[Design], problems: Sequence[Problem]) -> list[list[Linear]]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ class Splice:
     write: str
     replace: Replace
     """(tokens, d_in) of `read` to (tokens, d_out) of `write`."""
+    what: Literal["sae", "zero"] = "sae"
+    """What `replace` gives: the reconstruction, or 0; for models that do it themselves."""
 
 
 class SplicedModel(Protocol):
@@ -53,7 +55,7 @@ def cross_entropy_recovered(
 
     Args:
         sae: an autoencoder, or a transcoder (its output hook is replaced).
-        model: such as `HuggingFaceModel(path)`.
+        model: such as `HuggingFaceModel(path)`, or `millpond.hub.recovered.VllmModel(path, sae)` where vLLM is at hand.
         prompts: token ids, with whatever the model starts from.
         hook: what the autoencoder was trained on; by default what it says.
         first_position: of the first row that capture kept.
@@ -73,9 +75,9 @@ def cross_entropy_recovered(
     def nothing(rows: Rows) -> Rows:
         return np.zeros((len(rows), weights.w_dec.shape[1]), np.float32)
 
+    splices = {"clean": None, "sae": Splice(read, write, rebuilt), "zero": Splice(read, write, nothing, "zero")}
     losses = {}
-    for name, replace in (("clean", None), ("sae", rebuilt), ("zero", nothing)):
-        splice = None if replace is None else Splice(read, write, replace)
+    for name, splice in splices.items():
         total, count = model.cross_entropy(prompts, first_position, splice)
         if not count:
             raise InvalidInput(f"no prompt is longer than {first_position + 1} tokens; nothing to predict")

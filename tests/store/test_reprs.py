@@ -1,4 +1,5 @@
 import html.parser
+import shutil
 
 import pytest
 
@@ -18,19 +19,25 @@ def delete_activations(made):
             shard.unlink()
 
 
-def test_reprs_read_no_activation(sealed):
-    delete_activations(sealed)
+def test_a_run_shows_itself_without_reading(sealed):
     run = sealed.run
+    shutil.rmtree(sealed.folder)  # what follows reads nothing at all
     text = repr(run)
     assert "sealed" in text
     assert "blocks.0.hook_resid_post, blocks.1.hook_mlp_out (2)" in text
     assert "172 of 4 x bfloat16, 2.8 kB" in text  # 172 rows * 4 * 2 bytes * 2 hooks = 2752 bytes
-    assert "labels:  even, source" in text
-    assert "float32" in repr(run["blocks.0.hook_resid_post"])
+    assert "labels:  source" in text
     assert "<td" in run._repr_html_()
+
+
+def test_reprs_read_no_activation(sealed):
+    delete_activations(sealed)
+    run = sealed.run
+    assert "float32" in repr(run["blocks.0.hook_resid_post"])
     assert "made" in sealed.lake._repr_html_()
     assert repr(sealed.lake).endswith(": 1 runs>")
     assert repr(run.labels) == "<Labels by token: even; by prompt: source>"
+    assert "labels:  even, source" in repr(run)
 
 
 def test_html_is_escaped_and_well_formed(tmp_path, build):
