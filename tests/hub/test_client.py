@@ -204,7 +204,8 @@ def test_lazy_expressions_and_conditions_run_in_the_vault(vault, lake):
     v = np.random.default_rng(3).standard_normal(D)
     found = (mp.lazy(lake["deception"])[HOOK] @ v).groupby("deceptive").mean().compute()
     expected = (mp.lazy(there)[HOOK] @ v).groupby("deceptive").mean().compute(progress=False)["mean"]
-    assert np.allclose(found["means"], np.ravel(expected), rtol=0.02, atol=0.05)
+    step = (found["means_high"] - found["means_low"]).max() / 3.92 * 5
+    assert np.allclose(found["means"], np.ravel(expected), atol=step)
     some = lake["deception"].select(where="deceptive and topic == 't1'", position=[3, 4, 5, 6])
     counted = (mp.lazy(some)[HOOK] @ v).mean().compute()
     mine = there.select(where="deceptive and topic == 't1'", position=[3, 4, 5, 6])
