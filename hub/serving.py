@@ -281,9 +281,7 @@ def _reply(
         return endpoint.refused(call, sent) if endpoint.refused else sent
 
 
-def refuse(
-    error: Exception, gateway: Gateway, identity: Identity | None, params: Mapping[str, str], what: str
-) -> Sent:
+def refuse(error: Exception, gateway: Gateway, identity: Identity | None, params: Mapping[str, str], what: str) -> Sent:
     """What is sent in place of an answer, charged to whoever asked; why is said in the vault's log."""
     code = error_code(error)
     if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):

@@ -149,9 +149,7 @@ def cancel(view: View) -> Redirect:
     return Redirect(view.path("jobs", view.call.params["job"]))
 
 
-def _form(
-    view: View, given: dict[str, str], *, problem: str = "", quote: int | None = None, code: int = 200
-) -> Fixed:
+def _form(view: View, given: dict[str, str], *, problem: str = "", quote: int | None = None, code: int = 200) -> Fixed:
     fields = ("name", "model", "hooks", "positions", "max_new_tokens", "prompts", "job")
     return view.show(
         "submit.html",
