@@ -166,7 +166,7 @@ def response(reply: Reply) -> Response:
         out = Response(b"", 303, headers={"location": reply.to})
     for name, value in () if isinstance(reply, Sent) else reply.headers:
         out.headers.append(name, value)
-    out.headers["cache-control"] = "no-store"
+    out.headers.setdefault("cache-control", "no-store")
     out.headers["x-content-type-options"] = "nosniff"
     return out
 

@@ -28,9 +28,11 @@ class _Scale:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self) -> list[float]:
-        """A few round values."""
+    def ticks(self, *, whole: bool = False) -> list[float]:
+        """A few round values, or whole ones only."""
         rough = (self.high - self.low) / _TICKS
+        if whole:
+            rough = max(rough, 1.0)
         power = 10.0 ** np.floor(np.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
         first = np.ceil(self.low / step - 1e-9)
@@ -68,7 +70,7 @@ def line_chart(
         parts.append(f'<polyline class="curve" points="{_points([(across(xs[i]), up(ys[i])) for i in run])}"/>')
         if len(ys) <= 200:
             parts += [f'<circle class="dot" cx="{across(xs[i]):.1f}" cy="{up(ys[i]):.1f}" r="3"/>' for i in run]
-    return _chart(parts, across, up, title, x_label, y_label)
+    return _chart(parts, across, up, title, x_label, y_label, whole=x is None)
 
 
 def bar_chart(
@@ -132,6 +134,8 @@ def _chart(
     x_label: str,
     y_label: str,
     names: Sequence[str] | None = None,
+    *,
+    whole: bool = False,
 ) -> Markup:
     floor, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     grid = []
@@ -140,7 +144,7 @@ def _chart(
         grid.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
         grid.append(f'<text x="{_LEFT - 6}" y="{y}" text-anchor="end" dominant-baseline="middle">{number(tick)}</text>')
     places = (
-        [(across(tick), number(tick)) for tick in across.ticks()]
+        [(across(tick), number(tick)) for tick in across.ticks(whole=whole)]
         if names is None
         else [(across(i + 0.5), name) for i, name in enumerate(names)]
     )

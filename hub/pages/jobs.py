@@ -95,14 +95,13 @@ def submit(view: View) -> Fixed | Redirect:
 
 
 def jobs(view: View) -> Fixed:
-    """The project's jobs, newest first, with their states as of the last slot."""
+    """The user's jobs in the project, newest first, with their states as of the last slot."""
     handles = view.ask("GET", "/p/{project}/jobs")
     assert isinstance(handles, Handles)
     found = sorted((declared(view, handle.hex()) for handle in handles.values), key=lambda job: -job.submitted)
     chosen, pages = view.page_of(found)
     rows = [
-        {"id": job.id, "kind": job.kind, "user": job.user, "submitted": job.submitted, "status": _status(view, job.id)}
-        for job in chosen
+        {"id": job.id, "kind": job.kind, "submitted": job.submitted, "status": _status(view, job.id)} for job in chosen
     ]
     return view.show("jobs.html", here="Jobs", jobs=rows, **pages)
 

@@ -70,7 +70,7 @@ def lay_out(result: Result) -> Layout:
         else:
             page.numbers.append(Estimate(name, float(value), *result.intervals.get(name, ())))
     if result.kind == "histogram" and "counts" in arrays:
-        _histogram(page, arrays.pop("counts"), float(result.values["low"]), float(result.values["high"]))  # type: ignore[arg-type]
+        _histogram(page, arrays.pop("counts"), float(result.values["low"]), float(result.values["high"]))
     if result.kind == "curve" and "y" in arrays:
         _lines(page, "y", arrays, x=arrays.pop("x"), x_label="x")
     if result.kind == "latent" and "contexts" in arrays:

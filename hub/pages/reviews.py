@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -63,19 +64,23 @@ def budget(view: View) -> Fixed:
     """What is left, charged; and what the user was charged week by week, which the user has received already."""
     left = view.ask("GET", "/p/{project}/budget")
     assert isinstance(left, BudgetLeft)
+    now = datetime.now(UTC)
+    weeks = [
+        f"{year}-W{week:02}" for year, week, _ in ((now - timedelta(weeks=w)).isocalendar() for w in range(7, -1, -1))
+    ]
     spent = []
-    for model, weeks in sorted(_weeks(view).items()):
-        cap = view.gateway.ledger.policy.cap(model, "user_week")
-        counts = [count for _, count in weeks]
+    for model, charged in sorted(_charged(view).items()):
+        counts = [charged.get(week, 0) for week in weeks]
+        cap = view.gateway.policy.cap(model, "user_week")
         svg = bar_chart(
             counts,
-            names=[week for week, _ in weeks],
-            cap=cap if cap is not None and max(counts) * 20 > cap else None,
+            names=weeks,
+            cap=cap if cap is not None and 20 * max(counts) > cap else None,
             title=f"Bytes of {model} charged to you by week",
             x_label="week",
             y_label="bytes",
         )
-        spent.append({"name": model, "svg": svg, "weeks": weeks, "cap": cap})
+        spent.append({"name": model, "svg": svg, "weeks": list(zip(weeks, counts, strict=True)), "cap": cap})
     return view.show("budget.html", here="Budget", left=left, spent=spent)
 
 
@@ -126,16 +131,14 @@ def _words(value: Any) -> str:
     return "not measured" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _weeks(view: View) -> dict[str, list[tuple[str, int]]]:
-    """By model, the user's weeks, oldest first, and the bytes charged in each."""
-    found: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    query = sa.select(ACCOUNTS.c.name, ACCOUNTS.c.spent).where(ACCOUNTS.c.name.startswith("user_week:"))
+def _charged(view: View) -> dict[str, dict[str, int]]:
+    """By model of the project and week, the bytes charged to the user in all projects."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    models = view.gateway.projects.models(view.project)
+    names = [ACCOUNTS.c.name.startswith(f"user_week:{model}:{view.user}/", autoescape=True) for model in models]
+    query = sa.select(ACCOUNTS.c.name, ACCOUNTS.c.spent).where(sa.or_(*names))
     with view.gateway.engine.execution_options(write=False).connect() as connection:
-        rows = connection.execute(query.order_by(ACCOUNTS.c.name)).all()
-    mine = set(view.gateway.projects.models(view.project))
-    for name, spent in rows:
-        _, model, subject = name.split(":", 2)
-        user, _, week = subject.rpartition("/")
-        if user == view.user and model in mine:
-            found[model].append((week, spent))
-    return {model: weeks[-12:] for model, weeks in found.items()}
+        for name, spent in connection.execute(query):
+            _, model, subject = name.split(":", 2)
+            found[model][subject.rpartition("/")[2]] = spent
+    return found

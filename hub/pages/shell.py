@@ -42,7 +42,8 @@ def render(template: str, code: int = 200, **values: Any) -> Fixed:
 @cache
 def static(name: str) -> Fixed:
     """A file of the installation: style, script, icon."""
-    return Fixed((FOLDER / "static" / name).read_bytes(), STATIC[name])
+    headers = (("cache-control", "max-age=3600"),)  # the meter counts every byte, these too
+    return Fixed((FOLDER / "static" / name).read_bytes(), STATIC[name], headers=headers)
 
 
 @cache

@@ -55,23 +55,35 @@ def write_run(lake, name, *, seed=0, prompts=PROMPTS, interventions=(), same_tex
 class Gatehouse:
     """Projects `one` (ada owns it, rex reviews, ben researches) and `two` (eve's) share the run `shared`."""
 
-    def __init__(self, folder: Path, *, parameters: int = 8_000_000_000, **settings: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        parameters: int = 8_000_000_000,
+        port: int | None = None,
+        jupyterhub: bool = False,
+        **settings: object,
+    ) -> None:
         self.folder = folder
         self.lake = open_lake(folder / "lake", create=True)
         self.rows, self.marks = write_run(self.lake, "shared")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
+        with socket.create_server(("127.0.0.1", port or 0)) as probe:
             self.port = probe.getsockname()[1]
         self.origin = f"http://127.0.0.1:{self.port}"
         lines = {
             "lake": "lake", "database": f"sqlite:///{folder / 'hub.db'}", "policy": "policy.toml",
             "tokens": "tokens.toml", "listen": f"127.0.0.1:{self.port}", "origin": self.origin, **settings,
         }  # fmt: skip
+        if jupyterhub:
+            del lines["tokens"]
         self.config = folder / "gateway.toml"
         text = "".join(
             f"{name} = {str(value) if not isinstance(value, str) else chr(34) + value + chr(34)}\n"
             for name, value in lines.items()
         )
-        self.config.write_text(text + '[models.m]\npath = "nowhere"\n')
+        self.config.write_text(
+            text + '[models.m]\npath = "nowhere"\n' + "[jupyterhub]\ncache_seconds = 0\n" * jupyterhub
+        )
         (folder / "policy.toml").write_text(
             f"[models.m]\nparameters = {parameters}\n[models.other]\nparameters = 1000000000\n"
         )
