@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -352,6 +353,7 @@ def test_a_module_of_ones_own_is_measured_in_the_vault(lake):
     assert trained["fvu"] < untrained["fvu"]
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # httpcore's, of a socket that is gone
 def test_results_arrive_although_the_gateway_is_killed_meanwhile(vault, lake):
     run = lake["deception"]
     future = mp.BatchTopKSae(d_sae=64, k=4, progress=False).submit_fit(run[HOOK], tokens=400_000)
@@ -416,3 +418,20 @@ def test_texts_are_read_with_the_gateways_dictionary_only(tmp_path):
         TextReader(None, model.sha256).check()
     with pytest.raises(InvalidInput, match="ask for rates"):
         TextReader(path, None).check()
+
+
+@pytest.mark.slow
+def test_the_example_runs_the_fifteen_lines_behind_the_meter(tmp_path):
+    lake = open_lake(tmp_path / "lake", create=True)
+    run = write_run(lake, "run-1")
+    script = Path(__file__).parents[2] / "examples" / "remote_probe.py"
+    command = [sys.executable, str(script), str(lake.folder), "--tokens", "2000", "--label", "deceptive"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ActivationsStayInVault" in done.stdout
+    said = dict(re.findall(r"^(activations|charged|left of the user|the meter).*? ([\d,]+) bytes", done.stdout, re.M))
+    counts = {name: int(text.replace(",", "")) for name, text in said.items()}
+    assert counts["activations"] == run.nbytes
+    assert 500 < counts["charged"] < 2500
+    assert counts["charged"] + counts["left of the user"] == 1_000_000
+    assert counts["charged"] < counts["the meter"] < 200_000  # framing is the meter's business
