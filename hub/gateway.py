@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 NOBODYS = "~"
 """Pays for answers to members of no project; no project can be called so."""
-THREADS = 16
+THREADS = 12
+"""Fewer than connections in the database's pool."""
 
 
 class Gateway:
