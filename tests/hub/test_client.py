@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -210,7 +211,9 @@ def test_lazy_expressions_and_conditions_run_in_the_vault(vault, lake):
     counted = (mp.lazy(some)[HOOK] @ v).mean().compute()
     mine = there.select(where="deceptive and topic == 't1'", position=[3, 4, 5, 6])
     assert counted["rows"] == len(mine)
-    assert counted["means"][0] == pytest.approx(float(np.mean(mine[HOOK].values @ v)), abs=0.3)
+    error = (counted["means_high"] - counted["means_low"])[0] / 3.92  # steps are up to five of them
+    assert counted["means"][0] == pytest.approx(float(np.mean(mine[HOOK].values @ v)), abs=5 * error)
+    assert error < 3
     summary = lake["deception"].statistics(HOOK)
     assert summary["sd"] == pytest.approx(float(there[HOOK].values.std()), rel=0.05)
 
@@ -417,3 +420,20 @@ def test_texts_are_read_with_the_gateways_dictionary_only(tmp_path):
         TextReader(None, model.sha256).check()
     with pytest.raises(InvalidInput, match="ask for rates"):
         TextReader(path, None).check()
+
+
+@pytest.mark.slow
+def test_the_example_runs_the_fifteen_lines_behind_the_meter(tmp_path):
+    lake = open_lake(tmp_path / "lake", create=True)
+    run = write_run(lake, "run-1")
+    script = Path(__file__).parents[2] / "examples" / "remote_probe.py"
+    command = [sys.executable, str(script), str(lake.folder), "--tokens", "2000", "--label", "deceptive"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ActivationsStayInVault" in done.stdout
+    said = dict(re.findall(r"^(activations|charged|left of the user|the meter).*? ([\d,]+) bytes", done.stdout, re.M))
+    counts = {name: int(text.replace(",", "")) for name, text in said.items()}
+    assert counts["activations"] == run.nbytes
+    assert 500 < counts["charged"] < 2500
+    assert counts["charged"] + counts["left of the user"] == 1_000_000
+    assert counts["charged"] < counts["the meter"] < 200_000  # framing is the meter's business

@@ -236,7 +236,9 @@ def test_the_same_question_is_cheap_in_the_project_and_dear_in_another(served):
     first, again, other = costs
     assert again == 16
     with served.lake_of("ada", "first") as lake:
-        assert first == other == lake.quote(parse_job({**job.model_dump(), "rows": {"run": lake["heldout"].view.handle}}))
+        assert (
+            first == other == lake.quote(parse_job({**job.model_dump(), "rows": {"run": lake["heldout"].view.handle}}))
+        )
 
 
 def test_a_status_is_the_same_all_through_its_slot(served):
