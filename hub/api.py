@@ -94,9 +94,8 @@ def list_runs(call: Call) -> Reply:
     """Handles of the project's runs."""
     project = call.params["project"]
     call.gateway.enter(call.who, project, "read")
-    for job in call.gateway.queue.jobs(project=project, state="finished"):
-        if job.kind == "capture":
-            registered(call.gateway, job)
+    for job in call.gateway.queue.jobs(project=project, state="finished", kind="capture"):
+        registered(call.gateway, job)
     return _handles(call, [held.handle for held in call.gateway.projects.held(project, "run")])
 
 

@@ -23,7 +23,7 @@ from millpond.hub.body import Body, ErrorCode, Failure, JobStatus, ReleasedResul
 from millpond.hub.database import open_database
 from millpond.hub.ledger import Ledger, Payer, Sent
 from millpond.hub.policy import read_policy
-from millpond.hub.projects import Projects, Right
+from millpond.hub.projects import RIGHTS, Projects, Right
 from millpond.hub.queue import Limits, ProjectJob, SqlQueue
 from millpond.hub.release import Door
 from millpond.hub.rules import Verdict
@@ -95,9 +95,10 @@ class Gateway:
             NotThere: there is no such project, or the user is no member of it.
             NotAllowed: the member's role does not have the right.
         """
-        if not self.projects.may(project, identity.user, "read"):
+        role = self.projects.role(project, identity.user)
+        if role is None:
             raise NotThere("no such project")
-        if not self.projects.may(project, identity.user, right):
+        if right not in RIGHTS[role]:
             raise NotAllowed(f"the role has no right to {right}")
         return Vault(self.lake, self.projects, self.policy, project)
 

@@ -76,7 +76,7 @@ def keep_probe(vault: Vault, probe: LinearProbe, job: ProbeJob) -> Made:
         "hook": job.hook,
         "strength": None if probe.strength is None else float(getattr(probe, f"{probe.strength}_")),
     }
-    return vault.keep("probe", tensors, config, linear.coef.shape)
+    return vault.keep("probe", tensors, config, linear.coef.shape, job.train.run)
 
 
 def load_probe(artifact: Artifact) -> LinearProbe:

@@ -170,8 +170,11 @@ class Vault:
 
         return load_artifact(self.lake, self.held("artifact", handle).target)
 
-    def keep(self, kind: str, tensors: Any, config: Mapping[str, Any], shape: tuple[int, ...]) -> Made:
-        """Keep an artifact that the job made. A job that is run again, after a kill, finds what it kept before."""
+    def keep(self, kind: str, tensors: Any, config: Mapping[str, Any], shape: tuple[int, ...], run: str) -> Made:
+        """Keep an artifact that the job made from the run of that handle.
+
+        A job that is run again, after a kill, finds what it kept before.
+        """
         from millpond.store.artifacts import load_artifact, save_artifact
 
         target = f"job-{self.job}"
@@ -181,7 +184,8 @@ class Vault:
         except InvalidInput:
             if load_artifact(self.lake, target).provenance.get("job") != self.job:
                 raise
-        return Made("artifact", f"{kind}-{self.job}", target, {"kind": kind, "shape": list(shape), "job": self.job})
+        detail = {"kind": kind, "shape": list(shape), "job": self.job}
+        return Made("artifact", f"{kind}-{self.job}", target, self.run_held(run).model, detail)
 
     def d_model(self, run: str) -> int:
         """See `kinds.base.Facts`, of which this is one."""

@@ -63,7 +63,7 @@ class SaeTrainJob(Job):
             saved = sae.save(folder)
             config = json.loads((Path(saved) / "cfg.json").read_text())
             data = (Path(saved) / "sae_weights.safetensors").read_bytes()
-        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae)),)
+        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae), self.rows.run),)
         if self.test is None:
             return Outcome((), made)
         test = rows_of(vault, self.test)

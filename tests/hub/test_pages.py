@@ -121,7 +121,7 @@ def browser(site):
 def log_in(browser, site, user):
     """By keyboard: the field has the focus."""
     browser.go(f"{site.origin}/p/deception")
-    assert browser.js("document.activeElement.id") == "token"
+    browser.wait_for("document.activeElement.id == 'token'")
     browser.write(site.logins[user])
     browser.press("Enter", loads=True)
 
