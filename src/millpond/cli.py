@@ -23,6 +23,7 @@ from millpond.hub.gateway_commands import (
     TokenNew,
 )
 from millpond.hub.queue_commands import QueueServe, QueueToken
+from millpond.hub.workspace.commands import Doctor, Up
 from millpond.store.commands import COMMANDS, one_line
 from millpond.store.commands import Verify as VerifyStored
 from millpond.store.errors import InvalidInput, MillpondError
@@ -444,6 +445,8 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     **COMMANDS,
     "verify": Verify,
     "demo": Demo,
+    "up": Up,
+    "doctor": Doctor,
     "gateway": Gateway,
     "executor": Executor,
     "sae": SaeCommand,
