@@ -153,7 +153,12 @@ def hub_part(settings: Workspace, file: Path, config: Path, token: str, more: Ma
     )  # fmt: skip
     command = sandbox.command(python("-m", "jupyterhub", "--config", str(config)))
     environment = python_environment(MILLPOND_GATEWAY_TOKEN=token, **(more or {}))
-    return Part("hub", command, answers(settings.proxy_socket, "/routes", holds='"/": '), environment, patience=90)
+    up, routed = answers(settings.hub_socket, "/hub/api/"), answers(settings.proxy_socket, "/routes", holds='"/": ')
+
+    async def ready() -> bool:  # the proxy knows the routes of an earlier hub
+        return await up() and await routed()
+
+    return Part("hub", command, ready, environment, patience=90)
 
 
 def meter_part(settings: Workspace, cap: int, rate: int) -> Part:

@@ -144,6 +144,8 @@ class Session:
             "JUPYTER_DATA_DIR": str(home / ".local/share/jupyter"),
             "JUPYTER_RUNTIME_DIR": "/tmp/jupyter",
             "JUPYTER_PREFER_ENV_PATH": "1",
+            "JUPYTERLAB_SETTINGS_DIR": str(home / ".jupyter/lab/user-settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(home / ".jupyter/lab/workspaces"),
             "MILLPOND_URL": f"http://127.0.0.1:{GATEWAY_PORT}/services/gateway",
             "MILLPOND_HOME_BYTES": str(limits.home),
             "MILLPOND_MEMORY_BYTES": str(limits.memory),
@@ -161,6 +163,7 @@ class Session:
             hostname="workspace",
             read={
                 lab / "jupyter_server_config.py": Path("/etc/jupyter/jupyter_server_config.py"),
+                lab / "migrated": Path("/etc/jupyter/migrated"),  # or Jupyter would move a home's old IPython files there
                 lab / "page_config.json": Path("/etc/jupyter/labconfig/page_config.json"),
                 self.folder / "hub.sock": _ZONE / "hub.sock",
                 self.folder / "gate.sock": _ZONE / "gate.sock",
