@@ -125,6 +125,19 @@ def run_demo(config: DemoConfig) -> Path:
     return path
 
 
+def capture_demo(config: DemoConfig) -> Run:
+    """The first two stages alone: the run of the demo, in the lake in `config.out`.
+
+    Raises:
+        InvalidInput: the example or its model is not found.
+        CaptureFailed: prompts or activations could not be made.
+    """
+    example = find_example(config.example)
+    config.out.mkdir(parents=True, exist_ok=True)
+    _write_prompts(config, example)
+    return _capture(config, example)[0]
+
+
 def find_example(given: Path | None) -> Path:
     """The folder of the example: `given`, or the one beside the checkout or in the working directory.
 

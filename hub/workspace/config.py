@@ -65,7 +65,9 @@ def configure(c: Config, settings: Workspace, *, authenticator: Any = None) -> N
     hub.hub_connect_url = f"http://127.0.0.1:{HUB_PORT}"
     hub.hub_socket_mode = 0o660
     hub.cookie_host_prefix_enabled = True
-    hub.tornado_settings = {"cookie_options": {"samesite": "Lax"}}
+    # secure: host-prefixed cookies need it, also those that JupyterHub sets without it over http (OAuth's state);
+    # browsers keep such cookies for localhost and the names below it
+    hub.tornado_settings = {"cookie_options": {"samesite": "Lax", "secure": True}}
     hub.cookie_secret_file = str(state / "cookie_secret")
     hub.db_url = settings.database or f"sqlite:///{state / 'jupyterhub.sqlite'}"
     hub.cleanup_servers = False  # a restart of the hub ends no notebook

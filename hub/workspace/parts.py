@@ -72,9 +72,10 @@ def python(*arguments: str) -> list[str]:
     return [sys.executable, "-sP", *arguments]
 
 
-def _environment(**more: str) -> dict[str, str]:
+def python_environment(**more: str) -> dict[str, str]:
+    """Of a part in a sandbox; all that it gets."""
     return {
-        "PATH": f"{sys.prefix}/bin:/usr/bin:/bin",
+        "PATH": f"{sys.prefix}/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "PYTHONPATH": python_path(),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
@@ -124,9 +125,7 @@ def listens(where: str | Path) -> Callable[[], Awaitable[bool]]:
 def helper_part(settings: Workspace, file: Path) -> Part:
     """Root: starts and stops workspaces, and nothing else."""
     command = [*python("-m", "millpond.hub.workspace.helper"), str(file)]
-    return Part(
-        "helper", command, listens(settings.helper_socket), {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
-    )
+    return Part("helper", command, listens(settings.helper_socket), python_environment(HOME="/root"))
 
 
 def proxy_part(settings: Workspace, file: Path) -> Part:
@@ -137,10 +136,10 @@ def proxy_part(settings: Workspace, file: Path) -> Part:
         read |= {settings.tls.certificate: settings.tls.certificate, settings.tls.key: settings.tls.key}
     sandbox = Sandbox(
         settings.proxy_uid, settings.front_gid, home=state, network=True, etc=run / "etc" / "proxy",
-        read=read, write={state: state, run / "proxy": run / "proxy"}, environment=_environment(),
+        read=read, write={state: state, run / "proxy": run / "proxy"},
     )  # fmt: skip
     command = sandbox.command(python("-m", "millpond.hub.workspace.proxy_server", str(file)))
-    return Part("proxy", command, answers(settings.proxy_socket, "/routes"))
+    return Part("proxy", command, answers(settings.proxy_socket, "/routes"), python_environment())
 
 
 def hub_part(settings: Workspace, file: Path, config: Path, token: str, more: Mapping[str, str] | None = None) -> Part:
@@ -151,10 +150,15 @@ def hub_part(settings: Workspace, file: Path, config: Path, token: str, more: Ma
         settings.hub_uid, settings.front_gid, home=state, network=outside, etc=run / "etc" / "hub",
         read={file: file, config: config, run / "proxy": run / "proxy", run / "helper": run / "helper", run / "zones": run / "zones"},
         write={state: state, run / "hub": run / "hub"},
-        environment=_environment(MILLPOND_GATEWAY_TOKEN=token, **(more or {})),
     )  # fmt: skip
     command = sandbox.command(python("-m", "jupyterhub", "--config", str(config)))
-    return Part("hub", command, answers(settings.proxy_socket, "/routes", holds='"/": '), patience=90)
+    environment = python_environment(MILLPOND_GATEWAY_TOKEN=token, **(more or {}))
+    up, routed = answers(settings.hub_socket, "/hub/api/"), answers(settings.proxy_socket, "/routes", holds='"/": ')
+
+    async def ready() -> bool:  # the proxy knows the routes of an earlier hub
+        return await up() and await routed()
+
+    return Part("hub", command, ready, environment, patience=90)
 
 
 def meter_part(settings: Workspace, cap: int, rate: int) -> Part:
@@ -162,21 +166,12 @@ def meter_part(settings: Workspace, cap: int, rate: int) -> Part:
     state, gate = settings.state / "meter", settings.gateway_socket.parent
     sandbox = Sandbox(
         settings.meter_uid, home=state, network=True, etc=settings.run / "etc" / "meter",
-        read={gate: gate}, write={state: state}, environment=_environment(),
+        read={gate: gate}, write={state: state},
     )  # fmt: skip
     command = [sys.executable, "-I", meter_program.__file__, "--listen", settings.gateway]
     command += ["--to", f"unix:{settings.gateway_socket}", "--ledger", str(state / "ledger")]
     command += ["--cap", str(cap), "--rate", str(rate)]
-    return Part("meter", sandbox.command(command), listens(settings.gateway))
-
-
-def vault_sandbox(settings: Workspace, name: str, uid: int, write: Mapping[Path, Path], **environment: str) -> Sandbox:
-    """For a program of the vault: no network but a loopback interface of its own, and the socket of the hub."""
-    hub = settings.hub_socket.parent
-    return Sandbox(
-        uid, settings.front_gid, home=Path("/"), etc=settings.run / "etc" / name, read={hub: hub}, write=write,
-        environment=_environment(**environment), scratch=4 << 30,
-    )  # fmt: skip
+    return Part("meter", sandbox.command(command), listens(settings.gateway), python_environment())
 
 
 def with_hub(settings: Workspace, port: int, command: list[str]) -> list[str]:

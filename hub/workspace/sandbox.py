@@ -51,8 +51,6 @@ class Sandbox:
     """Likewise, writable."""
     network: bool = False
     """Whether it shares the machine's network; otherwise it has a loopback interface of its own and nothing else."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """All of it."""
     scratch: int = 256 << 20
     """Bytes that /tmp and /dev/shm hold each."""
     hostname: str = "millpond"
@@ -64,11 +62,11 @@ class Sandbox:
     """Descriptor to read the filter of system calls from."""
 
     def command(self, program: Sequence[str]) -> list[str]:
-        """The whole command line, to be run by root."""
+        """The whole command line, to be run by root with the program's environment: other users can read a command line."""
         arguments = ["bwrap", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
         if not self.network:
             arguments.append("--unshare-net")
-        arguments += ["--hostname", self.hostname, "--die-with-parent", "--new-session", "--clearenv"]
+        arguments += ["--hostname", self.hostname, "--die-with-parent", "--new-session"]
         arguments += ["--cap-drop", "ALL"]
         for needed in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):  # until setpriv has dropped them
             arguments += ["--cap-add", needed]
@@ -115,14 +113,12 @@ class Sandbox:
                     made.add(parent)
             arguments += [kind, str(host), str(inside)]
         arguments += ["--remount-ro", "/", "--chdir", "/"]
-        for name, value in self.environment.items():
-            arguments += ["--setenv", name, value]
         if self.seccomp is not None:
             arguments += ["--seccomp", str(self.seccomp)]
         gid = self.uid if self.gid is None else self.gid
-        drop = ["setpriv", "--reuid", str(self.uid), "--regid", str(gid), "--clear-groups", "--no-new-privs"]
+        drop = ["/usr/bin/setpriv", "--reuid", str(self.uid), "--regid", str(gid), "--clear-groups", "--no-new-privs"]
         drop += ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--"]
-        return [*arguments, *drop, "env", f"--chdir={self.home}", *program]
+        return [*arguments, *drop, "/usr/bin/env", f"--chdir={self.home}", *program]
 
     def _write_etc(self) -> dict[str, Path]:
         """Accounts and names, without the host's."""

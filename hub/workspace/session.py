@@ -117,7 +117,7 @@ class Session:
         )
         pairs = [f"fd:{hub.fileno()}=unix:{settings.hub_socket}", f"fd:{gate.fileno()}=tcp:{settings.gateway}"]
         command = sandbox.command(_relay(settings.limits.connections, *pairs))
-        self._processes.append(await self._run(command, [hub.fileno(), gate.fileno()]))
+        self._processes.append(await self._run(command, [hub.fileno(), gate.fileno()], {"PATH": "/usr/bin:/bin"}))
 
     async def _start_server(self, server: socket.socket, given: Mapping[str, str]) -> int:
         """Start bubblewrap, the inner relay and the server; the descriptor that its report comes from."""
@@ -144,7 +144,9 @@ class Session:
             "JUPYTER_DATA_DIR": str(home / ".local/share/jupyter"),
             "JUPYTER_RUNTIME_DIR": "/tmp/jupyter",
             "JUPYTER_PREFER_ENV_PATH": "1",
-            "MILLPOND_GATEWAY": f"http://127.0.0.1:{GATEWAY_PORT}",
+            "JUPYTERLAB_SETTINGS_DIR": str(home / ".jupyter/lab/user-settings"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(home / ".jupyter/lab/workspaces"),
+            "MILLPOND_URL": f"http://127.0.0.1:{GATEWAY_PORT}/services/gateway",
             "MILLPOND_HOME_BYTES": str(limits.home),
             "MILLPOND_MEMORY_BYTES": str(limits.memory),
             "MILLPOND_PASS_FDS": str(write),
@@ -161,12 +163,12 @@ class Session:
             hostname="workspace",
             read={
                 lab / "jupyter_server_config.py": Path("/etc/jupyter/jupyter_server_config.py"),
+                lab / "migrated": Path("/etc/jupyter/migrated"),  # or Jupyter would move a home's old IPython files there
                 lab / "page_config.json": Path("/etc/jupyter/labconfig/page_config.json"),
                 self.folder / "hub.sock": _ZONE / "hub.sock",
                 self.folder / "gate.sock": _ZONE / "gate.sock",
             },
             write={self._home: home},
-            environment=environment,
             scratch=limits.scratch,
             masks=masks,
             etc=settings.run / "masks" / self.user / "etc",
@@ -180,7 +182,7 @@ class Session:
         notebook = [sys.executable, "-sP", "-m", "jupyterhub.singleuser"]
         command = sandbox.command([*_relay(512, *pairs), "--", *notebook])
         passed = [server.fileno(), write, filter_fd]
-        process = await self._run(command, passed, before=self._confine, output=asyncio.subprocess.PIPE)
+        process = await self._run(command, passed, environment, before=self._confine, output=asyncio.subprocess.PIPE)
         os.close(filter_fd)
         report.close()
         self._processes.append(process)
@@ -199,6 +201,7 @@ class Session:
         self,
         command: list[str],
         pass_fds: list[int],
+        environment: Mapping[str, str],
         *,
         before: Callable[[], None] | None = None,
         output: int = asyncio.subprocess.DEVNULL,
@@ -210,7 +213,7 @@ class Session:
             stderr=asyncio.subprocess.STDOUT if output == asyncio.subprocess.PIPE else output,
             pass_fds=pass_fds,
             preexec_fn=before,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            env=environment,
             start_new_session=True,
         )
 

@@ -28,8 +28,11 @@ class Part:
     ready: Callable[[], Awaitable[bool]]
     """Asked again and again after a start."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """All of it."""
     patience: float = 60.0
     """Seconds until it must be ready."""
+    awaited: bool = True
+    """Whether the parts after it wait until it is ready."""
 
 
 @dataclass
@@ -55,8 +58,9 @@ class Supervisor:
             for running in self._running:
                 began = time.monotonic()
                 await self._launch(running)
-                await self._until_ready(running)
-                self.told(f"{running.part.name} is ready after {time.monotonic() - began:.1f} s")
+                if running.part.awaited:
+                    await self._until_ready(running)
+                    self.told(f"{running.part.name} is ready after {time.monotonic() - began:.1f} s")
                 running.task = asyncio.create_task(self._keep(running))
         except BaseException:
             await self.stop()
@@ -72,7 +76,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", **running.part.environment},
+                env=running.part.environment,
                 start_new_session=True,
             )
         running.starts += 1

@@ -23,6 +23,7 @@ from millpond.hub.gateway_commands import (
     TokenNew,
 )
 from millpond.hub.queue_commands import QueueServe, QueueToken
+from millpond.hub.workspace.commands import Doctor, Up
 from millpond.store.commands import COMMANDS, one_line
 from millpond.store.commands import Metrics as MetricsOfLake
 from millpond.store.commands import Verify as VerifyStored
@@ -480,6 +481,8 @@ _COMMANDS: dict[str, Callable[..., _Command]] = {
     "verify": Verify,
     "metrics": Metrics,
     "demo": Demo,
+    "up": Up,
+    "doctor": Doctor,
     "gateway": Gateway,
     "executor": Executor,
     "sae": SaeCommand,

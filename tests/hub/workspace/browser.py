@@ -57,7 +57,7 @@ class Browser:
         token = re.search(r'name="_xsrf" value="([^"]+)"', form).group(1)
         fields = {"username": self.user, "password": self.password, "_xsrf": token}
         async with self.http.post(url, data=fields, headers={"Origin": self.origin}) as page:
-            assert page.status == 200, (page.status, await page.text())
+            assert page.status == 200, (page.status, (await page.text())[:300])
             assert "/hub/login" not in page.url.path, "the password was refused"
 
     async def spawn(self) -> tuple[bool, str]:
@@ -98,7 +98,7 @@ class Browser:
     async def open(self) -> None:
         """Open Lab, which takes the browser through the hub's OAuth."""
         async with self.http.get(f"{self.mine}/lab") as page:
-            assert page.status == 200, (page.status, page.url, await page.text())
+            assert page.status == 200, (page.status, page.url, (await page.text())[:300])
 
     def _headers(self) -> dict[str, str]:
         origin = URL(self.mine).origin()

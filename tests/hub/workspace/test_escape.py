@@ -115,7 +115,7 @@ ATTEMPTS = {
     "take another process's descriptor": "call(438, os.pidfd_open(os.getppid()), 0, 0)",
     "protect myself from the memory killer": "write('/proc/self/oom_score_adj', b'-500')",
     # environment
-    "find secrets in the environment": "print('WON' if any(w in (k + v).upper() for k, v in os.environ.items() for w in ('AWS_', 'POSTGRES', 'SECRET', 'PASSWORD', 'MILLPOND_GATEWAY_TOKEN')) else 'none')",
+    "find secrets in the environment": "print('WON' if any(w in (k + v).upper() for k, v in os.environ.items() for w in ('AWS_', 'POSTGRES', 'SECRET', 'PASSWORD', 'GATEWAY_TOKEN')) else 'none')",
     "inherit descriptors": "print('WON' if [f for f in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{f}') and os.readlink(f'/proc/self/fd/{f}').startswith('/') and not os.readlink(f'/proc/self/fd/{f}').startswith(('/dev/', '/proc/', '/home/ada', '/tmp', os.path.dirname(sys.prefix)))] else 'none')",
     # network
     "connect to a service on this machine": "connect('127.0.0.1', PORT)",
@@ -203,7 +203,7 @@ def test_the_two_ways_out_that_are_meant_to_be_open(front, cell):
     before = ledger.read_text()
     said = cell(
         "import os, urllib.request\n"
-        "for i in range(3): print(urllib.request.urlopen(os.environ['MILLPOND_GATEWAY'] + f'/{i}' + 'x' * 5000).read())\n"
+        "for i in range(3): print(urllib.request.urlopen(os.environ['MILLPOND_URL'] + f'/{i}' + 'x' * 5000).read())\n"
         "r = urllib.request.Request(os.environ['JUPYTERHUB_API_URL'] + '/user', headers={'Authorization': 'token ' + os.environ['JUPYTERHUB_API_TOKEN']})\n"
         "print(urllib.request.urlopen(r).status)"
     )
@@ -282,7 +282,7 @@ def test_connection_flood_leaves_the_gateway_to_others(front, cell, bob):
     """One user may hold so many connections and no more, so the meter's are not all taken."""
     said = cell(
         "import os, socket, urllib.parse\n"
-        "where = urllib.parse.urlsplit(os.environ['MILLPOND_GATEWAY'])\n"
+        "where = urllib.parse.urlsplit(os.environ['MILLPOND_URL'])\n"
         "flood = []\n"
         "for i in range(400):\n"
         "    s = socket.create_connection((where.hostname, where.port), 3); s.settimeout(0.5); s.sendall(b'GET / HTTP/1.1\\r\\n'); flood.append(s)\n"
@@ -298,9 +298,7 @@ def test_connection_flood_leaves_the_gateway_to_others(front, cell, bob):
     assert int(said) <= front.settings.limits.connections
     kernel = front.do(bob.kernel())
     said = front.do(
-        bob.run(
-            kernel, "import os, urllib.request; print(urllib.request.urlopen(os.environ['MILLPOND_GATEWAY']).read())"
-        )
+        bob.run(kernel, "import os, urllib.request; print(urllib.request.urlopen(os.environ['MILLPOND_URL']).read())")
     )
     assert "the gate" in said
 
