@@ -173,7 +173,7 @@ class Storage(ABC):
         On a disk it is a hard link, so neither may be changed in place afterwards. Durable.
         """
 
-    def sweep(self, prefix: str, before: float) -> None:  # noqa: B027 - only a disk has such leftovers
+    def sweep(self, prefix: str, before: float) -> None:  # noqa: B027 - memory has no such leftovers
         """Remove what killed writes left in the folder `prefix` before that time; nothing of it was ever listed."""
 
     def now(self) -> float:

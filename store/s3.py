@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from millpond.store.errors import InvalidInput, StorageFailed
 from millpond.store.objects import PARALLEL_REQUESTS, Buffer, Entry, Storage, StreamWriter, is_hidden
+from millpond.store.s3_uploads import abort_uploads
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -46,7 +47,7 @@ class S3Storage(Storage):
     requests are tried again: server errors, lost connections, throttling.
 
     Large objects are written as multipart uploads, which appear when they are completed. One that is never
-    completed leaves parts that no listing shows: give the bucket a lifecycle rule that aborts them.
+    completed leaves parts that no listing shows, until `sweep` aborts it.
     """
 
     def __init__(self, store: S3Store, bucket: str, root: str, options: Mapping[str, Any]) -> None:
@@ -81,6 +82,16 @@ class S3Storage(Storage):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Storage.open, (f"{self._bucket}/{self._root}", self.options)
+
+    def sweep(self, prefix: str, before: float) -> None:
+        """Abort the uploads that killed writers left anywhere below the storage, if `prefix` is its root.
+
+        Raises:
+            StorageFailed: the store refuses.
+        """
+        if not prefix and not self.options.get("anon"):
+            profile = self.options.get("profile") or os.environ.get("AWS_PROFILE")
+            abort_uploads(self._bucket, f"{self._root}/".lstrip("/"), before, self._store.config, profile)
 
     def get(self, path: str) -> bytes:  # noqa: D102
         with self._named_errors(path):

@@ -1,5 +1,6 @@
 """Every kind of storage keeps the same promises."""
 
+import math
 import os
 import pickle
 import uuid
@@ -163,3 +164,41 @@ def test_s3_settings_come_as_s3fs_users_write_them(ceph, tmp_path, monkeypatch):
     assert open_storage(url, profile="lake").get("x") == b"1"
     monkeypatch.setenv("AWS_PROFILE", "lake")
     assert open_storage(url).get("x") == b"1"
+
+
+@pytest.mark.parametrize("kind", ["ceph", "seaweedfs"])
+def test_uploads_that_nobody_will_finish_are_aborted(request, kind):
+    from botocore.session import Session
+
+    server = request.getfixturevalue(kind)
+    storage = server.storage(f"{uuid.uuid4().hex}/run")
+    other = server.storage(f"{uuid.uuid4().hex}/run")
+    options = server.options()
+    client = Session().create_client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=options["endpoint_url"],
+        aws_access_key_id=options["key"],
+        aws_secret_access_key=options["secret"],
+    )
+
+    def begin(run, name):
+        key = f"{run.url.removeprefix('s3://lakes/')}/{name}"
+        place = {"Bucket": "lakes", "Key": key}
+        place["UploadId"] = client.create_multipart_upload(**place)["UploadId"]
+        return place, client.upload_part(**place, PartNumber=1, Body=b"x" * (5 << 20))["ETag"]
+
+    def left(run):
+        prefix = run.url.removeprefix("s3://lakes/") + "/"
+        found = client.list_multipart_uploads(Bucket="lakes", Prefix=prefix).get("Uploads", [])
+        return [upload["Key"].removeprefix(prefix) for upload in found]
+
+    begin(storage, "segments/a/hook/c/0/0")
+    kept, tag = begin(other, "segments/a/hook/c/0/0")
+    storage.sweep("", storage.now() - 60)
+    storage.sweep("segments", math.inf)
+    assert left(storage) == left(other) == ["segments/a/hook/c/0/0"]
+    storage.sweep("", math.inf)
+    assert (left(storage), left(other)) == ([], ["segments/a/hook/c/0/0"])
+    client.complete_multipart_upload(**kept, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": tag}]})
+    assert other.head("segments/a/hook/c/0/0").size == 5 << 20
