@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from millpond.store.cluster import Kubernetes
@@ -166,20 +166,16 @@ def deployed(settings: Kubernetes) -> Iterator[str]:
             "kind kubernetes needs dask-kubernetes; run: pip install 'millpond[kubernetes]'"
         ) from error
     name = f"millpond-{uuid.uuid4().hex[:8]}"
-    made: list[Any] = []
-    try:
+    with ExitStack() as stack:
         try:
             api = kr8s.api(namespace=settings.namespace)
             for manifest in manifests(settings, name):
                 one = object_from_spec(manifest, api=api, allow_unknown_type=True)
                 one.create()
-                made.append(one)
+                stack.callback(one.delete)
         except Exception as error:  # kr8s, httpx and OSError, by what is wrong
             raise ClusterUnavailable(
                 f"the kubernetes cluster did not start ({type(error).__name__}: {error}); check kubectl's context, your "
                 f"rights in {settings.namespace}, and that the Dask operator is installed"
             ) from error
         yield f"tls://{name}-scheduler.{settings.namespace}.svc:{_SCHEDULER_PORT}"
-    finally:
-        for one in reversed(made):
-            one.delete()

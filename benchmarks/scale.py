@@ -2,9 +2,9 @@
 
 No activations are made: a run is its documents and its prompt table, as sealing writes them (8 hooks of 8,192 bfloat16
 values, 131 kB a row; 1,000 rows a prompt). Beside it, 10,000 runs, a queue before 100 capture workers, an open run that
-100 of them fill, and a ledger of 1,000 users. Each size is measured in a process of its own; CPU seconds, and the largest
-resident memory above that of the process before. An exponent is the slope between the last two sizes in the logarithms.
-`--quick` leaves the largest sizes out and takes about two minutes.
+100 of them fill, and a ledger of 1,000 users. Each size is measured in a process of its own: CPU seconds of a step, and
+the largest resident memory up to its end, above that of the idle process. An exponent is the slope between the last
+two sizes in the logarithms. `--quick` leaves the largest sizes out and takes about two minutes.
 """
 
 from __future__ import annotations
@@ -120,11 +120,11 @@ def measure_sealed(folder: Path, terabytes: int, steps: Steps) -> None:
     assert run.n_rows == terabytes * 10**12 // ROW_BYTES
     train, _ = steps("split", lambda: run.split(test=0.2, seed=0))
     steps("select", lambda: run.select(where="n_tokens > 10").n_rows)
-    stream = steps("order", lambda: train.stream(HOOKS[0], 4096, rank=3, world=8))
-    steps("order", lambda: (train.stream(HOOKS[0], 4096, rank=3, world=8), stream._order(1)))
+    stream = steps("stream", lambda: train.stream(HOOKS[0], 4096, rank=3, world=8))
+    steps("order of an epoch", lambda: len(stream._order(1)))
     steps("resume", lambda: stream.restore(stream.state() | {"step": 1_000}))
     if terabytes <= PLAN_TB:
-        one = steps("plan", lambda: Pass(AlignedRows(run[HOOKS[0]]), np.sum))
+        one = steps("plan of a pass", lambda: Pass(AlignedRows(run[HOOKS[0]]), np.sum))
         assert sum(stop - start for start, stop in one.ranges()) == len(one.rows.blocks)
 
 
@@ -177,7 +177,7 @@ def measure_open(folder: Path, count: int, steps: Steps) -> None:
 
 
 def prepare_lake(folder: Path, runs: int) -> None:
-    """Runs of 100 GB each: 10,000 are 1 PB."""
+    """Runs of which the first has 100 GB and the others a prompt; listing reads no more of them than their names."""
     open_lake(folder / "lake", create=True)
     for number in range(runs):
         write_sealed(folder, f"run-{number:05}", 10**11 // ROW_BYTES if number == 0 else 1000)
@@ -339,7 +339,8 @@ def main() -> None:
     option = " --quick" if arguments.quick else ""
     lines = [
         f"`python benchmarks/scale.py{option}`, {date.today()}, {len(os.sched_getaffinity(0))} cores shared with other work: CPU "
-        "milliseconds and peak memory above an idle process. Manifests are made up, activations there are none.",
+        "milliseconds of a step, and peak memory of the process up to its end, above an idle one's. Manifests are made up; "
+        "there are no activations. Exponents are those between the last two sizes.",
         "",
     ]
     figures: dict[str, float] = {}

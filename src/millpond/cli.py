@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
@@ -332,12 +333,12 @@ class _LedgerAt:
     policy: Path
     """The policy file."""
 
-    def open(self) -> Ledger:
-        """The ledger."""
+    def open(self) -> AbstractContextManager[Ledger]:
+        """The ledger, closed at the end."""
         from millpond.hub.ledger import Ledger
         from millpond.hub.policy import read_policy
 
-        return Ledger(self.database, read_policy(self.policy))
+        return closing(Ledger(self.database, read_policy(self.policy)))
 
 
 @dataclass(frozen=True)
@@ -355,8 +356,10 @@ class LedgerVerify:
         from millpond.hub.database import open_database
 
         engine = open_database(self.database, create=False)
-        found = verify_chain(engine, read_anchors(self.anchors) if self.anchors else {})
-        engine.dispose()
+        try:
+            found = verify_chain(engine, read_anchors(self.anchors) if self.anchors else {})
+        finally:
+            engine.dispose()
         if self.anchors:
             with self.anchors.open("a") as handle:
                 handle.write(f"{found.entries} {found.head}\n")
@@ -373,8 +376,9 @@ class LedgerAlerts(_LedgerAt):
 
     def run(self) -> int:
         """Print one line an alert."""
-        for alert in self.open().alerts():
-            print(f"{alert['seq']:>9} {alert['percent']:>3} % of {alert['cap']:,} bytes: {alert['account']}")
+        with self.open() as ledger:
+            for alert in ledger.alerts():
+                print(f"{alert['seq']:>9} {alert['percent']:>3} % of {alert['cap']:,} bytes: {alert['account']}")
         return 0
 
 
@@ -418,8 +422,9 @@ class BudgetShow(_LedgerAt):
 
     def run(self) -> int:
         """Print one line a cap."""
-        for change in self.open().waiting():
-            print(f"{change.seq:>9} {change.account} to {change.bytes:,} bytes, asked by {change.by}")
+        with self.open() as ledger:
+            for change in ledger.waiting():
+                print(f"{change.seq:>9} {change.account} to {change.bytes:,} bytes, asked by {change.by}")
         return 0
 
 
@@ -434,7 +439,8 @@ class BudgetRaise(_LedgerAt):
 
     def run(self) -> int:
         """Print what happens next."""
-        change = self.open().propose_cap(self.account, self.bytes, by=_system_user())
+        with self.open() as ledger:
+            change = ledger.propose_cap(self.account, self.bytes, by=_system_user())
         print("in force" if change is None else f"somebody else: millpond budget approve {change.seq}")
         return 0
 
@@ -448,7 +454,8 @@ class BudgetApprove(_LedgerAt):
 
     def run(self) -> int:
         """Put the cap into force."""
-        self.open().approve_cap(self.seq, by=_system_user())
+        with self.open() as ledger:
+            ledger.approve_cap(self.seq, by=_system_user())
         print("in force")
         return 0
 

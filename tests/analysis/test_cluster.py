@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -83,6 +84,19 @@ def test_settings_are_read_kept_in_the_lake_and_refused_by_field(tmp_path, capsy
     with pytest.raises(ValueError, match="no path in the lake"):
         LakeConfiguration(hosts={"/runs/a": "x"})
     capsys.readouterr()
+
+
+def test_the_settings_in_the_docs_can_be_used(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
+    kinds, hosts = [], {}
+    for number, block in enumerate(re.findall(r"```toml\n(.*?)```", text, re.S)):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(block)
+        found = read_cluster_file(file)
+        kinds += [found["cluster"].kind] if "cluster" in found else []
+        hosts |= found.get("hosts", {})
+    assert kinds == ["local", "address", "slurm", "kubernetes", "gateway"]
+    LakeConfiguration(hosts=hosts)
 
 
 REFUSED = {

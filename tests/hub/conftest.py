@@ -26,47 +26,83 @@ def postgres_programs() -> Path:
     return Path(on_path).resolve().parent
 
 
+class PostgresServer:
+    """A server on a socket in a temporary folder, without a network address."""
+
+    def __init__(self) -> None:
+        self.programs = postgres_programs()
+        self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+        self.options: dict[str, object] = {"check": True, "capture_output": True, "cwd": "/"}
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            shutil.chown(self.folder, "postgres")
+            self.options["user"] = pwd.getpwnam("postgres").pw_uid
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]  # only names the socket
+        self._run("initdb", "-U", "millpond", "--auth=trust", "-E", "UTF8")
+
+    @property
+    def url(self) -> str:
+        """With {} for the database's name."""
+        return f"postgresql+psycopg://millpond@/{{}}?host={self.folder}&port={self.port}"
+
+    def start(self) -> None:
+        """Start it, also after a crash."""
+        settings = f"-c listen_addresses='' -c unix_socket_directories='{self.folder}' -p {self.port}"
+        self._run("pg_ctl", "-w", "-l", self.folder / "log", "-o", settings, "start")
+
+    def crash(self) -> None:
+        """End it at once, as a loss of power would: the next start recovers from the log."""
+        self._run("pg_ctl", "-m", "immediate", "stop")
+
+    def create(self) -> str:
+        """The URL of a new, empty database."""
+        name = f"t{os.urandom(6).hex()}"
+        self._admin(f"CREATE DATABASE {name}")
+        return self.url.format(name)
+
+    def remove(self) -> None:
+        """Stop it and delete its folder."""
+        subprocess.run(
+            [self.programs / "pg_ctl", "-D", self.folder / "data", "-m", "immediate", "stop"],
+            **self.options | {"check": False},
+        )
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _run(self, program: str, *arguments: object) -> None:
+        subprocess.run([self.programs / program, "-D", self.folder / "data", *map(str, arguments)], **self.options)
+
+    def _admin(self, statement: str) -> None:
+        import psycopg
+
+        with psycopg.connect(self.url.format("postgres").replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute(statement)
+
+
 @pytest.fixture(scope="session")
 def postgres():
-    """The URL of a PostgreSQL server on a socket in a temporary folder, without a network address."""
-    programs = postgres_programs()
-    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
-    options: dict[str, object] = {"check": True, "capture_output": True, "cwd": "/"}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        shutil.chown(folder, "postgres")
-        options["user"] = pwd.getpwnam("postgres").pw_uid
-    data = folder / "data"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]  # only names the socket
+    """A PostgreSQL server of the tests' own."""
+    server = PostgresServer()
     try:
-        subprocess.run([programs / "initdb", "-D", data, "-U", "millpond", "--auth=trust", "-E", "UTF8"], **options)
-        settings = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -p {port}"
-        subprocess.run(
-            [programs / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", settings, "start"], **options
-        )
-        yield f"postgresql+psycopg://millpond@/{{}}?host={folder}&port={port}"
+        server.start()
+        yield server
     finally:
-        subprocess.run([programs / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **options | {"check": False})
-        shutil.rmtree(folder, ignore_errors=True)
+        server.remove()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database(request, tmp_path):
-    """The URL of an empty database."""
+def new_database(request, tmp_path_factory):
+    """Makes empty databases; called, it gives the URL of one."""
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'ledger.db'}"
+        yield lambda: f"sqlite:///{tmp_path_factory.mktemp('database') / 'ledger.db'}"
         return
-    import psycopg
+    yield request.getfixturevalue("postgres").create  # dropped with the server: one by one takes seconds each
 
-    template = request.getfixturevalue("postgres")
-    admin = template.format("postgres").replace("+psycopg", "")
-    name = f"t{os.urandom(6).hex()}"
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    yield template.format(name)
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+@pytest.fixture
+def database(new_database):
+    """The URL of an empty database."""
+    return new_database()
 
 
 @pytest.fixture

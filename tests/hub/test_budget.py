@@ -82,8 +82,8 @@ def test_plans_that_cannot_be_used_are_refused(tmp_path, text, what):
         read_plan(tmp_path / "plan.toml")
 
 
-def test_the_command_line_verifies_a_ledger_and_notes_its_head(tmp_path, capsys):
-    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+def test_the_command_line_verifies_a_ledger_and_notes_its_head(database, tmp_path, capsys):
+    url = database
     ledger = Ledger(url, read_policy(DOCS / "policy.toml"))
     ledger.charge(Payer("ada", "p", ("example-8b",)), 600_000, what="x")
     ledger.close()

@@ -164,9 +164,9 @@ def test_databases_that_cannot_hold_a_ledger_are_refused(url, policy):
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(0, 400), min_size=1, max_size=25))
-def test_what_is_sent_never_exceeds_the_cap(counts, tmp_path_factory, policy):
+def test_what_is_sent_never_exceeds_the_cap(counts, new_database, policy):
     """Against a plain sum in Python."""
-    ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('p') / 'l.db'}", policy)
+    ledger = Ledger(new_database(), policy)
     total, closed = 0, False
     for count in counts:
         try:
