@@ -20,7 +20,6 @@ ENGINE = {
     "kv_cache_memory_bytes": 1 << 26,
     "enforce_eager": True,
     "enable_prefix_caching": False,
-    "async_scheduling": False,
     "disable_log_stats": False,
 }
 
@@ -50,6 +49,8 @@ class EngineRun:
     environment: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     """Further ones of Millpond's."""
+    asynchronous: bool = False
+    """Schedule a step before the tokens of the one before it are known."""
 
 
 @dataclass
@@ -100,6 +101,10 @@ def _run(spec: dict[str, Any]) -> Outcome:
     os.environ.update(spec["environment"])
     from vllm import LLM
 
+    if spec["asynchronous"]:
+        from tests.capture import asynchronous
+
+        asynchronous.allow()
     settings = {
         "model": spec["model"],
         "dtype": spec["dtype"],
@@ -108,7 +113,9 @@ def _run(spec: dict[str, Any]) -> Outcome:
             "millpond": {"lake": spec["lake"], "run": spec["run"], "hooks": spec["hooks"], **spec["settings"]}
         },
     }
-    llm = LLM(**(ENGINE | settings | spec["engine"]))
+    engine = ENGINE | {"async_scheduling": spec["asynchronous"]} | settings | spec["engine"]
+    llm = LLM(**engine)
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == spec["asynchronous"]
     rounds = [_round(llm, [Ask(**ask) for ask in asks], number) for number, asks in enumerate(spec["rounds"])]
     _, _, error = llm.collective_rpc("millpond_commit")[0]
     assert error is None, error
