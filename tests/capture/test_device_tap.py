@@ -155,7 +155,7 @@ def test_nothing_is_looked_at_on_the_host() -> None:
         taps = DeviceTaps(1, 40, 32, D, torch.bfloat16, 2, 6, CPU)
         hidden = torch.empty(5, D, dtype=torch.bfloat16)
         operations(hidden, hidden.clone(), taps.places[:5, 0], taps.target[:5], taps.ring[0], taps.bank)
-        with pytest.raises(Exception, match=r"data-dependent|DataDependent"):
+        with pytest.raises(Exception, match="_local_scalar_dense"):
             bool(taps.target.any())
 
 
@@ -242,10 +242,7 @@ def engine(**changes: Any) -> SimpleNamespace:
         "scheduler_config": {"async_scheduling": False},
         "model_config": {"enable_prompt_embeds": False, "is_encoder_decoder": False},
     }
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=changes.pop("enable_sp", False))),
-        speculative_config=changes.pop("speculative_config", None),
-    )
+    config = SimpleNamespace(speculative_config=changes.pop("speculative_config", None))
     for name, values in parts.items():
         values |= {key: changes.pop(key) for key in list(changes) if key in values or name == "parallel_config"}
         setattr(config, name, SimpleNamespace(**values))
@@ -260,7 +257,6 @@ def engine(**changes: Any) -> SimpleNamespace:
         ("enable_dbo", True),
         ("ubatch_size", 2),
         ("enable_expert_parallel", True),
-        ("enable_sp", True),
     ],
 )
 def test_settings_that_would_lose_rows_are_refused_by_name(name: str, value: object) -> None:
