@@ -100,15 +100,18 @@ def run_engines(runs: list[EngineRun], folder: Path, *, own_processes: bool = Fa
 def _run(spec: dict[str, Any]) -> Outcome:
     os.environ.update(spec["environment"])
     from vllm import LLM
+    from vllm.platforms import current_platform
 
-    if spec["asynchronous"]:
+    from millpond.capture.versions import worker_argument
+
+    if spec["asynchronous"] and current_platform.is_cpu():
         from tests.capture import asynchronous
 
         asynchronous.allow()
     settings = {
         "model": spec["model"],
         "dtype": spec["dtype"],
-        "worker_cls": "millpond.capture.worker.TapWorker",
+        **dict([worker_argument()]),
         "additional_config": {
             "millpond": {"lake": spec["lake"], "run": spec["run"], "hooks": spec["hooks"], **spec["settings"]}
         },

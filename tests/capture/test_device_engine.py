@@ -61,12 +61,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
-def check_steered(world: World, name: str) -> None:
+def check_steered(world: World, name: str, first: int = 12) -> None:
+    """The first tokens of the steered request are Hugging Face's with the same vector added."""
     (answer,) = [answer for ask, answer in world.answers(name) if len(ask.tokens) == 40]
     handle = world.inside.edit(1, lambda x: x + torch.tensor(VECTOR))
-    steered = world.inside.greedy(SHARED[:40], 12)
+    steered = world.inside.greedy(SHARED[:40], first)
     handle.remove()
-    assert answer.tokens == [steered] != [world.inside.greedy(SHARED[:40], 12)]
+    assert answer.tokens[0][:first] == steered != world.inside.greedy(SHARED[:40], first)
 
 
 @pytest.mark.parametrize("name", ["compiled", "host", "device"])
