@@ -15,7 +15,8 @@ test: ## install, then run every test
 	$(PYTHON) tools/install.py --for test
 	$(BIN)/python -m pytest
 
-test-gpu: ## on a machine with a CUDA GPU, vLLM installed: what only it can show
+test-gpu: ## install, then the tests that need a CUDA GPU
+	$(PYTHON) tools/install.py --for test
 	$(BIN)/python -m pytest -m gpu
 
 soak: ## install, then an hour or two of random traffic, kills and races, everything checked
