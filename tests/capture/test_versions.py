@@ -18,13 +18,15 @@ from millpond.store.errors import InvalidInput
 NAMES = {
     "v1/worker/gpu_model_runner.py": {
         "GPUModelRunner": "_prepare_inputs(scheduler_output, num_scheduled_tokens) input_ids input_batch "
-        "intermediate_tensors max_num_tokens",
+        "intermediate_tensors max_num_tokens get_model model_memory_usage",
     },
     "v1/worker/gpu_input_batch.py": {"InputBatch": "req_ids num_computed_tokens_cpu"},
-    "v1/worker/gpu/model_runner.py": {"GPUModelRunner": "prepare_inputs model_memory_usage"},
+    "v1/worker/gpu/model_runner.py": {"GPUModelRunner": "prepare_inputs get_model model_memory_usage"},
     "v1/worker/gpu/input_batch.py": {"InputBatch": "req_ids num_scheduled_tokens num_computed_tokens_np input_ids"},
-    "v1/worker/gpu_worker.py": {"Worker": "load_model execute_model(scheduler_output)"},
-    "v1/worker/cpu_worker.py": {"CPUWorker": "init_device"},
+    "v1/worker/gpu_worker.py": {
+        "Worker": "load_model execute_model(scheduler_output) use_v2_model_runner model_runner"
+    },
+    "v1/worker/cpu_worker.py": {"CPUWorker": "init_device model_runner"},
     "v1/core/sched/output.py": {
         "NewRequestData": "req_id prompt_token_ids sampling_params",
         "SchedulerOutput": "scheduled_new_reqs finished_req_ids",
