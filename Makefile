@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak docs check lint types layers format clean help
+.PHONY: demo test test-gpu soak docs check lint types layers format clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -14,6 +14,10 @@ demo: ## install, run the main job on real input, write demo/report.html
 test: ## install, then run every test
 	$(PYTHON) tools/install.py --for test
 	$(BIN)/python -m pytest
+
+test-gpu: ## install, then the tests that need a CUDA GPU
+	$(PYTHON) tools/install.py --for test
+	$(BIN)/python -m pytest -m gpu
 
 soak: ## install, then an hour or two of random traffic, kills and races, everything checked
 	$(PYTHON) tools/install.py --for test

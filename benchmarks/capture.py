@@ -5,7 +5,10 @@ seconds of the process that runs the model, writing thread included, because wal
 little; wall-time ratios are printed beside them. Each comparison is made in ABBA blocks; the table shows medians
 over the blocks with the range of the middle half. Rows land in a lake in the folder `--out`.
 
-    python benchmarks/capture.py [--quick] [--eager] [--out DIR]
+    python benchmarks/capture.py [--quick] [--eager] [--out DIR] [--device cuda]
+
+With `--device cuda` the model has 1.2 B parameters, CUDA graphs are on, and the ratios in the JSON line are of wall
+time: the process that runs the model waits for the device.
 
 The last line is JSON; `idle`, `one_hook` and `all_hooks` are time with the plugin over time without. vllm-lens is
 installed without its dependencies into a folder of its own; where that fails, its key is null.
@@ -77,10 +80,16 @@ class Engine:
 
     def __init__(self, model: Path, *, lake: Path | None, hooks: list[str], eager: bool) -> None:
         from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
 
+        from millpond.capture.versions import worker_argument
+
+        on_cpu = current_platform.is_cpu()
         millpond = {
-            "worker_cls": "millpond.capture.worker.TapWorker",
-            "additional_config": {"millpond": {"lake": str(lake), "hooks": hooks}},
+            **dict([worker_argument()]),
+            "additional_config": {
+                "millpond": {"lake": str(lake), "hooks": hooks, **({} if on_cpu else {"edits_per_token": 0})}
+            },
         }
         before = set(descendants(os.getpid()))
         self._engine = LLMEngine.from_engine_args(
@@ -90,11 +99,10 @@ class Engine:
                 skip_tokenizer_init=True,
                 enforce_eager=eager,
                 enable_prefix_caching=False,
-                async_scheduling=False,
                 max_model_len=256,
                 max_num_seqs=32,
                 max_num_batched_tokens=1024,
-                kv_cache_memory_bytes=1 << 29,
+                kv_cache_memory_bytes=1 << 29 if on_cpu else 1 << 32,
                 disable_log_stats=True,
                 **(millpond if lake is not None else {}),
             )
@@ -307,6 +315,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile (and CUDA graphs)")
     parser.add_argument("--out", type=Path, help="folder of the lake and the peers' files; a temporary one by default")
     parser.add_argument("--threads", type=int, default=1, help="of the model's arithmetic on a CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what the installed vLLM is built for")
     parser.add_argument("--peer", choices=["hugging-face", "vllm-lens"], help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -338,6 +347,8 @@ def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path
     import millpond
 
     device = "cpu" if current_platform.is_cpu() else "cuda"
+    if device != arguments.device:
+        raise SystemExit(f"--device is {arguments.device}, but the installed vLLM is built for {device}")
     parameters = make_model(folder / "model", device)
     config = json.loads((folder / "model" / "config.json").read_text())
     layers, d_model = config["num_hidden_layers"], config["hidden_size"]
@@ -371,7 +382,7 @@ def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path
         for name, variant in variants.items():
             ratio = abba(base, measured(*variant), blocks)
             print(f"{name:12}" + line(ratio), flush=True)
-            record[name] = round(Ratio.of(ratio.cpu)[0], 4)
+            record[name] = round(Ratio.of(ratio.cpu if device == "cpu" else ratio.wall)[0], 4)
         before, started = engines["all"].statistics(), time.perf_counter()
         cpu, wall = min(engines["all"].measure(work, "all") for _ in range(3))
         after, elapsed = engines["all"].statistics(), time.perf_counter() - started
@@ -391,12 +402,13 @@ def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path
     installed = device == "cpu" and install_lens(folder / "lens")
     found["vllm-lens"] = peer("vllm-lens", arguments, folder / "model", folder, environment) if installed else None
     for name, result in found.items():
-        speedup = None if result is None else round(result["cpu"] / cpu, 2)
+        ratio_of = ("cpu", cpu) if device == "cpu" else ("wall", wall)
+        speedup = None if result is None else round(result[ratio_of[0]] / ratio_of[1], 2)
         record["speedup_vs_" + {"hugging-face": "hf", "vllm-lens": "vllm_lens"}[name]] = speedup
         told = (
             "could not be run"
             if result is None
-            else f"{speedup}x its CPU time, {result['wall'] / wall:.2f}x its wall time"
+            else f"{result['cpu'] / cpu:.2f}x its CPU time, {result['wall'] / wall:.2f}x its wall time"
         )
         print(f"all_hooks against {name}: {told}")
     print(json.dumps(record))

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from millpond.store.errors import InvalidInput
+
 
 @dataclass(frozen=True, eq=False)
 class BankRow:
@@ -52,11 +54,18 @@ class VectorBank:
         self._free = list(range(rows, 0, -1))
 
     def places(self, wanted: Sequence[BankRow]) -> list[int]:
-        """Where the rows are that the coming step needs, loaded if they were not."""
-        for row in wanted:
+        """Where the rows are that the coming step needs, loaded if they were not.
+
+        Raises:
+            InvalidInput: there are more than fit; admission lets no request in that could cause this.
+        """
+        distinct = dict.fromkeys(wanted)
+        if len(distinct) > len(self.keep) - 1:
+            raise InvalidInput(f"a step needs {len(distinct)} vectors, the bank holds {len(self.keep) - 1}")
+        for row in distinct:
             if row in self._held:
                 self._held[row] = self._held.pop(row)  # now the last used
-        missing = [row for row in dict.fromkeys(wanted) if row not in self._held]
+        missing = [row for row in distinct if row not in self._held]
         while len(self._free) < len(missing):
             oldest = next(iter(self._held))
             self._free.append(self._held.pop(oldest))
@@ -171,10 +180,10 @@ def stage_rows(hidden: Tensor, residual: Tensor | None, target: Tensor, ring: Te
 
 
 def edit_rows(hidden: Tensor, residual: Tensor | None, places: Tensor, bank: VectorBank) -> None:
-    """Edit in float32 on the true sum; rows whose places are all 0 keep their bits.
+    """Edit in float32 on the true sum, rounded once an edit; rows whose places are all 0 keep their bits.
 
     Args:
-        hidden: (n_tokens, d_model); edited rows get the edited sum, rounded once.
+        hidden: (n_tokens, d_model); edited rows get the edited sum.
         residual: (n_tokens, d_model); edited rows become zero.
         places: rows of the bank, (n_tokens, edits), int32.
         bank: what they mean.
@@ -185,7 +194,8 @@ def edit_rows(hidden: Tensor, residual: Tensor | None, places: Tensor, bank: Vec
         along = (x * unit).sum(1)
         moved = along.clamp(bank.low.index_select(0, place), bank.high.index_select(0, place)) - along
         kept = torch.where(bank.keep.index_select(0, place)[:, None], x + moved[:, None] * unit, 0.0)
-        x = kept + bank.step.index_select(0, place)
+        changed = (kept + bank.step.index_select(0, place)).to(hidden.dtype)
+        x = torch.where((place != 0)[:, None], changed.float(), x)
     edited = (places != 0).any(1, keepdim=True)
     hidden.copy_(torch.where(edited, x.to(hidden.dtype), hidden))
     if residual is not None:

@@ -47,6 +47,7 @@ class CaptureEngine:
         arguments: further vLLM engine arguments.
         max_adapters: LoRA adapters in one batch; 0 leaves LoRA out.
         max_rank: the largest rank of an adapter.
+        edits_per_token: most interventions of one request at one hook; 0 leaves them out of CUDA graphs.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class CaptureEngine:
         *,
         max_adapters: int = 0,
         max_rank: int = 0,
+        edits_per_token: int = 1,
     ) -> None:
         check_vllm_version()
         set_environment()
@@ -74,6 +76,9 @@ class CaptureEngine:
         }
         if current_platform.is_cpu():
             settings["kv_cache_memory_bytes"] = 1 << 30  # left out, vLLM takes most of the machine's memory
+            device = {}
+        else:
+            device = {"edits_per_token": edits_per_token}
         if max_adapters:
             settings |= {"enable_lora": True, "max_loras": max_adapters, "max_lora_rank": engine_rank(max_rank)}
         settings |= arguments
@@ -83,7 +88,7 @@ class CaptureEngine:
             "max_model_len": max_model_len,
             **dict([worker_argument()]),
             # no run's name: every setting is part of the compilation cache's key
-            "additional_config": {"millpond": {"lake": str(lake.absolute()), "hooks": list(hooks)}},
+            "additional_config": {"millpond": {"lake": str(lake.absolute()), "hooks": list(hooks), **device}},
         }
         self.hooks = tuple(hooks)
         self.max_num_seqs = int(settings["max_num_seqs"])

@@ -28,11 +28,6 @@ def check_engine(config: Any, *, on_device: bool) -> None:
     for name in ("enable_dbo", "enable_expert_parallel"):
         if getattr(parallel, name, False):
             raise InvalidInput(f"{name} is not supported with capture; leave it out")
-    passes = getattr(config.compilation_config, "pass_config", None)
-    if getattr(passes, "enable_sp", False):
-        raise InvalidInput(
-            "pass_config.enable_sp leaves each rank a part of the residual stream, which capture cannot sum; set it to false"
-        )
     speculative = config.speculative_config
     if speculative is not None:
         if config.scheduler_config.async_scheduling:

@@ -206,6 +206,7 @@ def start_engine(plan: CapturePlan) -> CaptureEngine:
         plan.job.engine,
         max_adapters=len({adapter.folder.resolve() for adapter in adapters}),
         max_rank=max((adapter.rank for adapter in adapters), default=0),
+        edits_per_token=len(plan.job.intervene),
     )
 
 

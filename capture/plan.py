@@ -25,7 +25,6 @@ from millpond.store.manifest import check_run_name
 from millpond.store.reprs import human_bytes
 
 _SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config")
-_ONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,8 @@ def _check_engine(job: CaptureJob, context: int) -> int:
             raise InvalidInput(f"engine.{name} is set by Millpond; leave it out (model and dtype belong into [model])")
         if name not in known:
             raise InvalidInput(f"engine.{name} is no engine argument of this vLLM; check its name")
-        if name in _ONE and value != 1:
-            raise InvalidInput(f"engine.{name} is {value!r}; captures run on one worker so far: leave it out")
+        if name == "data_parallel_size" and value != 1:
+            raise InvalidInput(f"engine.{name} is {value!r}; start several captures, which may share the lake")
         if name == "speculative_config":
             raise InvalidInput("engine.speculative_config cannot be combined with capture yet; leave it out")
         if name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):

@@ -126,10 +126,13 @@ class RequestFollower:
                     self._failed[following.wish.id] = (
                         f"request {following.wish.id!r}: positions {following.seen} to {start - 1} were never computed"
                     )
-                following.see(start, tokens)
+                self._see(following, start, tokens)
                 following.seen = start + len(tokens)
                 yield following, start, following.seen, offset - start
             offset += len(tokens)
+
+    def _see(self, following: Following, start: int, tokens: NDArray[np.int32]) -> None:
+        following.see(start, tokens)
 
     def plan_step(self, batch: Iterable[tuple[str, int, NDArray[np.int32]]]) -> dict[int, HookWork]:
         """What each hook point does in the coming step.

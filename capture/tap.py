@@ -59,8 +59,12 @@ def _tap(hidden: Tensor, residual: Tensor | None, number: int) -> None:
         _active.device.apply(hidden, residual, number)
         return
     work = _active.work.get(number)
-    if work is None:
-        return
+    if work is not None:
+        edit_and_copy(hidden, residual, work)
+
+
+def edit_and_copy(hidden: Tensor, residual: Tensor | None, work: HookWork) -> None:
+    """Do `work` on the tokens of one hook point, (n_tokens, d_model); the value is the sum of both tensors."""
     hidden = hidden.view(-1, hidden.shape[-1])
     if residual is not None:
         residual = residual.view(-1, residual.shape[-1])

@@ -47,11 +47,12 @@ class Tapping:
         self._facts = facts = EngineFacts.of(config)
         check_engine(config, on_device=facts.on_device)
         self._runner = runner = worker.model_runner
-        self._v2 = bool(getattr(worker, "use_v2_model_runner", False))
+        model = runner.get_model()  # without what records its graphs
+        self._v2 = bool(worker.use_v2_model_runner)
         self._keeps = get_tp_group().rank_in_group == 0
         self._pipeline = get_pp_group()
         n_layers = config.model_config.hf_text_config.num_hidden_layers
-        self._taps = taps = Taps(tapped_hooks(runner.model, n_layers, facts.hooks))
+        self._taps = taps = Taps(tapped_hooks(model, n_layers, facts.hooks))
         dtype = config.model_config.dtype
         self._follower: RequestFollower
         if facts.on_device:
@@ -79,7 +80,7 @@ class Tapping:
         self._statistics = {"steps": 0, "rows": 0, "bytes": 0, "plan_seconds": 0.0, "take_seconds": 0.0}
         self._run_of: dict[str, str] = {}
         self._input_ids: Any = None
-        install_taps(runner.model, n_layers, taps)
+        install_taps(model, n_layers, taps)
         self._follow_row_order(worker)
 
     def _follow_row_order(self, worker: Any) -> None:

@@ -20,7 +20,6 @@ ENGINE = {
     "kv_cache_memory_bytes": 1 << 26,
     "enforce_eager": True,
     "enable_prefix_caching": False,
-    "async_scheduling": False,
     "disable_log_stats": False,
 }
 
@@ -50,6 +49,8 @@ class EngineRun:
     environment: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     """Further ones of Millpond's."""
+    asynchronous: bool = False
+    """Schedule a step before the tokens of the one before it are known."""
 
 
 @dataclass
@@ -99,16 +100,25 @@ def run_engines(runs: list[EngineRun], folder: Path, *, own_processes: bool = Fa
 def _run(spec: dict[str, Any]) -> Outcome:
     os.environ.update(spec["environment"])
     from vllm import LLM
+    from vllm.platforms import current_platform
 
+    from millpond.capture.versions import worker_argument
+
+    if spec["asynchronous"] and current_platform.is_cpu():
+        from tests.capture import asynchronous
+
+        asynchronous.allow()
     settings = {
         "model": spec["model"],
         "dtype": spec["dtype"],
-        "worker_cls": "millpond.capture.worker.TapWorker",
+        **dict([worker_argument()]),
         "additional_config": {
             "millpond": {"lake": spec["lake"], "run": spec["run"], "hooks": spec["hooks"], **spec["settings"]}
         },
     }
-    llm = LLM(**(ENGINE | settings | spec["engine"]))
+    engine = ENGINE | {"async_scheduling": spec["asynchronous"]} | settings | spec["engine"]
+    llm = LLM(**engine)
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == spec["asynchronous"]
     rounds = [_round(llm, [Ask(**ask) for ask in asks], number) for number, asks in enumerate(spec["rounds"])]
     _, _, error = llm.collective_rpc("millpond_commit")[0]
     assert error is None, error

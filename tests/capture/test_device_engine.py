@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.capture.engine_runs import Ask
-from tests.capture.models import D_MODEL
+from tests.capture.engine_runs import Ask, EngineRun
 from tests.capture.test_scheduler import ALL, POST, SHARED, VECTOR, World, capture, prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -35,22 +32,47 @@ def mixed() -> list[Ask]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("device"))
-
-    def add(name: str, asks: list[Ask], runs: dict[str, list[str]] | None = None, **engine: Any) -> None:
-        world.add(name, [asks], world.lake(name, **(runs or {})), **engine)
-        world.runs[name].settings = dict(ON_DEVICE)
-
     few = {"run": ALL, "few": POST[1:]}
-    add("eager", mixed(), few, max_num_batched_tokens=64, max_num_seqs=6)
-    add("compiled", mixed(), few, max_num_batched_tokens=64, max_num_seqs=6, enforce_eager=False)
+    stopping = {"max_tokens": 40, "temperature": 1.0, "stop_token_ids": list(range(3, 40)), "ignore_eos": False}
+    asks = [*mixed(), Ask(SHARED[:44], capture("stopped", run="few"), stopping)]
+
+    def add(name: str, asks: list[Ask], runs: dict[str, list[str]] | None = None, **engine: Any) -> EngineRun:
+        world.add(name, [asks], world.lake(name, **(runs or {})), **engine)
+        return world.runs[name]
+
+    add("compiled", mixed(), few, max_num_batched_tokens=64, max_num_seqs=6, enforce_eager=False).settings = ON_DEVICE
     many = [Ask(p, capture(f"p{i}"), {"max_tokens": 40}) for i, p in enumerate(prompts(1, 12, 60))]
-    add("preempted", many, num_gpu_blocks_override=14, block_size=32, max_num_seqs=12, max_num_batched_tokens=96)
-    world.run("eager", "compiled", "preempted")
+    preempted = add("preempted", many, num_gpu_blocks_override=14, block_size=32, max_num_seqs=12)
+    preempted.settings, preempted.asynchronous = ON_DEVICE, True
+    preempted.engine["max_num_batched_tokens"] = 96
+    extension = {
+        "worker_cls": "tests.capture.extension_worker.Worker033",
+        "worker_extension_cls": "millpond.capture.worker.TapExtension",
+    }
+    for name, settings, more in (("host", {}, extension), ("device", ON_DEVICE, {})):
+        run = add(name, asks, few, max_num_batched_tokens=64, max_num_seqs=6, **more)
+        run.settings, run.asynchronous = settings, True
+    world.run("compiled", "preempted", "host", "device")
+    stages = add("stages", [*mixed()[:2], mixed()[-1]], pipeline_parallel_size=2, max_num_batched_tokens=64)
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    stages.environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
+    stages.settings = ON_DEVICE
+    world.run("stages", own_processes=True)
     return world
 
 
-@pytest.mark.parametrize("name", ["eager", "compiled"])
+def check_steered(world: World, name: str, first: int = 12) -> None:
+    """The first tokens of the steered request are Hugging Face's with the same vector added."""
+    (answer,) = [answer for ask, answer in world.answers(name) if len(ask.tokens) == 40]
+    handle = world.inside.edit(1, lambda x: x + torch.tensor(VECTOR))
+    steered = world.inside.greedy(SHARED[:40], first)
+    handle.remove()
+    assert answer.tokens[0][:first] == steered != world.inside.greedy(SHARED[:40], first)
+
+
+@pytest.mark.parametrize("name", ["compiled", "host", "device"])
 def test_every_row_and_edit_is_that_of_hugging_face(world: World, name: str) -> None:
+    """Compiled with device taps; scheduled asynchronously with the host's taps (in an extension) and the device's."""
     positions = world.check(name)
     assert positions["all"].tolist() == list(range(71))
     assert positions["list"].tolist() == [0, 5, 63, 66]
@@ -58,10 +80,16 @@ def test_every_row_and_edit_is_that_of_hugging_face(world: World, name: str) -> 
     answers = {len(ask.tokens): answer for ask, answer in world.answers(name)}
     tokens = [*SHARED[:90], *answers[90].tokens[0][:-1]]
     assert few["tokens"].tolist() == [i for i, token in enumerate(tokens) if token in SHARED[5:9]]
-    handle = world.inside.edit(1, lambda x: x + torch.tensor(VECTOR))
-    steered = world.inside.greedy(SHARED[:40], 12)
-    handle.remove()
-    assert answers[40].tokens == [steered] != [world.inside.greedy(SHARED[:40], 12)]
+    check_steered(world, name)
+
+
+def test_the_step_past_a_stop_leaves_no_rows(world: World) -> None:
+    """Scheduled asynchronously, a request that stops has been given one step more."""
+    kept = {name: sum(map(len, world.check("host", name).values())) for name in ("run", "few")}
+    (stopped,) = [answer for ask, answer in world.answers("host") if len(ask.tokens) == 44]
+    assert 1 <= len(stopped.tokens[0]) < 40
+    assert len(world.check("host", "few")["stopped"]) == 44 + len(stopped.tokens[0]) - 1
+    assert world.outcomes["host"].statistics["rows"] == sum(kept.values()) + 1
 
 
 def test_rows_computed_again_after_a_preemption_are_the_last_ones(world: World) -> None:
@@ -70,3 +98,9 @@ def test_rows_computed_again_after_a_preemption_are_the_last_ones(world: World) 
     assert sum(map(len, positions.values())) == sum(
         len(ask.tokens) + len(answer.tokens[0]) - 1 for ask, answer in world.answers("preempted")
     )
+
+
+def test_pipeline_stages_fill_one_run(world: World) -> None:
+    """Two processes, one with layer 0 and one with 1 and 2, or the other way round."""
+    assert len(world.check("stages")["all"]) == 71
+    check_steered(world, "stages")

@@ -69,7 +69,7 @@ def refused(job: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
         ({"prompts": {"metadata": ["mark", "mark"]}}, ["mark, mark", "twice"]),
         ({"engine": {"nonsense": 1}}, ["engine.nonsense"]),
         ({"engine": {"dtype": "bfloat16"}}, ["engine.dtype", "set by Millpond"]),
-        ({"engine": {"tensor_parallel_size": 2}}, ["engine.tensor_parallel_size", "one worker"]),
+        ({"engine": {"data_parallel_size": 2}}, ["engine.data_parallel_size", "several captures"]),
         ({"engine": {"max_model_len": 1000}}, ["engine.max_model_len", "1000", "512"]),
         ({"engine": {"max_num_seqs": "many"}}, ["engine.max_num_seqs", "'many'"]),
     ],

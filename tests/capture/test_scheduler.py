@@ -44,10 +44,10 @@ class World:
         self.outcomes: dict[str, Outcome] = {}
         self.runs: dict[str, EngineRun] = {}
 
-    def lake(self, name: str, **runs: list[str]) -> Lake:
+    def lake(self, name: str, dtype: str = "float32", **runs: list[str]) -> Lake:
         lake = open_lake(self.folder / name, create=True)
         for run, hooks in (runs or {"run": ALL}).items():
-            lake.create_run(run, hooks=tuple(hooks), d_model=D_MODEL, dtype="float32", chunk_rows=16, shard_rows=64)
+            lake.create_run(run, hooks=tuple(hooks), d_model=D_MODEL, dtype=dtype, chunk_rows=16, shard_rows=64)
         return lake
 
     def add(self, name: str, rounds: list[list[Ask]], lake: Lake | None = None, **engine: Any) -> None:

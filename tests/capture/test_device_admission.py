@@ -1,0 +1,56 @@
+"""What is refused where interventions are part of recorded graphs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from millpond.capture.admission import EngineFacts
+from millpond.store.capture_spec import RequestArgs
+from millpond.store.errors import InvalidInput
+
+HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(4))
+ADD = {"op": "add", "hook": "blocks.*.hook_resid_post", "vector": [1.0, 2.0]}
+
+
+def facts(**settings: Any) -> EngineFacts:
+    config = SimpleNamespace(
+        additional_config={"millpond": {"hooks": list(HOOKS), "device_taps": True, **settings}},
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(num_hidden_layers=4), get_hidden_size=lambda: 2, dtype="torch.bfloat16"
+        ),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=3),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=80),
+    )
+    return EngineFacts.of(config)
+
+
+def test_buffers_are_as_large_as_a_step_can_need() -> None:
+    found = facts(vectors_per_request=5)
+    assert (found.max_tokens, found.staging_rows, found.bank_rows) == (80, 128, 15)
+
+
+def test_one_vector_at_many_hooks_is_one_place() -> None:
+    facts(vectors_per_request=1).check(RequestArgs.model_validate({"intervene": [ADD]}), 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("interventions", "settings", "named"),
+    [
+        ([ADD, ADD], {}, "edits_per_token 2, the engine has 1"),
+        ([ADD], {"edits_per_token": 0}, "edits_per_token 1, the engine has 0"),
+        ([ADD, {**ADD, "scale": 2.0}], {"edits_per_token": 2, "vectors_per_request": 1}, "vectors_per_request 2"),
+        ([{**ADD, "token_ids": [3]}], {}, "token_ids"),
+        ([{"op": "sae", "hook": HOOKS[0], "artifact": "s"}], {}, "sae"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(interventions: list[Any], settings: dict[str, int], named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        facts(**settings).check(RequestArgs.model_validate({"intervene": interventions}), 5, 5)
+
+
+def test_a_setting_that_is_no_number_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="staging_rows"):
+        facts(staging_rows="many")
