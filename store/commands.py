@@ -225,7 +225,7 @@ class Cp:
             view = view.select(where=self.where)
         target = open_lake(self.target_lake, create=True)
         hooks = view.match(self.hooks) if self.hooks else view.hooks
-        check_quota(target, view.nbytes * len(hooks) // len(view.hooks), self.target_name)
+        check_quota(target, view.n_rows * view.plan.spec.row_bytes(hooks), self.target_name)
         made = view.materialise(self.target_name, lake=target, hooks=hooks)
         print(f"wrote run {made.name!r}: {made.n_rows:,} rows of {len(made.hooks)} hooks")
         return 0
