@@ -133,9 +133,11 @@ def test_they_are_exported(made, tmp_path, form):
         parts = [pd.read_parquet(file)["sae.indices"] for file in files if file.name.startswith("rows")]
         found = np.stack(pd.concat(parts).to_list())
     else:
-        from safetensors.numpy import load_file
+        from safetensors.torch import load_file
 
-        found = np.concatenate([load_file(file)["sae.indices"] for file in files if file.name.startswith("rows")])
+        found = np.concatenate(
+            [load_file(file)["sae.indices"].numpy() for file in files if file.name.startswith("rows")]
+        )
     assert np.array_equal(found, expected)
 
 
