@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from millpond.capture.edits import Edits
+from millpond.capture.reads import Readers
 from millpond.store.capture_spec import RequestArgs
-from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import KINDS, Hook, match_hooks
 from millpond.store.lake import Lake, open_lake
@@ -85,6 +83,11 @@ class EngineFacts:
         return Edits(self.lake, self.d_model)
 
     @cached_property
+    def readers(self) -> Readers:
+        """Makes what computes this engine's reads."""
+        return Readers(self.lake, self.d_model, self.dtype, self.edits.sae)
+
+    @cached_property
     def _specs(self) -> dict[str, RunSpec]:
         return {}
 
@@ -100,15 +103,17 @@ class EngineFacts:
         spec = self._specs.get(name)
         if spec is None:
             spec = self._specs[name] = self.lake.spec(name)
-        missing = [hook for hook in spec.hooks if hook not in self.hooks]
+        missing = [hook for hook in (*spec.hooks, *(read.hook for read in spec.reads)) if hook not in self.hooks]
         if missing:
             raise InvalidInput(
-                f"run {name!r} keeps {missing[0]}, where this engine has no tap; start it with that hook"
+                f"run {name!r} keeps or reads {missing[0]}, where this engine has no tap; start it with that hook"
             )
         if (spec.d_model, spec.dtype) != (self.d_model, self.dtype):
             raise InvalidInput(
                 f"run {name!r} is for d_model {spec.d_model} and {spec.dtype}, the engine has {self.d_model} and {self.dtype}"
             )
+        for read in spec.reads:
+            self.readers.make(read)
         return spec
 
     def check(self, args: RequestArgs, n_prompt: int, max_new_tokens: int) -> None:
@@ -130,6 +135,12 @@ class EngineFacts:
                     f"capture.hooks selects {len(named)} hooks, but run {spec.name!r} keeps {len(spec.hooks)}; "
                     "leave hooks out or capture into another run"
                 )
+        if args.capture.reads is not None and self.readers.resolve(args.capture.reads, self.hooks) != spec.reads:
+            held = ", ".join(read.name for read in spec.reads) or "nothing"
+            raise InvalidInput(
+                f"capture.reads asks for other reads than run {spec.name!r} has ({held}); leave reads out or capture into "
+                "another run"
+            )
         computed = n_prompt + max(max_new_tokens - 1, 0)
         beyond = args.capture.out_of_reach(n_prompt, computed)
         if beyond is not None:
@@ -137,7 +148,7 @@ class EngineFacts:
                 f"capture.positions: {beyond} is outside the request, which has {n_prompt} prompt tokens"
             )
         rows = len(args.capture.select(n_prompt, 0, computed))
-        size = rows * len(spec.hooks) * self.d_model * np.dtype(STORED_AS[self.dtype]).itemsize
+        size = rows * spec.row_bytes()
         if size > self.request_bytes:
             raise InvalidInput(
                 f"the request may keep {human_bytes(size)} of activations until it ends; the engine's request_bytes allows "

@@ -26,7 +26,7 @@ class Edits:
     def __init__(self, lake: Lake | None, d_model: int) -> None:
         self._lake = lake
         self._d_model = d_model
-        self._sae = lru_cache(maxsize=4)(self._load_sae)
+        self.sae = lru_cache(maxsize=4)(self._load_sae)
 
     def make(self, intervention: Intervention, hook: str, n_prompt: int) -> Edit:
         """The edit that `intervention` asks for at `hook` of a request with `n_prompt` prompt tokens.
@@ -99,7 +99,7 @@ class Edits:
         return put
 
     def _splice(self, splice: SpliceSae) -> Edit:
-        sae = self._sae(splice.artifact)
+        sae = self.sae(splice.artifact)
         for latent in (*splice.set_latents, *splice.scale_latents):
             if latent >= sae.d_sae:
                 raise InvalidInput(f"SAE {splice.artifact!r} has {sae.d_sae} latents; there is no latent {latent}")

@@ -261,7 +261,7 @@ def _requests(
     from millpond.capture.engine import CaptureRequest
 
     section = plan.job.capture
-    wish = CaptureWish.model_validate(section.model_dump(exclude={"hooks", "max_new_tokens"}))
+    wish = CaptureWish.model_validate(section.model_dump(exclude={"hooks", "reads", "max_new_tokens"}))
     asked = RequestArgs(capture=wish, intervene=plan.job.intervene)
     missing = {part.target.run: dict(todo[part.target.run]) for part in parts}
     for prompt_id in plan.prompts.ids:
@@ -287,10 +287,13 @@ def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
             chunk_rows=destination.chunk_rows,
             shard_rows=destination.shard_rows,
             provenance=provenance,
+            reads=plan.reads,
         )
         return _Part(target, folder, provenance, made=True, sealed=False, done={})
     run = lake[target.run]
-    if run.hooks != plan.hooks or run.provenance.get("fingerprint") != provenance["fingerprint"]:
+    if (run.hooks, run.plan.spec.reads) != (plan.hooks, plan.reads) or run.provenance.get("fingerprint") != provenance[
+        "fingerprint"
+    ]:
         raise InvalidInput(
             f"run {run.name!r} was begun with another job; resume it with that one or choose another name"
         )

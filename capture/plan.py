@@ -22,7 +22,8 @@ from millpond.store.hooks import hook_sort_key
 from millpond.store.interventions import Patch
 from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
-from millpond.store.reprs import human_bytes
+from millpond.store.reads import ReadSpec
+from millpond.store.reprs import human_bytes, read_text
 
 _SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config", "async_scheduling")
 _ONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
@@ -60,8 +61,9 @@ class CapturePlan:
     """The runs that the job makes."""
     model: ModelFacts
     hooks: tuple[str, ...]
+    reads: tuple[ReadSpec, ...]
     taps: tuple[str, ...]
-    """Hooks that are kept or intervened at."""
+    """Hooks that are kept, read or intervened at."""
     prompts: Prompts
     rows: int
     """Rows asked of every hook of each run; with generation, the most there can be."""
@@ -70,12 +72,14 @@ class CapturePlan:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of all hooks."""
-        return self.model.d_model * np.dtype(STORED_AS[self.model.dtype]).itemsize * len(self.hooks)
+        """Bytes of one row of all hooks and reads."""
+        arrays = [array for read in self.reads for array in read.arrays(self.model.dtype, 1, 1).values()]
+        of_hook = self.model.d_model * np.dtype(STORED_AS[self.model.dtype]).itemsize
+        return of_hook * len(self.hooks) + sum(array.row_bytes for array in arrays)
 
     @property
     def bytes(self) -> int:
-        """Bytes of activations of all hooks and runs."""
+        """Bytes of activations and reads of all runs."""
         return self.rows * self.row_bytes * len(self.targets)
 
     def seconds(self) -> float:
@@ -95,7 +99,8 @@ class CapturePlan:
         return "\n".join(
             [
                 f"model    {self.model.architecture}, {self.model.n_layers} layers, d_model {self.model.d_model}, {self.model.dtype}",
-                f"hooks    {len(self.hooks)}: {self.hooks[0]} to {self.hooks[-1]}",
+                *([f"hooks    {len(self.hooks)}: {self.hooks[0]} to {self.hooks[-1]}"] if self.hooks else []),
+                *(f"read     {read_text(read)}" for read in self.reads),
                 f"prompts  {len(self.prompts.ids):,}, {self.prompts.n_tokens:,} tokens",
                 f"rows     {most}{self.rows:,} a hook, {most}{human_bytes(self.bytes)} in all",
                 f"runs     {', '.join(target.run for target in self.targets)}",
@@ -213,30 +218,38 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
             "prompts.token_labels name prompt tokens only; set capture.max_new_tokens to 0 or leave them out"
         )
     targets = _targets(job)
-    taps = _check_interventions(job, model, hooks, prompts)
-    plan = CapturePlan(job, targets, model, hooks, taps, prompts, rows, prompts.n_tokens + len(prompts.ids) * new)
+    facts = _facts(job, model)
+    reads = facts.readers.resolve(job.capture.reads, facts.hooks)
+    taps = {*hooks, *(read.hook for read in reads), *_check_interventions(job, facts, model.n_layers, prompts)}
+    ordered = tuple(sorted(taps, key=hook_sort_key))
+    plan = CapturePlan(
+        job, targets, model, hooks, reads, ordered, prompts, rows, prompts.n_tokens + len(prompts.ids) * new
+    )
     _check_destination(plan, resume)
     return plan
 
 
-def _check_interventions(
-    job: CaptureJob, model: ModelFacts, hooks: tuple[str, ...], prompts: Prompts
-) -> tuple[str, ...]:
-    """All hooks that need a tap, after checking that every intervention can be made."""
-    taps = set(hooks)
+def _facts(job: CaptureJob, model: ModelFacts) -> EngineFacts:
+    """An engine with a tap at every hook point of the model, and the job's lake if there is one."""
+    every = model_hooks(["*"], model.n_layers)
     lake = (
         job.destination.lake
         if (Path(job.destination.lake.removeprefix("file://")) / "millpond.json").is_file()
         else None
     )
-    facts = EngineFacts(lake, None, hooks, model.d_model, model.dtype, 0, 0, None)
+    return EngineFacts(lake, None, every, model.d_model, model.dtype, 0, 0, None)
+
+
+def _check_interventions(job: CaptureJob, facts: EngineFacts, n_layers: int, prompts: Prompts) -> set[str]:
+    """The hooks that are intervened at, after checking that every intervention can be made."""
+    taps = set()
     for intervention in job.intervene:
         where = f"intervene: model {job.model.path!r} offers"
-        for hook in model_hooks([intervention.hook], model.n_layers, where):
+        for hook in model_hooks([intervention.hook], n_layers, where):
             taps.add(hook)
             for tokens in prompts.token_ids if isinstance(intervention, Patch) else prompts.token_ids[:1]:
                 facts.edits.make(intervention, hook, len(tokens))
-    return tuple(sorted(taps, key=hook_sort_key))
+    return taps
 
 
 def _targets(job: CaptureJob) -> tuple[Target, ...]:

@@ -75,7 +75,7 @@ class LakeSink:
         with self._change:
             self._change.wait_for(lambda: self._bytes < self._max_bytes)
             self._waiting.append((run, capture_id, request))
-            self._bytes += _size(request)
+            self._bytes += request.nbytes
             self._change.notify_all()
         waited = time.perf_counter() - started
         self.waited += waited
@@ -120,7 +120,7 @@ class LakeSink:
             if run is not None and request is not None:
                 self._guard(run, capture_id, request)
                 with self._change:
-                    self._bytes -= _size(request)
+                    self._bytes -= request.nbytes
                     self._change.notify_all()
             elif asked > self._commits_done:
                 self._commit_older_than(0.0)
@@ -154,7 +154,7 @@ class LakeSink:
                     destination.since = time.monotonic()
                 destination.rows.append((capture_id, len(request.positions)))
                 destination.writer.append(request)
-                self.written_bytes += _size(request)
+                self.written_bytes += request.nbytes
             else:
                 destination.writer.commit()
             self._settle(run, destination)
@@ -189,7 +189,3 @@ class LakeSink:
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _size(request: CapturedRequest) -> int:
-    return sum(rows.nbytes for rows in request.activations.values())

@@ -13,7 +13,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 
 from millpond.capture.admission import EngineFacts
-from millpond.capture.requests import Following, PlannedEdit, RequestFollower
+from millpond.capture.requests import Following, PlannedEdit, PlannedRead, RequestFollower
 from millpond.capture.sink import LakeSink
 from millpond.capture.tap import Taps, install_taps
 from millpond.capture.versions import check_vllm_version
@@ -58,6 +58,7 @@ class TapWorker(_base_worker()):  # type: ignore[misc]
         self._sink = LakeSink(self._open_run, facts.queue_bytes, facts.commit_seconds) if self._keeps else None
         self._edit = lru_cache(maxsize=256)(facts.edits.make)
         self._hook_numbers = lru_cache(maxsize=64)(self._numbers_of_run)
+        self._reads = lru_cache(maxsize=64)(self._reads_of_run)
         self._statistics = {"steps": 0, "rows": 0, "bytes": 0, "plan_seconds": 0.0, "take_seconds": 0.0}
         self._run_of: dict[str, str] = {}
         install_taps(runner.model, self.vllm_config.model_config.hf_text_config.num_hidden_layers, self._taps)
@@ -112,11 +113,16 @@ class TapWorker(_base_worker()):  # type: ignore[misc]
         if args.capture is not None and args.capture.id is not None and self._keeps:
             following.wish = args.capture
             following.hooks = self._hook_numbers(args.capture.run)
+            following.reads = self._reads(args.capture.run)
             self._run_of[args.capture.id] = self._facts.run_spec(args.capture.run).name
         self._follower.admit(request.req_id, following)
 
     def _numbers_of_run(self, run: str | None) -> tuple[int, ...]:
         return tuple(self._taps.number[hook] for hook in self._facts.run_spec(run).hooks)
+
+    def _reads_of_run(self, run: str | None) -> tuple[PlannedRead, ...]:
+        reads = self._facts.run_spec(run).reads
+        return tuple(PlannedRead(self._taps.number[read.hook], read, self._facts.readers.make(read)) for read in reads)
 
     def _open_run(self, name: str) -> RunWriter:
         assert self._facts.lake is not None  # run_spec has found the run in it

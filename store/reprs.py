@@ -32,7 +32,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("state", run.state),
         ("model", str(run.provenance.get("model", "unknown"))),
         ("hooks", f"{summarize_hooks(run.hooks)} ({len(run.hooks)})"),
-        *([("reads", ", ".join(map(_read, run.plan.spec.reads)))] if run.plan.spec.reads else []),
+        *([("reads", ", ".join(map(read_text, run.plan.spec.reads)))] if run.plan.spec.reads else []),
         ("rows", f"{run.n_rows:,} of {run.d_model} x {run.dtype}, {human_bytes(run.nbytes)}"),
         ("prompts", _prompts(run)),
     ]
@@ -42,7 +42,8 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     return facts
 
 
-def _read(read: ReadSpec) -> str:
+def read_text(read: ReadSpec) -> str:
+    """One read in a few words."""
     what = "scores" if read.read == "probe" else f"of {read.d_sae:,} latents"
     return f"{read.name} ({read.width} {what}, at {read.hook})"
 
