@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from millpond.capture.edits import Edits
@@ -12,6 +12,7 @@ from millpond.capture.reads import Readers
 from millpond.store.capture_spec import RequestArgs
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import KINDS, Hook, match_hooks
+from millpond.store.interventions import Intervention, Patch
 from millpond.store.lake import Lake, open_lake
 from millpond.store.manifest import RunSpec
 from millpond.store.reprs import human_bytes
@@ -42,6 +43,8 @@ class EngineFacts:
     """Most bytes of activations that one request may keep until it ends."""
     queue_bytes: int
     commit_seconds: float | None
+    patience_seconds: float | None = None
+    """How long a store over a network is waited for; by default as long as the store does."""
 
     @classmethod
     def of(cls, vllm_config: Any) -> EngineFacts:
@@ -75,12 +78,21 @@ class EngineFacts:
     @cached_property
     def lake(self) -> Lake | None:
         """The engine's lake."""
-        return open_lake(self.lake_url) if self.lake_url else None
+        if not self.lake_url:
+            return None
+        options: dict[str, Any] = {}
+        if self.patience_seconds is not None and self.lake_url.startswith("s3"):
+            options["retry_timeout_s"] = self.patience_seconds
+        return open_lake(self.lake_url, **options)
 
     @cached_property
     def edits(self) -> Edits:
         """Makes this engine's edits."""
         return Edits(self.lake, self.d_model)
+
+    @cached_property
+    def _edit(self) -> Callable[[Intervention, str, int], Any]:
+        return lru_cache(maxsize=256)(self.edits.make)
 
     @cached_property
     def readers(self) -> Readers:
@@ -124,7 +136,7 @@ class EngineFacts:
         """
         for intervention in args.intervene:
             for hook in match_hooks(intervention.hook, self.hooks, "intervene: the engine has taps at"):
-                self.edits.make(intervention, hook, n_prompt)
+                self._edit(intervention, hook, n_prompt if isinstance(intervention, Patch) else 0)
         if args.capture is None:
             return
         spec = self.run_spec(args.capture.run)

@@ -41,7 +41,7 @@ class CaptureEngine:
 
     Args:
         model: what runs.
-        lake: folder of the lake that the runs are in.
+        lake: path or URL of the lake that the runs are in.
         hooks: hook points that are tapped; runs may keep fewer.
         max_model_len: longest sequence, in tokens.
         arguments: further vLLM engine arguments.
@@ -52,7 +52,7 @@ class CaptureEngine:
     def __init__(
         self,
         model: ModelSection,
-        lake: Path,
+        lake: str,
         hooks: Sequence[str],
         max_model_len: int,
         arguments: dict[str, Any],
@@ -84,7 +84,7 @@ class CaptureEngine:
             "async_scheduling": False,  # the token ids of a step must be known when it is planned
             "worker_cls": "millpond.capture.worker.TapWorker",
             # no run's name: every setting is part of the compilation cache's key
-            "additional_config": {"millpond": {"lake": str(lake.absolute()), "hooks": list(hooks)}},
+            "additional_config": {"millpond": {"lake": lake, "hooks": list(hooks)}},
         }
         self.hooks = tuple(hooks)
         self.max_num_seqs = int(settings["max_num_seqs"])

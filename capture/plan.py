@@ -17,15 +17,18 @@ from millpond.capture.prompt_file import Prompts, read_prompts
 from millpond.capture.versions import check_vllm_version, set_environment
 from millpond.store.capture_spec import CaptureJob
 from millpond.store.dtypes import STORED_AS, check_dtype
-from millpond.store.errors import InvalidInput
+from millpond.store.errors import InvalidInput, StorageFailed
 from millpond.store.hooks import hook_sort_key
 from millpond.store.interventions import Patch
 from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
+from millpond.store.objects import Storage, open_storage
+from millpond.store.posix import LocalStorage
 from millpond.store.reads import ReadSpec
 from millpond.store.reprs import human_bytes, read_text
 
 _SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config", "async_scheduling")
+_PATIENCE_SECONDS = 10.0  # for a store to answer while a job is checked
 _ONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
@@ -232,11 +235,11 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
 def _facts(job: CaptureJob, model: ModelFacts) -> EngineFacts:
     """An engine with a tap at every hook point of the model, and the job's lake if there is one."""
     every = model_hooks(["*"], model.n_layers)
-    lake = (
-        job.destination.lake
-        if (Path(job.destination.lake.removeprefix("file://")) / "millpond.json").is_file()
-        else None
-    )
+    storage = _destination(job)
+    try:
+        lake = storage.url if storage.exists("millpond.json") else None
+    except StorageFailed as error:
+        raise InvalidInput(f"destination.lake {job.destination.lake!r} cannot be used: {error}") from error
     return EngineFacts(lake, None, every, model.d_model, model.dtype, 0, 0, None)
 
 
@@ -274,21 +277,45 @@ def _targets(job: CaptureJob) -> tuple[Target, ...]:
     return tuple(targets)
 
 
+def _destination(job: CaptureJob) -> Storage:
+    """The objects of the job's lake, whether or not there is one.
+
+    Raises:
+        InvalidInput: it is no folder and no S3 URL.
+    """
+    given = job.destination.lake
+    if not given or "\0" in given or given.startswith("memory://"):
+        raise InvalidInput(f"destination.lake is {given!r}; give a folder or s3://bucket/prefix")
+    try:
+        if given.startswith("s3"):
+            return open_storage(given, retry_timeout_s=_PATIENCE_SECONDS)
+        return open_storage(given)
+    except InvalidInput as error:
+        raise InvalidInput(f"destination.lake: {error}") from error
+
+
+def _check_runs(plan: CapturePlan, resume: bool) -> None:
+    lake = open_lake(plan.job.destination.lake)  # refuses what is no lake
+    for target in plan.targets:
+        if not resume or target.run not in lake:
+            lake.check_new(target.run)
+
+
 def _check_destination(plan: CapturePlan, resume: bool) -> None:
     destination = plan.job.destination
     if destination.shard_rows % destination.chunk_rows:
         raise InvalidInput(
             f"destination.shard_rows {destination.shard_rows} is not a multiple of chunk_rows {destination.chunk_rows}"
         )
-    folder = Path(destination.lake.removeprefix("file://"))
-    if not destination.lake or "\0" in destination.lake or "://" in str(destination.lake).removeprefix("file://"):
-        raise InvalidInput(f"destination.lake is {destination.lake!r}; give a local folder")
+    storage = _destination(plan.job)
+    if not isinstance(storage, LocalStorage):
+        if any(True for _ in storage.list()):
+            _check_runs(plan, resume)
+        return
+    folder = storage.path
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        lake = open_lake(folder)  # refuses what is no lake
-        for target in plan.targets:
-            if not resume or target.run not in lake:
-                lake.check_new(target.run)
-    existing = folder.absolute()
+        _check_runs(plan, resume)
+    existing = folder
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -37,6 +37,8 @@ class Readers:
         self._d_model = d_model
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._sae = sae
+        # artifacts never change, and every request asks again
+        self._resolved = lru_cache(maxsize=256)(self._resolve)
         self.make = lru_cache(maxsize=16)(self._make)
 
     def resolve(self, reads: Sequence[Read], hooks: Sequence[str]) -> tuple[ReadSpec, ...]:
@@ -51,7 +53,7 @@ class Readers:
         """
         found: list[ReadSpec] = []
         for number, read in enumerate(reads):
-            spec = self._resolve(read, f"capture.reads.{number}", hooks)
+            spec = self._resolved(read, f"capture.reads.{number}", tuple(hooks))
             if any(spec.name == other.name for other in found):
                 raise InvalidInput(
                     f"capture.reads.{number}.name: {spec.name!r} is taken; give each read a name of its own"
@@ -60,7 +62,7 @@ class Readers:
             found.append(spec)
         return tuple(found)
 
-    def _resolve(self, read: Read, field: str, hooks: Sequence[str]) -> ReadSpec:
+    def _resolve(self, read: Read, field: str, hooks: tuple[str, ...]) -> ReadSpec:
         named = match_hooks(read.hook, hooks, f"{field}.hook: to be read there are")
         if len(named) != 1:
             raise HookNotCaptured(f"{field}.hook: {read.hook!r} names {len(named)} hook points; name one")

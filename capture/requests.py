@@ -31,9 +31,9 @@ class PlannedEdit:
     edit: Edit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlannedRead:
-    """One read at one hook point."""
+    """One read at one hook point; requests that share the object share a product."""
 
     hook: int
     spec: ReadSpec

@@ -21,6 +21,7 @@ from millpond.store.capture_spec import read_request_args
 from millpond.store.errors import CaptureFailed, InvalidInput
 from millpond.store.hooks import match_hooks
 from millpond.store.interventions import Patch
+from millpond.store.reads import ReadSpec
 from millpond.store.segment import RunWriter
 
 
@@ -59,6 +60,7 @@ class TapWorker(_base_worker()):  # type: ignore[misc]
         self._edit = lru_cache(maxsize=256)(facts.edits.make)
         self._hook_numbers = lru_cache(maxsize=64)(self._numbers_of_run)
         self._reads = lru_cache(maxsize=64)(self._reads_of_run)
+        self._planned = lru_cache(maxsize=64)(self._plan_read)
         self._statistics = {"steps": 0, "rows": 0, "bytes": 0, "plan_seconds": 0.0, "take_seconds": 0.0}
         self._run_of: dict[str, str] = {}
         install_taps(runner.model, self.vllm_config.model_config.hf_text_config.num_hidden_layers, self._taps)
@@ -121,12 +123,14 @@ class TapWorker(_base_worker()):  # type: ignore[misc]
         return tuple(self._taps.number[hook] for hook in self._facts.run_spec(run).hooks)
 
     def _reads_of_run(self, run: str | None) -> tuple[PlannedRead, ...]:
-        reads = self._facts.run_spec(run).reads
-        return tuple(PlannedRead(self._taps.number[read.hook], read, self._facts.readers.make(read)) for read in reads)
+        return tuple(map(self._planned, self._facts.run_spec(run).reads))
+
+    def _plan_read(self, read: ReadSpec) -> PlannedRead:
+        return PlannedRead(self._taps.number[read.hook], read, self._facts.readers.make(read))
 
     def _open_run(self, name: str) -> RunWriter:
         assert self._facts.lake is not None  # run_spec has found the run in it
-        return RunWriter(self._facts.lake.run_folder(name), self._facts.run_spec(name))
+        return RunWriter(self._facts.lake.run_storage(name), self._facts.run_spec(name))
 
     def millpond_confirm(self, finished: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
         """Write requests of which the client received so many tokens.

@@ -70,7 +70,7 @@ class DestinationSection(_Section):
     """Where the run goes."""
 
     lake: str
-    """Folder of the lake; made if it is missing."""
+    """Folder or `s3://bucket/prefix` of the lake; made if it is missing."""
     run: str
     """Name of the new run."""
     chunk_rows: int = Field(default=512, gt=0)
