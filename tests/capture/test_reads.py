@@ -14,27 +14,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import millpond as mp
 from millpond.capture.edits import Edits
+from millpond.capture.job import run_capture_file
+from millpond.capture.plan import plan_capture
+from millpond.capture.provenance import model_provenance
 from millpond.capture.reads import Readers
 from millpond.cli import main
-from millpond.store.artifacts import load_artifact, save_artifact, save_probe, save_sae
+from millpond.store.artifacts import load_artifact, save_artifact, save_probe
+from millpond.store.capture_spec import read_job
 from millpond.store.errors import InvalidInput
 from millpond.store.lake import Lake, open_lake
 from millpond.store.reads import ReadProbe, ReadSaeTopk
 from millpond.store.run import Run
+from millpond.store.segment import CapturedRequest, RunWriter
 from millpond.store.verify import verify_run
+from tests.capture.artifacts import D_SAE, INTERCEPT, check_codes, coefficients, dense_codes, make_artifacts
 from tests.capture.conftest import D_MODEL as EXAMPLE_D_MODEL
 from tests.capture.conftest import MODEL
 from tests.capture.engine_runs import Ask, EngineRun, Outcome, run_engines
 from tests.capture.models import D_MODEL, VOCABULARY, Inside, make_model
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
-D_SAE, K = 96, 8
+COEF = coefficients(D_MODEL)
 RNG = np.random.default_rng(7)
-COEF, INTERCEPT = RNG.normal(0, 1, (2, D_MODEL)), RNG.normal(0, 1, 2)
 PROMPTS = [RNG.integers(3, VOCABULARY, int(n)).tolist() for n in (1, 150, 70, 33, 90, 5, 64, 120)]
 FILTERS: list[dict[str, Any]] = [{}, {"positions": "generated"}, {"positions": "last"}, {"every": 3}]
 READS: list[dict[str, Any]] = [
@@ -42,23 +46,6 @@ READS: list[dict[str, Any]] = [
     {"read": "sae_topk", "artifact": "topk", "hook": HOOKS[2], "k": 5},
     {"read": "sae_topk", "artifact": "jump", "hook": "blocks.1.hook_out", "k": 16, "name": "threshold"},
 ]
-
-
-def make_artifacts(lake: Lake, folder: Path, d_model: int) -> dict[str, dict[str, torch.Tensor]]:
-    """A probe of two outputs, a top-k SAE and a JumpReLU SAE; returns the SAEs' weights."""
-    save_probe(lake, "lie", np.resize(COEF, (2, d_model)), INTERCEPT, classes=["lie", "doubt"])
-    generator, made = torch.Generator().manual_seed(0), {}
-    for name, config in {"topk": {"architecture": "topk", "k": K}, "jump": {"architecture": "jumprelu"}}.items():
-        shapes = {"W_enc": (d_model, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, d_model), "b_dec": (d_model,)}
-        weights = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-        if name == "jump":
-            weights["threshold"] = torch.full((D_SAE,), 1.5)
-        (folder / name).mkdir()
-        save_file(weights, folder / name / "sae_weights.safetensors")
-        (folder / name / "cfg.json").write_text(json.dumps({"d_in": d_model, "d_sae": D_SAE, **config}))
-        save_sae(lake, name, folder / name)
-        made[name] = weights
-    return made
 
 
 class Captured:
@@ -105,34 +92,10 @@ class Captured:
         assert verify_run(run).problems == []
         return run
 
-    def codes(self, name: str, x: np.ndarray) -> np.ndarray:
-        """What the SAE's formula gives of rows (n, d_model), dense, in float64."""
-        w = {key: tensor.double().numpy() for key, tensor in self.saes[name].items()}
-        pre = (x.astype(np.float64) - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-        if name == "jump":
-            return np.where(pre > w["threshold"], pre, 0.0)
-        kth = np.sort(pre, axis=1)[:, -K][:, None]
-        return np.where(pre >= kth, np.maximum(pre, 0), 0.0)
-
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory) -> Captured:
     return Captured(tmp_path_factory.mktemp("reads"))
-
-
-def check_codes(read: Any, dense: np.ndarray, rounding: float) -> None:
-    """Stored codes against dense latents (n, d_sae): the largest ones, in order, and none forgotten."""
-    indices, values, active = (read[name].values for name in ("indices", "values", "active"))
-    slack = 1e-5 * dense.max()
-    k = indices.shape[1]
-    best = -np.sort(-dense, axis=1)[:, :k]
-    np.testing.assert_allclose(values, best, rtol=rounding, atol=slack)
-    np.testing.assert_allclose(
-        np.take_along_axis(dense, indices.astype(np.int64), axis=1), values, rtol=rounding, atol=slack
-    )
-    assert all(len(set(row)) == k for row in indices.tolist())
-    assert (np.diff(values, axis=1) <= 0).all()
-    np.testing.assert_array_equal(active, (dense > 0).sum(1))
 
 
 @pytest.mark.slow
@@ -145,11 +108,11 @@ def test_reads_are_those_of_the_stored_rows(captured: Captured, dtype: str, roun
     found = both.reads["lie"]["scores"].values
     np.testing.assert_allclose(found, scores, rtol=0, atol=1e-5 * np.abs(scores).max())
     assert found.dtype == np.float32
-    check_codes(both.reads["topk"], captured.codes("topk", rows[HOOKS[2]]), rounding)
+    check_codes(both.reads["topk"], dense_codes(captured.saes["topk"], rows[HOOKS[2]]), rounding)
     threshold = both.reads["threshold"]
     assert (threshold["active"].values > 16).any()  # some rows have more codes than are kept, and say so
     assert (threshold["active"].values < 16).any()
-    check_codes(threshold, captured.codes("jump", rows[HOOKS[1]]), rounding)
+    check_codes(threshold, dense_codes(captured.saes["jump"], rows[HOOKS[1]]), rounding)
     assert both.reads["topk"]["indices"].dtype == np.uint16
 
 
@@ -194,7 +157,7 @@ def test_reads_are_those_of_hugging_face(captured: Captured) -> None:
         }
         scores = truth[HOOKS[1]] @ COEF.T + INTERCEPT
         np.testing.assert_allclose(run.reads["lie"]["scores"].values[mine], scores, rtol=0, atol=1e-3)
-        dense = captured.codes("topk", truth[HOOKS[2]])
+        dense = dense_codes(captured.saes["topk"], truth[HOOKS[2]])
         best = -np.sort(-dense, axis=1)[:, :5]
         np.testing.assert_allclose(run.reads["topk"]["values"].values[mine], best, rtol=0, atol=1e-3)
 
@@ -285,3 +248,39 @@ def test_parameters_carry_reads() -> None:
     for wrong in ({"reads": []}, {"reads": [{"read": "probe"}]}, {"capture": False, "reads": reads}):
         with pytest.raises(InvalidInput, match="reads"):
             mp.capture_params(**wrong)  # type: ignore[call-overload]
+
+
+def test_stored_reads_are_reused_with_their_rows(lake: Lake, tmp_path: Path) -> None:
+    """Every prompt is held already, so that no engine starts."""
+    hook = "blocks.4.hook_resid_post"
+    asked = [probe("lie"), sae("jump", k=7)]
+    plan = plan_capture(read_job(job_file(tmp_path, lake, hooks=[hook], reads=asked)))
+    size = {"d_model": EXAMPLE_D_MODEL, "dtype": "bfloat16", "provenance": model_provenance(MODEL)}
+    spec = lake.create_run("source", hooks=(hook,), reads=plan.reads, **size)  # type: ignore[arg-type]
+    writer, put = RunWriter(lake.run_storage("source"), spec), {}
+    for key, tokens in (("long", [0, 5, 6, 9]), ("b", [0, 7])):
+        n = len(tokens)
+        arrays = {name: (n, array.columns or 1) for name, array in spec.read_arrays().items()}
+        values = {
+            name: RNG.integers(0, D_SAE, shape).astype(spec.arrays()[name].dtype) for name, shape in arrays.items()
+        }
+        values["jump.active"] = values["jump.active"][:, 0]
+        rows = {hook: RNG.integers(0, 1 << 14, (n, EXAMPLE_D_MODEL)).astype(np.uint16)}
+        put[key] = values
+        writer.append(CapturedRequest(key, np.array(tokens, np.int32), n, np.arange(n, dtype=np.int32), rows, values))
+    writer.commit()
+    job = job_file(tmp_path, lake, hooks=[hook], reads=asked)
+    job.write_text(job.read_text().replace('run = "run"', 'run = "again"\nreuse = ["source"]'))
+    done = run_capture_file(job, progress=False)
+    assert (done.reused, done.rows) == (2, 5)
+    run = lake["again"]
+    assert verify_run(run).problems == []
+    assert np.array_equal(run.select(["a"]).reads["lie"]["scores"].values, put["long"]["lie.scores"][:3])
+    assert np.array_equal(run.select(["b"]).reads["jump"]["indices"].values, put["b"]["jump.indices"])
+    fewer = [probe("lie", name="other")]
+    other = job_file(tmp_path, lake, hooks=[hook], reads=fewer)
+    other.write_text(other.read_text().replace('run = "run"', 'run = "third"\nreuse = ["source"]'))
+    with pytest.raises(InvalidInput, match=r"'source' does not have all of capture\.reads; it has lie, jump"):
+        run_capture_file(other, progress=False)
+    for name in ("source", "again"):
+        lake.delete(name)
