@@ -10,7 +10,9 @@ over the blocks with the range of the middle half. Rows land in a lake in the fo
 With `--device cuda` the model has 1.2 B parameters, CUDA graphs are on, and the ratios in the JSON line are of wall
 time: the process that runs the model waits for the device.
 
-The last line is JSON; `idle`, `one_hook` and `all_hooks` are time with the plugin over time without. vllm-lens is
+The last line is JSON; `idle`, `one_hook`, `all_hooks`, `read_probe` and `read_codes` are time with the plugin over time
+without. The last two keep, in place of the rows of one hook, a probe's score or the 64 largest of an SAE's codes (8 latents a
+dimension); `bytes_a_row` says what each of them stores. vllm-lens is
 installed without its dependencies into a folder of its own; where that fails, its key is null.
 """
 
@@ -73,6 +75,31 @@ def make_model(folder: Path, device: str) -> int:
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def make_reads(lake: Any, d_model: int, hook: str) -> dict[str, tuple[Any, ...]]:
+    """Runs that keep what a random probe and a random SAE read at `hook` in place of its rows: name to what is read."""
+    import torch
+    from safetensors.torch import save
+
+    from millpond.capture.edits import Edits
+    from millpond.capture.reads import Readers
+    from millpond.store.artifacts import save_artifact, save_probe
+    from millpond.store.reads import ReadProbe, ReadSaeTopk
+
+    d_sae = 8 * d_model
+    save_probe(lake, "probe", torch.randn(d_model), 0.0)
+    shapes = {"W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
+    weights = save({name: torch.randn(shape) for name, shape in shapes.items()})
+    save_artifact(
+        lake, "sae", "sae", weights, config={"architecture": "topk", "k": 64, "d_in": d_model, "d_sae": d_sae}
+    )
+    readers = Readers(lake, d_model, "bfloat16", Edits(lake, d_model).sae)
+    asked = {
+        "read_probe": ReadProbe(artifact="probe", hook=hook),
+        "read_codes": ReadSaeTopk(artifact="sae", hook=hook),
+    }
+    return {name: readers.resolve([read], [hook]) for name, read in asked.items()}
 
 
 class Engine:
@@ -357,6 +384,8 @@ def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path
     lake = millpond.open(folder / "lake", create=True)
     for name, hooks in {"one": one, "all": every}.items():
         lake.create_run(name, hooks=tuple(hooks), d_model=d_model, dtype="bfloat16")
+    for name, reads in make_reads(lake, d_model, one[0]).items():
+        lake.create_run(name, hooks=(), reads=reads, d_model=d_model, dtype="bfloat16")
     tokens = sum(map(len, work.prompts))
     print(
         f"{parameters / 1e6:.0f} M parameters, bfloat16, {'eager' if arguments.eager else 'compiled'}, {device}, "
@@ -372,6 +401,7 @@ def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path
         return lambda: engines[engine].measure(work, run)
 
     variants = {"idle": ("all", None), "one_hook": ("one", "one"), "all_hooks": ("all", "all")}
+    variants |= {name: ("one", name) for name in ("read_probe", "read_codes")}
     base = measured("base", None)
     record: dict[str, Any] = {}
     try:
@@ -396,6 +426,8 @@ def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path
         f"taking rows {(changed['plan_seconds'] + changed['take_seconds']) / elapsed:.1%}, writing thread busy "
         f"{changed['writer_seconds'] / elapsed:.1%}, engine waiting for the lake {changed['wait_seconds'] / elapsed:.1%}"
     )
+    record["bytes_a_row"] = {name: lake.spec(name).row_bytes() for name in ("one", "read_probe", "read_codes")}
+    print("bytes a row: " + ", ".join(f"{name} {count}" for name, count in record["bytes_a_row"].items()))
     record |= {"rows_per_s": round(rows / wall), "mb_per_s": round(size / wall / 1e6, 1)}
     found = {"hugging-face": peer("hugging-face", arguments, folder / "model", folder, {})}
     environment = {"PYTHONPATH": f"{folder / 'lens'}:{os.environ.get('PYTHONPATH', '')}", "VLLM_PLUGINS": "activations"}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
-import numpy as np
-
 from millpond.capture.edits import BankRows, Edits
+from millpond.capture.reads import Readers
 from millpond.store.capture_spec import RequestArgs
-from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import KINDS, Hook, match_hooks
+from millpond.store.interventions import Intervention, Patch
 from millpond.store.lake import Lake, open_lake
 from millpond.store.manifest import RunSpec
 from millpond.store.reprs import human_bytes
@@ -63,6 +62,8 @@ class EngineFacts:
     """Most bytes of activations that one request may keep until it ends."""
     queue_bytes: int
     commit_seconds: float | None
+    patience_seconds: float | None = None
+    """How long a store over a network is waited for; by default as long as the store does."""
     on_device: bool = False
     """Whether taps are part of the model's graphs, as on CUDA, and work on buffers of a fixed size."""
     max_tokens: int = 0
@@ -123,12 +124,26 @@ class EngineFacts:
     @cached_property
     def lake(self) -> Lake | None:
         """The engine's lake."""
-        return open_lake(self.lake_url) if self.lake_url else None
+        if not self.lake_url:
+            return None
+        options: dict[str, Any] = {}
+        if self.patience_seconds is not None and self.lake_url.startswith("s3"):
+            options["retry_timeout_s"] = self.patience_seconds
+        return open_lake(self.lake_url, **options)
 
     @cached_property
     def edits(self) -> Edits:
         """Makes this engine's edits."""
         return Edits(self.lake, self.d_model)
+
+    @cached_property
+    def _edit(self) -> Callable[[Intervention, str, int], Any]:
+        return lru_cache(maxsize=256)(self.edits.make)
+
+    @cached_property
+    def readers(self) -> Readers:
+        """Makes what computes this engine's reads."""
+        return Readers(self.lake, self.d_model, self.dtype, self.edits.sae)
 
     @cached_property
     def _specs(self) -> dict[str, RunSpec]:
@@ -146,15 +161,22 @@ class EngineFacts:
         spec = self._specs.get(name)
         if spec is None:
             spec = self._specs[name] = self.lake.spec(name)
-        missing = [hook for hook in spec.hooks if hook not in self.hooks]
+        missing = [hook for hook in (*spec.hooks, *(read.hook for read in spec.reads)) if hook not in self.hooks]
         if missing:
             raise InvalidInput(
-                f"run {name!r} keeps {missing[0]}, where this engine has no tap; start it with that hook"
+                f"run {name!r} keeps or reads {missing[0]}, where this engine has no tap; start it with that hook"
             )
         if (spec.d_model, spec.dtype) != (self.d_model, self.dtype):
             raise InvalidInput(
                 f"run {name!r} is for d_model {spec.d_model} and {spec.dtype}, the engine has {self.d_model} and {self.dtype}"
             )
+        if spec.reads and self.on_device:
+            raise InvalidInput(
+                f"run {spec.name!r} has reads, which are not supported where taps are part of CUDA graphs; keep rows, or run "
+                "it on the CPU build"
+            )
+        for read in spec.reads:
+            self.readers.make(read)
         return spec
 
     def check(self, args: RequestArgs, n_prompt: int, max_new_tokens: int) -> None:
@@ -171,7 +193,7 @@ class EngineFacts:
                     banked.add(self.edits.rows(intervention, hook, n_prompt))
                     at_hook[hook] += 1
                 else:
-                    self.edits.make(intervention, hook, n_prompt)
+                    self._edit(intervention, hook, n_prompt if isinstance(intervention, Patch) else 0)
             if (
                 self.on_device
                 and intervention.token_ids is not None
@@ -198,6 +220,12 @@ class EngineFacts:
                     f"capture.hooks selects {len(named)} hooks, but run {spec.name!r} keeps {len(spec.hooks)}; "
                     "leave hooks out or capture into another run"
                 )
+        if args.capture.reads is not None and self.readers.resolve(args.capture.reads, self.hooks) != spec.reads:
+            held = ", ".join(read.name for read in spec.reads) or "nothing"
+            raise InvalidInput(
+                f"capture.reads asks for other reads than run {spec.name!r} has ({held}); leave reads out or capture into "
+                "another run"
+            )
         computed = n_prompt + max(max_new_tokens - 1, 0)
         beyond = args.capture.out_of_reach(n_prompt, computed)
         if beyond is not None:
@@ -205,7 +233,7 @@ class EngineFacts:
                 f"capture.positions: {beyond} is outside the request, which has {n_prompt} prompt tokens"
             )
         rows = len(args.capture.select(n_prompt, 0, computed))
-        size = rows * len(spec.hooks) * self.d_model * np.dtype(STORED_AS[self.dtype]).itemsize
+        size = rows * spec.row_bytes()
         if size > self.request_bytes:
             raise InvalidInput(
                 f"the request may keep {human_bytes(size)} of activations until it ends; the engine's request_bytes allows "

@@ -39,7 +39,7 @@ class Edits:
     def __init__(self, lake: Lake | None, d_model: int) -> None:
         self._lake = lake
         self._d_model = d_model
-        self._sae = lru_cache(maxsize=4)(self._load_sae)
+        self.sae = lru_cache(maxsize=4)(self._load_sae)
         self._directed_rows = lru_cache(maxsize=256)(self._make_directed_rows)
 
     def make(self, intervention: Intervention, hook: str, n_prompt: int) -> Edit:
@@ -150,7 +150,7 @@ class Edits:
         return {to: values[held[position]] for to, position in source_of.items()}
 
     def _splice(self, splice: SpliceSae) -> Edit:
-        sae = self._sae(splice.artifact)
+        sae = self.sae(splice.artifact)
         for latent in (*splice.set_latents, *splice.scale_latents):
             if latent >= sae.d_sae:
                 raise InvalidInput(f"SAE {splice.artifact!r} has {sae.d_sae} latents; there is no latent {latent}")

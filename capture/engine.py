@@ -41,7 +41,7 @@ class CaptureEngine:
 
     Args:
         model: what runs.
-        lake: folder of the lake that the runs are in.
+        lake: path or URL of the lake that the runs are in.
         hooks: hook points that are tapped; runs may keep fewer.
         max_model_len: longest sequence, in tokens.
         arguments: further vLLM engine arguments.
@@ -53,7 +53,7 @@ class CaptureEngine:
     def __init__(
         self,
         model: ModelSection,
-        lake: Path,
+        lake: str,
         hooks: Sequence[str],
         max_model_len: int,
         arguments: dict[str, Any],
@@ -88,7 +88,7 @@ class CaptureEngine:
             "max_model_len": max_model_len,
             **dict([worker_argument()]),
             # no run's name: every setting is part of the compilation cache's key
-            "additional_config": {"millpond": {"lake": str(lake.absolute()), "hooks": list(hooks), **device}},
+            "additional_config": {"millpond": {"lake": lake, "hooks": list(hooks), **device}},
         }
         self.hooks = tuple(hooks)
         self.max_num_seqs = int(settings["max_num_seqs"])

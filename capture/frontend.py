@@ -19,6 +19,7 @@ from millpond.store.configuration import Allowance
 from millpond.store.errors import CaptureFailed, InvalidInput, RunExists
 from millpond.store.hooks import match_hooks
 from millpond.store.manifest import RunSpec
+from millpond.store.reads import ReadSpec
 
 
 @dataclass
@@ -229,13 +230,16 @@ class CaptureFrontend:
         name = wish.run or self.facts.run
         if name is None:
             raise InvalidInput("millpond.capture.run: missing, and the server was started without --run; name a run")
+        reads = self.facts.readers.resolve(wish.reads or (), self.facts.hooks)
         hooks = match_hooks(wish.hooks, self.facts.hooks, "capture.hooks: the engine has taps at") if wish.hooks else ()
+        if not hooks and not reads:
+            hooks = self.facts.hooks
         provenance = {
             **self._provenance,
             "adapter": None if adapter is None else self._adapter(*adapter),
             "interventions": [one.model_dump(mode="json", exclude_none=True) for one in asked.intervene],
         }
-        run = self._runs.get(name) or self._load(name, hooks or self.facts.hooks, provenance)
+        run = self._runs.get(name) or self._load(name, hooks, reads, provenance)
         differs = different_computation(run.spec.provenance, provenance)
         if differs is not None:
             raise InvalidInput(
@@ -244,14 +248,21 @@ class CaptureFrontend:
             )
         return self._runs.setdefault(name, run)
 
-    def _load(self, name: str, hooks: tuple[str, ...], provenance: dict[str, Any]) -> ServedRun:
+    def _load(
+        self, name: str, hooks: tuple[str, ...], reads: tuple[ReadSpec, ...], provenance: dict[str, Any]
+    ) -> ServedRun:
         """The open run called `name`, made now if the lake does not hold it."""
         lake = self.facts.lake
         if lake is None:
             raise InvalidInput("millpond.capture: this server has no lake; start it with --lake")
         with suppress(RunExists):  # made before, or by another server just now
             lake.create_run(
-                name, hooks=hooks, d_model=self.facts.d_model, dtype=self.facts.dtype, provenance=provenance
+                name,
+                hooks=hooks,
+                d_model=self.facts.d_model,
+                dtype=self.facts.dtype,
+                provenance=provenance,
+                reads=reads,
             )
         run = lake[name]
         if run.state == "sealed":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,16 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from millpond.capture.interrupts import held_back
+from millpond.capture.lock import only_capture
 from millpond.capture.plan import CapturePlan, Target, plan_capture
 from millpond.capture.prompt_file import Prompts
 from millpond.capture.provenance import COMPUTATION, adapter_provenance, model_provenance
 from millpond.capture.reuse import reuse_rows
 from millpond.store.capture_spec import CaptureWish, RequestArgs, read_job
 from millpond.store.configuration import check_quota, read_configuration
-from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
+from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost
 from millpond.store.lake import Lake, open_lake
+from millpond.store.objects import Storage, open_storage
 from millpond.store.reprs import human_bytes
 from millpond.store.run import Run
 from millpond.store.seal import seal_run
@@ -95,9 +96,13 @@ def run_capture(
         parts = [_part(lake, plan, target, resume) for target in plan.targets]
         made = [part for part in parts if part.made]
         with ExitStack() as locks:
-            check = locks.enter_context(held_back())
-            for part in parts:
-                locks.enter_context(_only_capture(part.folder))
+            checks = [locks.enter_context(held_back())]
+            checks += [locks.enter_context(only_capture(part.storage)) for part in parts]
+
+            def check() -> None:
+                for one in checks:
+                    one()
+
             try:
                 return _capture_and_seal(lake, plan, parts, engine, check, beat, progress)
             except (KeyboardInterrupt, LeaseLost):
@@ -125,7 +130,7 @@ class _Part:
     """One run of a job while it is captured."""
 
     target: Target
-    folder: Path
+    storage: Storage
     provenance: dict[str, Any]
     made: bool
     """Whether this capture made the run."""
@@ -156,7 +161,7 @@ def _capture_and_seal(
     started = time.perf_counter()
     for part in parts:
         if plan.job.destination.reuse and not part.sealed:
-            reused = reuse_rows(lake, plan, part.folder, part.provenance, part.todo(plan.prompts))
+            reused = reuse_rows(lake, plan, part.storage, part.provenance, part.todo(plan.prompts))
             part.done |= reused
     todo = {part.target.run: part.todo(plan.prompts) for part in parts}
     n_todo = sum(map(len, todo.values()))
@@ -200,7 +205,7 @@ def start_engine(plan: CapturePlan) -> CaptureEngine:
     adapters = [target.adapter for target in plan.targets if target.adapter is not None]
     return CaptureEngine(
         plan.job.model,
-        Path(plan.job.destination.lake.removeprefix("file://")),
+        open_storage(plan.job.destination.lake).url,
         plan.taps,
         plan.model.context,
         plan.job.engine,
@@ -208,21 +213,6 @@ def start_engine(plan: CapturePlan) -> CaptureEngine:
         max_rank=max((adapter.rank for adapter in adapters), default=0),
         edits_per_token=len(plan.job.intervene),
     )
-
-
-@contextmanager
-def _only_capture(folder: Path) -> Iterator[None]:
-    """Holds the run's capture lock, which the system releases however this process ends.
-
-    Raises:
-        RunBusy: another capture holds it.
-    """
-    with (folder / "capture.lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunBusy(f"run {folder.name!r} is being captured by another process; wait for it to end") from None
-        yield
 
 
 def _feed(
@@ -265,7 +255,7 @@ def _requests(
     from millpond.capture.engine import CaptureRequest
 
     section = plan.job.capture
-    wish = CaptureWish.model_validate(section.model_dump(exclude={"hooks", "max_new_tokens"}))
+    wish = CaptureWish.model_validate(section.model_dump(exclude={"hooks", "reads", "max_new_tokens"}))
     asked = RequestArgs(capture=wish, intervene=plan.job.intervene)
     missing = {part.target.run: dict(todo[part.target.run]) for part in parts}
     for prompt_id in plan.prompts.ids:
@@ -291,7 +281,7 @@ def _check_quota(lake: Lake, plan: CapturePlan, resume: bool) -> None:
 def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
     """The run of one target: made, or what an interrupted capture of the same job left of it."""
     provenance = _provenance(plan, target)
-    folder = lake.run_folder(target.run)
+    storage = lake.run_storage(target.run)
     if not resume or target.run not in lake:
         destination = plan.job.destination
         lake.create_run(
@@ -302,26 +292,29 @@ def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
             chunk_rows=destination.chunk_rows,
             shard_rows=destination.shard_rows,
             provenance=provenance,
+            reads=plan.reads,
         )
         if destination.consumed_by:
             grace = read_configuration(lake).collection_grace_s
             lake.retain(target.run, destination.consumed_by, grace_s=grace)
-        return _Part(target, folder, provenance, made=True, sealed=False, done={})
+        return _Part(target, storage, provenance, made=True, sealed=False, done={})
     run = lake[target.run]
-    if run.hooks != plan.hooks or run.provenance.get("fingerprint") != provenance["fingerprint"]:
+    if (run.hooks, run.plan.spec.reads) != (plan.hooks, plan.reads) or run.provenance.get("fingerprint") != provenance[
+        "fingerprint"
+    ]:
         raise InvalidInput(
             f"run {run.name!r} was begun with another job; resume it with that one or choose another name"
         )
     captured = pd.concat([run.prompts, run.dropped])
     done = dict(zip(captured["id"], captured["n_rows"].astype(int), strict=True))
-    return _Part(target, folder, provenance, made=False, sealed=run.state == "sealed", done=done)
+    return _Part(target, storage, provenance, made=False, sealed=run.state == "sealed", done=done)
 
 
 def _seal(part: _Part, plan: CapturePlan) -> Run:
     prompts = plan.prompts
     try:
         return seal_run(
-            part.folder,
+            part.storage,
             prompts=prompts.table,
             prompt_labels=plan.job.prompts.prompt_labels,
             token_labels=prompts.token_labels,

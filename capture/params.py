@@ -17,6 +17,7 @@ def capture_params(
     hooks: str | Sequence[str] | None = None,
     positions: str | Sequence[int] = "all",
     id: str | None = None,  # noqa: A002 - the field's name
+    reads: Sequence[Mapping[str, Any]] | None = None,
     intervene: Sequence[Mapping[str, Any]] = (),
     capture: bool = True,
     http: bool = False,
@@ -29,9 +30,13 @@ def capture_params(
 
     Args:
         run: destination; the server's own where it is left out.
-        hooks: names or globs, for a run that is made by this request; by default all that the server taps.
+        hooks: names or globs, for a run that is made by this request; by default all that the server
+            taps, or none if it has reads.
         positions: `all`, `prompt`, `generated`, `last`, or a list.
         id: the prompt's id in the run; minted where it is left out.
+        reads: for such a run, what is computed of each row and kept, such as `{"read": "probe", "artifact": "lie", "hook":
+            "blocks.3.hook_resid_post"}` or `{"read": "sae_topk", "artifact": "sae", "hook": ..., "k": 32}`; without
+            `hooks`, in place of rows.
         intervene: interventions, each an object as docs/capture.md describes.
         capture: whether anything is captured at all; False only intervenes.
         http: one JSON string, which is all that `vllm_xargs` takes.
@@ -42,11 +47,11 @@ def capture_params(
     """
     asked: dict[str, Any] = {}
     if capture:
-        given = {"run": run, "hooks": [hooks] if isinstance(hooks, str) else hooks, "id": id}
+        given = {"run": run, "hooks": [hooks] if isinstance(hooks, str) else hooks, "reads": reads, "id": id}
         asked["capture"] = {name: value for name, value in given.items() if value is not None}
         asked["capture"] |= {"positions": positions, **more}
-    elif run is not None or hooks is not None or id is not None or more or positions != "all":
-        raise InvalidInput("capture=False, but run, hooks, positions, id or another field of a capture is given")
+    elif any(value is not None for value in (run, hooks, reads, id)) or more or positions != "all":
+        raise InvalidInput("capture=False, but run, hooks, reads, positions, id or another field of a capture is given")
     if intervene:
         asked["intervene"] = list(intervene)
     if not asked:

@@ -17,14 +17,18 @@ from millpond.capture.prompt_file import Prompts, read_prompts
 from millpond.capture.versions import check_vllm_version, set_environment
 from millpond.store.capture_spec import CaptureJob
 from millpond.store.dtypes import STORED_AS, check_dtype
-from millpond.store.errors import InvalidInput
+from millpond.store.errors import InvalidInput, StorageFailed
 from millpond.store.hooks import hook_sort_key
 from millpond.store.interventions import Patch
 from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
-from millpond.store.reprs import human_bytes
+from millpond.store.objects import Storage, open_storage
+from millpond.store.posix import LocalStorage
+from millpond.store.reads import ReadSpec
+from millpond.store.reprs import human_bytes, read_text
 
 _SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config")
+_PATIENCE_SECONDS = 10.0  # for a store to answer while a job is checked
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class CapturePlan:
     """The runs that the job makes."""
     model: ModelFacts
     hooks: tuple[str, ...]
+    reads: tuple[ReadSpec, ...]
     taps: tuple[str, ...]
-    """Hooks that are kept or intervened at."""
+    """Hooks that are kept, read or intervened at."""
     prompts: Prompts
     rows: int
     """Rows asked of every hook of each run; with generation, the most there can be."""
@@ -69,12 +74,14 @@ class CapturePlan:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of all hooks."""
-        return self.model.d_model * np.dtype(STORED_AS[self.model.dtype]).itemsize * len(self.hooks)
+        """Bytes of one row of all hooks and reads."""
+        arrays = [array for read in self.reads for array in read.arrays(self.model.dtype, 1, 1).values()]
+        of_hook = self.model.d_model * np.dtype(STORED_AS[self.model.dtype]).itemsize
+        return of_hook * len(self.hooks) + sum(array.row_bytes for array in arrays)
 
     @property
     def bytes(self) -> int:
-        """Bytes of activations of all hooks and runs."""
+        """Bytes of activations and reads of all runs."""
         return self.rows * self.row_bytes * len(self.targets)
 
     def seconds(self) -> float:
@@ -94,7 +101,8 @@ class CapturePlan:
         return "\n".join(
             [
                 f"model    {self.model.architecture}, {self.model.n_layers} layers, d_model {self.model.d_model}, {self.model.dtype}",
-                f"hooks    {len(self.hooks)}: {self.hooks[0]} to {self.hooks[-1]}",
+                *([f"hooks    {len(self.hooks)}: {self.hooks[0]} to {self.hooks[-1]}"] if self.hooks else []),
+                *(f"read     {read_text(read)}" for read in self.reads),
                 f"prompts  {len(self.prompts.ids):,}, {self.prompts.n_tokens:,} tokens",
                 f"rows     {most}{self.rows:,} a hook, {most}{human_bytes(self.bytes)} in all",
                 f"runs     {', '.join(target.run for target in self.targets)}",
@@ -212,30 +220,38 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
             "prompts.token_labels name prompt tokens only; set capture.max_new_tokens to 0 or leave them out"
         )
     targets = _targets(job)
-    taps = _check_interventions(job, model, hooks, prompts)
-    plan = CapturePlan(job, targets, model, hooks, taps, prompts, rows, prompts.n_tokens + len(prompts.ids) * new)
+    facts = _facts(job, model)
+    reads = facts.readers.resolve(job.capture.reads, facts.hooks)
+    taps = {*hooks, *(read.hook for read in reads), *_check_interventions(job, facts, model.n_layers, prompts)}
+    ordered = tuple(sorted(taps, key=hook_sort_key))
+    plan = CapturePlan(
+        job, targets, model, hooks, reads, ordered, prompts, rows, prompts.n_tokens + len(prompts.ids) * new
+    )
     _check_destination(plan, resume)
     return plan
 
 
-def _check_interventions(
-    job: CaptureJob, model: ModelFacts, hooks: tuple[str, ...], prompts: Prompts
-) -> tuple[str, ...]:
-    """All hooks that need a tap, after checking that every intervention can be made."""
-    taps = set(hooks)
-    lake = (
-        job.destination.lake
-        if (Path(job.destination.lake.removeprefix("file://")) / "millpond.json").is_file()
-        else None
-    )
-    facts = EngineFacts(lake, None, hooks, model.d_model, model.dtype, 0, 0, None)
+def _facts(job: CaptureJob, model: ModelFacts) -> EngineFacts:
+    """An engine with a tap at every hook point of the model, and the job's lake if there is one."""
+    every = model_hooks(["*"], model.n_layers)
+    storage = _destination(job)
+    try:
+        lake = storage.url if storage.exists("millpond.json") else None
+    except StorageFailed as error:
+        raise InvalidInput(f"destination.lake {job.destination.lake!r} cannot be used: {error}") from error
+    return EngineFacts(lake, None, every, model.d_model, model.dtype, 0, 0, None)
+
+
+def _check_interventions(job: CaptureJob, facts: EngineFacts, n_layers: int, prompts: Prompts) -> set[str]:
+    """The hooks that are intervened at, after checking that every intervention can be made."""
+    taps = set()
     for intervention in job.intervene:
         where = f"intervene: model {job.model.path!r} offers"
-        for hook in model_hooks([intervention.hook], model.n_layers, where):
+        for hook in model_hooks([intervention.hook], n_layers, where):
             taps.add(hook)
             for tokens in prompts.token_ids if isinstance(intervention, Patch) else prompts.token_ids[:1]:
                 facts.edits.make(intervention, hook, len(tokens))
-    return tuple(sorted(taps, key=hook_sort_key))
+    return taps
 
 
 def _targets(job: CaptureJob) -> tuple[Target, ...]:
@@ -260,21 +276,45 @@ def _targets(job: CaptureJob) -> tuple[Target, ...]:
     return tuple(targets)
 
 
+def _destination(job: CaptureJob) -> Storage:
+    """The objects of the job's lake, whether or not there is one.
+
+    Raises:
+        InvalidInput: it is no folder and no S3 URL.
+    """
+    given = job.destination.lake
+    if not given or "\0" in given or given.startswith("memory://"):
+        raise InvalidInput(f"destination.lake is {given!r}; give a folder or s3://bucket/prefix")
+    try:
+        if given.startswith("s3"):
+            return open_storage(given, retry_timeout_s=_PATIENCE_SECONDS)
+        return open_storage(given)
+    except InvalidInput as error:
+        raise InvalidInput(f"destination.lake: {error}") from error
+
+
+def _check_runs(plan: CapturePlan, resume: bool) -> None:
+    lake = open_lake(plan.job.destination.lake)  # refuses what is no lake
+    for target in plan.targets:
+        if not resume or target.run not in lake:
+            lake.check_new(target.run)
+
+
 def _check_destination(plan: CapturePlan, resume: bool) -> None:
     destination = plan.job.destination
     if destination.shard_rows % destination.chunk_rows:
         raise InvalidInput(
             f"destination.shard_rows {destination.shard_rows} is not a multiple of chunk_rows {destination.chunk_rows}"
         )
-    folder = Path(destination.lake.removeprefix("file://"))
-    if not destination.lake or "\0" in destination.lake or "://" in str(destination.lake).removeprefix("file://"):
-        raise InvalidInput(f"destination.lake is {destination.lake!r}; give a local folder")
+    storage = _destination(plan.job)
+    if not isinstance(storage, LocalStorage):
+        if any(True for _ in storage.list()):
+            _check_runs(plan, resume)
+        return
+    folder = storage.path
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        lake = open_lake(folder)  # refuses what is no lake
-        for target in plan.targets:
-            if not resume or target.run not in lake:
-                lake.check_new(target.run)
-    existing = folder.absolute()
+        _check_runs(plan, resume)
+    existing = folder
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):

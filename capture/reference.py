@@ -91,6 +91,8 @@ def check_reference(
     """
     import torch
 
+    if not run.hooks:
+        raise InvalidInput(f"run {run.name!r} keeps reads and no activations; check a run of the model that keeps rows")
     folder, adapter = _computation(run, model, adapter)
     stored = _sample(run, prompts, seed)
     truth = _Model(folder, adapter, torch.float32, run.hooks)

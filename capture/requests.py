@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from millpond.capture.edits import BankRows, Edit
+from millpond.capture.reads import Reader
 from millpond.capture.tap import HookWork, Rows
 from millpond.store.capture_spec import CaptureWish
 from millpond.store.errors import CaptureFailed
 from millpond.store.positions import PositionFilter
+from millpond.store.reads import ReadSpec
 from millpond.store.segment import CapturedRequest
+from millpond.store.shards import ArraySpec
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ class BankedEdit:
     """How many others of the request come before it at this hook point."""
 
 
+@dataclass(frozen=True, eq=False)
+class PlannedRead:
+    """One read at one hook point; requests that share the object share a product."""
+
+    hook: int
+    spec: ReadSpec
+    reader: Reader
+
+
 @dataclass(eq=False)
 class Following:
     """One request that captures, is intervened in, or both."""
@@ -47,6 +59,7 @@ class Following:
     wish: CaptureWish | None = None
     hooks: tuple[int, ...] = ()
     """Numbers of the hook points that are kept."""
+    reads: tuple[PlannedRead, ...] = ()
     edits: tuple[PlannedEdit, ...] = ()
     """In the order in which they are applied at a hook point."""
     banked: tuple[BankedEdit, ...] = ()
@@ -59,6 +72,8 @@ class Following:
     """Of each step, (n_hooks, n_rows, d_model)."""
     steps: list[tuple[int, int]] = field(default_factory=list)
     """Numbers of the steps that computed it, and the first position of each; only where rows arrive later."""
+    values: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    """Of each step, the arrays of the reads by name, (n_rows, ...)."""
 
     def see(self, start: int, tokens: NDArray[np.int32]) -> None:
         """The tokens at the positions from `start` are these; negative where not known yet."""
@@ -80,6 +95,24 @@ class _Share:
     end: int
 
 
+@dataclass
+class _Stage:
+    """What a step keeps of the requests that keep the same."""
+
+    rows: NDArray[Any]
+    """(n_hooks, n_rows, d_model)."""
+    shares: list[_Share]
+    values: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """The arrays of the reads by name, (n_rows, ...), once the model has run."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + sum(values.nbytes for values in self.values.values())
+
+
+_Kept = tuple[tuple[int, ...], tuple[PlannedRead, ...]]
+
+
 class RequestFollower:
     """Turns the engine's steps into whole captured requests.
 
@@ -99,7 +132,7 @@ class RequestFollower:
         self._by_request: dict[str, Following] = {}
         self._by_id: dict[str, Following] = {}
         self._failed: dict[str, str] = {}
-        self._shares: list[tuple[NDArray[Any], list[_Share]]] = []
+        self._stages: list[_Stage] = []
 
     def admit(self, request_id: str, following: Following) -> None:
         """Follow a new request of the engine."""
@@ -142,7 +175,7 @@ class RequestFollower:
         """
         work: dict[int, HookWork] = {}
         edits: dict[tuple[int, int, Edit], list[tuple[NDArray[np.int64], NDArray[np.int32]]]] = {}
-        kept: dict[tuple[int, ...], list[tuple[Following, NDArray[np.int32], int]]] = {}
+        kept: dict[_Kept, list[tuple[Following, NDArray[np.int32], int]]] = {}
         for following, start, stop, first in self._followed(batch):
             for order, planned in enumerate(following.edits):
                 at = planned.where.select(following.n_prompt, start, stop, following.tokens)
@@ -151,21 +184,22 @@ class RequestFollower:
             if following.wish is not None:
                 at = following.wish.select(following.n_prompt, start, stop, following.tokens)
                 if len(at):
-                    kept.setdefault(following.hooks, []).append((following, at, first))
+                    kept.setdefault((following.hooks, following.reads), []).append((following, at, first))
         for (hook, _, edit), parts in sorted(edits.items(), key=lambda item: item[0][1]):
             rows = as_rows(np.concatenate([rows for rows, _ in parts]))
             positions = np.concatenate([positions for _, positions in parts])
             work.setdefault(hook, HookWork()).edits.append((rows, _bind(edit, positions)))
-        self._shares = [self._stage(hooks, parts, work) for hooks, parts in kept.items()]
+        self._stages = [self._stage(*what, parts, work) for what, parts in kept.items()]
         return work
 
     def _stage(
         self,
         hooks: tuple[int, ...],
+        reads: tuple[PlannedRead, ...],
         parts: list[tuple[Following, NDArray[np.int32], int]],
         work: dict[int, HookWork],
-    ) -> tuple[NDArray[Any], list[_Share]]:
-        """Room for the rows of the requests that keep the same `hooks`, and the copies into it."""
+    ) -> _Stage:
+        """Room for the rows of the requests that keep the same `hooks` and `reads`, and what fills it."""
         shares: list[_Share] = []
         end = 0
         for following, at, _ in parts:
@@ -175,19 +209,38 @@ class RequestFollower:
         stage = torch.empty(len(hooks), end, self._d_model, dtype=self._dtype)
         for number, hook in enumerate(hooks):
             work.setdefault(hook, HookWork()).copies.append((rows, stage[number]))
-        return _as_stored(stage), shares
+        staged = _Stage(_as_stored(stage), shares)
+        for read in reads:
+            work.setdefault(read.hook, HookWork()).reads.append((rows, self._keeper(read, staged)))
+        return staged
+
+    def _keeper(self, read: PlannedRead, stage: _Stage) -> Callable[[Tensor], None]:
+        """Computes a read and keeps its values in `stage`."""
+        arrays = self._arrays_of(read)
+
+        def keep(rows: Tensor) -> None:
+            for (name, array), values in zip(arrays.items(), read.reader(rows), strict=True):
+                stage.values[name] = _as_stored(values).astype(array.dtype, copy=False)
+
+        return keep
+
+    def _arrays_of(self, read: PlannedRead) -> dict[str, ArraySpec]:
+        return read.spec.arrays(str(self._dtype).removeprefix("torch."), 1, 1)
 
     def take_rows(self) -> tuple[int, int]:
-        """Hand the rows that the step kept to their requests; returns how many, and their bytes in all hooks."""
-        count = sum(stage.shape[1] for stage, _ in self._shares)
-        size = sum(stage.nbytes for stage, _ in self._shares)
-        for stage, shares in self._shares:
-            for share in shares:
-                rows = stage[:, share.begin : share.end]
+        """Hand the rows that the step kept to their requests; returns how many, and their bytes in all hooks and reads."""
+        count = sum(stage.rows.shape[1] for stage in self._stages)
+        size = sum(stage.nbytes for stage in self._stages)
+        for stage in self._stages:
+            for share in stage.shares:
+                rows = stage.rows[:, share.begin : share.end]
                 # a small part is copied, so that it does not keep the memory of the whole step
-                share.following.rows.append(rows if 2 * rows.nbytes > stage.nbytes else rows.copy())
+                share.following.rows.append(rows if 2 * rows.nbytes > stage.rows.nbytes else rows.copy())
+                share.following.values.append(
+                    {name: values[share.begin : share.end].copy() for name, values in stage.values.items()}
+                )
                 share.following.positions.append(share.positions)
-        self._shares = []
+        self._stages = []
         return count, size
 
     def forget(self, request_ids: Iterable[str]) -> None:
@@ -233,6 +286,7 @@ class RequestFollower:
             n_prompt_tokens=following.n_prompt,
             positions=positions[rows],
             activations=self._gather(following, rows),
+            reads=self._gather_reads(following, rows),
         )
 
     @staticmethod
@@ -250,6 +304,14 @@ class RequestFollower:
         for number, name in enumerate(names):
             whole = np.concatenate([part[number] for part in following.rows])
             taken[name] = whole if everything else whole[rows]
+        return taken
+
+    def _gather_reads(self, following: Following, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        taken = {}
+        for read in following.reads:
+            for name, array in self._arrays_of(read).items():
+                empty = np.empty((0,) if array.columns is None else (0, array.columns), array.dtype)
+                taken[name] = np.concatenate([empty, *(part[name] for part in following.values)])[rows]
         return taken
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from millpond.store.dtypes import encode_bfloat16
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import summarize_hooks
 from millpond.store.lake import Lake
+from millpond.store.objects import Storage
 from millpond.store.run import Run, open_run
 from millpond.store.segment import CapturedRequest, RunWriter
 
@@ -44,9 +44,9 @@ class _Match:
 
 
 def reuse_rows(
-    lake: Lake, plan: CapturePlan, folder: Path, provenance: Mapping[str, Any], todo: list[tuple[str, list[int]]]
+    lake: Lake, plan: CapturePlan, storage: Storage, provenance: Mapping[str, Any], todo: list[tuple[str, list[int]]]
 ) -> dict[str, int]:
-    """Copy the rows of those prompts of `todo` into the open run in `folder` that the job's `reuse` runs hold.
+    """Copy the rows of those prompts of `todo` into the open run in `storage` that the job's `reuse` runs hold.
 
     Returns:
         Rows copied of each prompt that is done with.
@@ -54,7 +54,7 @@ def reuse_rows(
     Raises:
         InvalidInput: a run named for reuse is of another model, dtype or other hooks.
     """
-    writer = RunWriter(folder, open_run(folder).plan.spec)
+    writer = RunWriter(storage, open_run(storage).plan.spec)
     done: dict[str, int] = {}
     for name in plan.job.destination.reuse:
         run = lake[name]
@@ -73,6 +73,11 @@ def _usable(run: Run, plan: CapturePlan, provenance: Mapping[str, Any]) -> bool:
     if differs not in (None, "adapter", "interventions"):
         raise InvalidInput(
             f"destination.reuse: run {run.name!r} is of another model: its {differs} differs; leave it out"
+        )
+    if not set(plan.reads) <= set(run.plan.spec.reads):
+        raise InvalidInput(
+            f"destination.reuse: run {run.name!r} does not have all of capture.reads; it has "
+            f"{', '.join(run.reads) or 'none'}: leave it out"
         )
     if run.dtype != plan.model.dtype or not set(plan.hooks) <= set(run.hooks):
         raise InvalidInput(
@@ -128,7 +133,10 @@ def _prefix_digests(tokens: NDArray[np.int32], lengths: Iterable[int]) -> Iterat
 def _copies(run: Run, plan: CapturePlan, matches: list[_Match]) -> Iterator[CapturedRequest]:
     """The matched prompts with their rows, read in groups of about 64 MB."""
     counts = run.prompts["n_rows"].to_numpy(np.int64)
-    row_bytes = 4 * run.d_model * len(plan.hooks)
+    row_bytes = 4 * run.d_model * len(plan.hooks) + sum(
+        array.row_bytes for array in run.plan.spec.read_arrays().values()
+    )
+    wanted = [read.arrays(run.dtype, 1, 1) for read in plan.reads]
     while matches:
         size = 0
         group: list[_Match] = []
@@ -140,6 +148,7 @@ def _copies(run: Run, plan: CapturePlan, matches: list[_Match]) -> Iterator[Capt
         part = run.select(chosen)
         starts = np.concatenate([[0], np.cumsum(counts * chosen)])
         values = {hook: _stored(part[hook].values, run.dtype) for hook in plan.hooks}
+        reads = {name: _raw(part, name) for arrays in wanted for name in arrays}
         for match in group:
             rows = starts[match.source] + match.rows
             yield CapturedRequest(
@@ -148,7 +157,14 @@ def _copies(run: Run, plan: CapturePlan, matches: list[_Match]) -> Iterator[Capt
                 n_prompt_tokens=match.n_prompt,
                 positions=match.positions,
                 activations={hook: array[rows] for hook, array in values.items()},
+                reads={name: array[rows] for name, array in reads.items()},
             )
+
+
+def _raw(part: Run, name: str) -> NDArray[Any]:
+    """All rows of one array of a view, as they are stored."""
+    array = part.plan.spec.arrays()[name]
+    return np.concatenate([piece.read(name, array) for span in part.plan.spans for piece in span])
 
 
 def _stored(rows: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -37,7 +37,8 @@ class StoredSae:
             )
         self._tensors = tensors
         self._subtract = bool(config.get("apply_b_dec_to_input", True))
-        self._k = int(config.get("k", 0))
+        self.k = int(config["k"]) if self.architecture == "topk" else None
+        """Active latents a row, where the architecture fixes them."""
         self._rescale = bool(config.get("rescale_acts_by_decoder_norm", False))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -56,10 +57,27 @@ class StoredSae:
             latents = torch.relu(hidden)
             latents *= hidden > t["threshold"]
             return latents
+        indices, values = self._largest(hidden)
+        return torch.zeros_like(hidden).scatter_(1, indices, values)
+
+    def codes(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The `k` largest latents of activations (n, d_in): indices and values (n, k), largest first, and of how many (n,)."""
+        if self.architecture == "topk":
+            if self._subtract:
+                x = x - self.b_dec
+            indices, values = self._largest(x @ self.W_enc + self._tensors["b_enc"])
+            return indices[:, :k], values[:, :k], (values > 0).sum(1)
+        latents = self.encode(x)
+        best = latents.topk(k, dim=1)
+        return best.indices, best.values, (latents > 0).sum(1)
+
+    def _largest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a top-k SAE's latents before the choice (n, d_sae)."""
+        assert self.k is not None
         if self._rescale:
             hidden = hidden * self.W_dec.norm(dim=1)
-        best = hidden.topk(self._k, dim=1)
-        return torch.zeros_like(hidden).scatter_(1, best.indices, torch.relu(best.values))
+        best = hidden.topk(self.k, dim=1)
+        return best.indices, torch.relu(best.values)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Reconstructions (n, d_in) of latent activations (n, d_sae)."""

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from typing import Any
 from millpond.capture.admission import EngineFacts
 from millpond.capture.frontend import Admitted, CaptureFrontend
 from millpond.capture.provenance import model_provenance
-from millpond.store.errors import CaptureFailed, InvalidInput
+from millpond.store.errors import CaptureFailed, InvalidInput, StorageFailed
 from millpond.store.lake import open_lake
+
+_PATIENCE_SECONDS = 10.0  # requests are admitted one after the other, and every client waits meanwhile
 
 
 def install() -> None:
@@ -80,6 +83,7 @@ def served_facts(vllm_config: Any) -> tuple[EngineFacts, dict[str, Any]] | None:
         )
     if facts.lake_url:
         open_lake(facts.lake_url, create=True)
+    facts = replace(facts, patience_seconds=_PATIENCE_SECONDS)
     return facts, model_provenance(folder)
 
 
@@ -120,6 +124,8 @@ def _generate(
         )
     except InvalidInput as error:
         raise _refusal(error) from error
+    except StorageFailed as error:
+        raise _failure(f"capture failed: the lake cannot be used: {error.strerror}") from error
     filled = admitted.extra if isinstance(admitted, Admitted) else admitted
     # the request's arguments are shared by all its prompts: never change them in place
     sampling_params.extra_args = {**extra, "millpond": filled}
@@ -133,14 +139,19 @@ def _generate(
 
 
 async def _in_vllms_words(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    from vllm.exceptions import VLLMServerError
-
     try:
         async with aclosing(outputs) as stream:
             async for output in stream:
                 yield output
     except CaptureFailed as error:
-        raise VLLMServerError(str(error)) from error
+        raise _failure(str(error)) from error
+
+
+def _failure(reason: str) -> Exception:
+    from vllm.exceptions import VLLMServerError
+
+    failure: Exception = VLLMServerError(reason)
+    return failure
 
 
 def _refusal(error: InvalidInput) -> Exception:

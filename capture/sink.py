@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from millpond.store.segment import CapturedRequest, RunWriter
 
 logger = logging.getLogger(__name__)
+_SLOW_SECONDS = 5.0
 
 
 @dataclass
@@ -60,6 +61,10 @@ class LakeSink:
         self._failed: dict[str, str] = {}
         self._totals: dict[str, tuple[int, int]] = {}
         self._error: str | None = None
+        self._writing: tuple[str, float] | None = None
+        """Run that is being written, and since when."""
+        self._told = False
+        """Whether it was said that this write takes long."""
         self._commit_asked = 0
         self._commits_done = 0
         self._change = threading.Condition()
@@ -73,9 +78,10 @@ class LakeSink:
         """
         started = time.perf_counter()
         with self._change:
-            self._change.wait_for(lambda: self._bytes < self._max_bytes)
+            while not self._change.wait_for(lambda: self._bytes < self._max_bytes, _SLOW_SECONDS):
+                logger.warning("the engine has waited %.0f s for the lake (run %r)", time.perf_counter() - started, run)
             self._waiting.append((run, capture_id, request))
-            self._bytes += _size(request)
+            self._bytes += request.nbytes
             self._change.notify_all()
         waited = time.perf_counter() - started
         self.waited += waited
@@ -92,7 +98,8 @@ class LakeSink:
             self._commit_asked += 1
             asked = self._commit_asked
             self._change.notify_all()
-            self._change.wait_for(lambda: self._commits_done >= asked)
+            while not self._change.wait_for(lambda: self._commits_done >= asked, _SLOW_SECONDS):
+                self._tell_if_slow()
             error, self._error = self._error, None
             rows = sum(rows for rows, _ in self._totals.values())
             prompts = sum(prompts for _, prompts in self._totals.values())
@@ -100,6 +107,7 @@ class LakeSink:
 
     def poll(self) -> tuple[dict[str, int], dict[str, str]]:
         """Since the last call: committed requests with their rows, and failed ones with the reason."""
+        self._tell_if_slow()
         with self._change:
             committed, self._committed = self._committed, {}
             failed, self._failed = self._failed, {}
@@ -120,7 +128,7 @@ class LakeSink:
             if run is not None and request is not None:
                 self._guard(run, capture_id, request)
                 with self._change:
-                    self._bytes -= _size(request)
+                    self._bytes -= request.nbytes
                     self._change.notify_all()
             elif asked > self._commits_done:
                 self._commit_older_than(0.0)
@@ -145,6 +153,7 @@ class LakeSink:
     def _guard(self, run: str, capture_id: str, request: CapturedRequest | None) -> None:
         """Write one request of `run`, or commit the run; a failure is told to those concerned."""
         destination = self._destinations.get(run)
+        self._writing = (run, time.monotonic())
         try:
             if destination is None:
                 writer = self._open_run(run)
@@ -154,12 +163,25 @@ class LakeSink:
                     destination.since = time.monotonic()
                 destination.rows.append((capture_id, len(request.positions)))
                 destination.writer.append(request)
-                self.written_bytes += _size(request)
+                self.written_bytes += request.nbytes
             else:
                 destination.writer.commit()
             self._settle(run, destination)
+            if self._told:
+                logger.warning("run %r: the lake answers again", run)
         except Exception as error:  # the thread's only way to tell is through poll and commit
             self._lose(run, destination, capture_id, error)
+        finally:
+            self._writing, self._told = None, False
+
+    def _tell_if_slow(self) -> None:
+        """Log, once, that a write has not ended for a while."""
+        writing = self._writing
+        if writing is not None and not self._told and time.monotonic() - writing[1] > _SLOW_SECONDS:
+            self._told = True
+            logger.warning(
+                "run %r: the lake has not answered for %.0f s; its rows wait in memory", writing[0], _SLOW_SECONDS
+            )
 
     def _settle(self, run: str, destination: _Destination) -> None:
         """Tell of what the writer has committed."""
@@ -179,17 +201,14 @@ class LakeSink:
         lost = {capture_id} if capture_id else set()
         if destination is not None:
             lost.update(uncommitted for uncommitted, _ in destination.rows)
-            with suppress(Exception):  # nothing of it is visible; sealing or deleting the run sweeps what is left
-                destination.writer.discard()
             del self._destinations[run]
         with self._change:
             self._failed.update(dict.fromkeys(lost, reason))
             self._error = reason
+        if destination is not None:
+            with suppress(Exception):  # nothing of it is visible; sealing or deleting the run sweeps what is left
+                destination.writer.discard()
 
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _size(request: CapturedRequest) -> int:
-    return sum(rows.nbytes for rows in request.activations.values())

@@ -34,7 +34,7 @@ def gather_stages(group: Any, mine: Mapping[str, Confirmed]) -> dict[str, Confir
 
 
 def join_stages(parts: Sequence[Mapping[str, Confirmed]]) -> dict[str, Confirmed]:
-    """One request for each capture id, with the hooks of all stages; failed where it failed in any."""
+    """One request for each capture id, with the hooks and reads of all stages; failed where it failed in any."""
     joined: dict[str, Confirmed] = {}
     for capture_id in parts[0]:
         known = [part[capture_id] for part in parts if capture_id in part]
@@ -52,5 +52,6 @@ def join_stages(parts: Sequence[Mapping[str, Confirmed]]) -> dict[str, Confirmed
             joined[capture_id] = CaptureFailed(f"request {capture_id!r}: pipeline stages kept different positions")
         else:
             activations = {hook: rows for part in whole for hook, rows in part.activations.items()}
-            joined[capture_id] = replace(whole[0], activations=activations)
+            reads = {name: values for part in whole for name, values in part.reads.items()}
+            joined[capture_id] = replace(whole[0], activations=activations, reads=reads)
     return joined

@@ -37,7 +37,7 @@ class HookWork:
     copies: list[tuple[Rows, Tensor]] = field(default_factory=list)
     """Where the rows go: a tensor of the model's dtype, (n, d_model)."""
     reads: list[tuple[Rows, Callable[[Tensor], None]]] = field(default_factory=list)
-    """Computed from float32 activations (n, d_model) and kept by the function itself."""
+    """Computed from activations (n, d_model) as `copies` would keep them, and kept by the function itself."""
 
 
 class Taps:
@@ -78,7 +78,7 @@ def edit_and_copy(hidden: Tensor, residual: Tensor | None, work: HookWork) -> No
         else:
             target.copy_(hidden[rows])
     for rows, read in work.reads:
-        read(_float_rows(hidden, residual, rows))
+        read(hidden[rows] if residual is None else hidden[rows] + residual[rows])
 
 
 def _float_rows(hidden: Tensor, residual: Tensor | None, rows: Rows) -> Tensor:

@@ -16,7 +16,7 @@ from millpond.capture.admission import EngineFacts
 from millpond.capture.device_requests import DeviceFollower
 from millpond.capture.device_tap import DeviceTaps
 from millpond.capture.engine_checks import check_engine
-from millpond.capture.requests import BankedEdit, Following, PlannedEdit, RequestFollower
+from millpond.capture.requests import BankedEdit, Following, PlannedEdit, PlannedRead, RequestFollower
 from millpond.capture.sink import LakeSink
 from millpond.capture.stages import Confirmed, gather_stages
 from millpond.capture.tap import Taps, install_taps, tapped_hooks
@@ -25,6 +25,7 @@ from millpond.store.capture_spec import RequestArgs, read_request_args
 from millpond.store.errors import CaptureFailed
 from millpond.store.hooks import match_hooks
 from millpond.store.interventions import Patch
+from millpond.store.reads import ReadSpec
 from millpond.store.segment import RunWriter
 
 
@@ -77,6 +78,8 @@ class Tapping:
         self._edit = lru_cache(maxsize=256)(facts.edits.make)
         self._rows = lru_cache(maxsize=256)(facts.edits.rows)
         self._hook_numbers = lru_cache(maxsize=64)(self._numbers_of_run)
+        self._reads = lru_cache(maxsize=64)(self._reads_of_run)
+        self._planned = lru_cache(maxsize=64)(self._plan_read)
         self._statistics = {"steps": 0, "rows": 0, "bytes": 0, "plan_seconds": 0.0, "take_seconds": 0.0}
         self._run_of: dict[str, str] = {}
         self._input_ids: Any = None
@@ -152,6 +155,7 @@ class Tapping:
         if args.capture is not None and args.capture.id is not None and self._keeps:
             following.wish = args.capture
             following.hooks = self._hook_numbers(args.capture.run)
+            following.reads = self._reads(args.capture.run)
             self._run_of[args.capture.id] = self._facts.run_spec(args.capture.run).name
         self._follower.admit(request_id, following)
 
@@ -159,9 +163,16 @@ class Tapping:
         number = self._taps.number
         return tuple(number[hook] for hook in self._facts.run_spec(run).hooks if hook in number)
 
+    def _reads_of_run(self, run: str | None) -> tuple[PlannedRead, ...]:
+        reads = self._facts.run_spec(run).reads
+        return tuple(self._planned(read) for read in reads if read.hook in self._taps.number)
+
+    def _plan_read(self, read: ReadSpec) -> PlannedRead:
+        return PlannedRead(self._taps.number[read.hook], read, self._facts.readers.make(read))
+
     def _open_run(self, name: str) -> RunWriter:
         assert self._facts.lake is not None  # run_spec has found the run in it
-        return RunWriter(self._facts.lake.run_folder(name), self._facts.run_spec(name))
+        return RunWriter(self._facts.lake.run_storage(name), self._facts.run_spec(name))
 
     def confirm(self, finished: list[tuple[str, int]]) -> dict[str, dict[str, Any]]:
         """Write requests of which the client received so many tokens.

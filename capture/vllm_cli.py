@@ -84,8 +84,7 @@ def serve_command(
     if run is not None:
         check_run_name(run)
     name, worker = worker_argument()
-    lake_url = lake if "://" in lake else str(Path(lake).absolute())
-    open_lake(lake_url, create=True)
+    lake_url = open_lake(lake, create=True).url
     settings: dict[str, Any] = {"lake": lake_url, "hooks": list(hooks), "commit_seconds": commit_seconds}
     if run is not None:
         settings["run"] = run

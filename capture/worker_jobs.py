@@ -25,6 +25,8 @@ from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBus
 from millpond.store.hooks import summarize_hooks
 from millpond.store.lake import open_lake
 from millpond.store.logs import of_job
+from millpond.store.objects import open_storage
+from millpond.store.posix import LocalStorage
 from millpond.store.queue import JobQueue, QueuedJob
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ class WorkerConfig:
     """What a worker's engine can do; jobs that need anything else are failed with the reason."""
 
     model: ModelSection
-    lake: Path
+    lake: str
+    """Path or URL."""
     hooks: tuple[str, ...]
     """Names or globs of the hook points that are tapped; jobs may keep fewer."""
     engine: dict[str, Any]
@@ -65,7 +68,7 @@ def work(
             "model": config.model,
             "capture": {"hooks": config.hooks},
             "prompts": {"path": ""},
-            "destination": {"lake": str(config.lake), "run": "none"},
+            "destination": {"lake": config.lake, "run": "none"},
             "engine": config.engine,
         }
     )
@@ -75,7 +78,7 @@ def work(
     name = f"{socket.gethostname()}:{os.getpid()}"
     engine = CaptureEngine(
         config.model,
-        config.lake,
+        open_storage(config.lake).url,
         hooks,
         facts.context,
         config.engine,
@@ -191,8 +194,8 @@ def _plan(claimed: QueuedJob, config: WorkerConfig, engine: CaptureEngine) -> Ca
             f"model.path {job.model.path!r} with dtype {job.model.dtype!r}: this worker runs {config.model.path!r} with "
             f"{config.model.dtype!r}; start a worker for that model"
         )
-    if _folder(job.destination.lake) != config.lake.resolve():
-        raise InvalidInput(f"destination.lake is {job.destination.lake!r}; this worker writes {str(config.lake)!r}")
+    if _place(job.destination.lake) != _place(config.lake):
+        raise InvalidInput(f"destination.lake is {job.destination.lake!r}; this worker writes {config.lake!r}")
     plan = plan_capture(job.model_copy(update={"engine": config.engine}), resume=True)
     missing = [hook for hook in plan.taps if hook not in engine.hooks]
     if missing:
@@ -208,5 +211,6 @@ def _plan(claimed: QueuedJob, config: WorkerConfig, engine: CaptureEngine) -> Ca
     return plan
 
 
-def _folder(lake: str) -> Path:
-    return Path(lake.removeprefix("file://")).resolve()
+def _place(lake: str) -> str:
+    storage = open_storage(lake)
+    return str(storage.path.resolve()) if isinstance(storage, LocalStorage) else storage.url

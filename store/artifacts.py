@@ -6,9 +6,7 @@ An artifact is one safetensors file, `artifacts/<name>.safetensors`; what descri
 from __future__ import annotations
 
 import json
-import os
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from millpond.store.errors import ArtifactNotFound, InvalidInput, LakeCorrupt
 from millpond.store.manifest import check_run_name
-from millpond.store.posix import sync_folder
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
@@ -40,6 +37,8 @@ class Artifact:
     provenance: dict[str, Any]
     data: bytes
     """A safetensors file."""
+    checksum: str
+    """crc32c of the tensors, 8 hexadecimal digits."""
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The tensors as NumPy arrays; NumPy has no bfloat16, so SAEs are better loaded with torch."""
@@ -83,7 +82,7 @@ def save_artifact(
         "provenance": json.dumps(dict(provenance or {})),
         "crc32c": _digits(body),
     }
-    if not _create(_path(lake, name), _join(header, body)):
+    if not lake.storage.create(_path(name), _join(header, body)):
         raise InvalidInput(f"artifact {name!r} exists; artifacts never change: choose another name")
 
 
@@ -97,7 +96,7 @@ def load_artifact(lake: Lake, name: str, kind: Kind | None = None) -> Artifact:
     """
     check_run_name(name)
     try:
-        data = _path(lake, name).read_bytes()
+        data = lake.storage.get(_path(name))
     except FileNotFoundError:
         held = ", ".join(artifact_names(lake)) or "none"
         raise ArtifactNotFound(f"artifact {name!r} is not in the lake, which holds {held}; save it first") from None
@@ -111,12 +110,13 @@ def load_artifact(lake: Lake, name: str, kind: Kind | None = None) -> Artifact:
         raise LakeCorrupt(f"artifact {name!r} is not what was saved ({error}); save it again") from error
     if kind is not None and metadata["kind"] != kind:
         raise InvalidInput(f"artifact {name!r} is a {metadata['kind']}; give the name of a {kind}")
-    return Artifact(name, metadata["kind"], config, provenance, data)
+    return Artifact(name, metadata["kind"], config, provenance, data, metadata["crc32c"])
 
 
 def artifact_names(lake: Lake) -> list[str]:
     """The names of all artifacts in `lake`."""
-    return sorted(path.stem for path in (lake.folder / "artifacts").glob("[!.]*.safetensors"))
+    entries = lake.storage.list("artifacts")
+    return sorted(entry.path.removeprefix("artifacts/").removesuffix(".safetensors") for entry in entries)
 
 
 def save_direction(
@@ -131,6 +131,41 @@ def save_direction(
     if vector.ndim != 1 or not np.any(vector):
         raise InvalidInput(f"direction {name!r} has shape {vector.shape}; give d_model numbers that are not all zero")
     save_artifact(lake, name, "vector", {"vector": vector}, config={"hook": hook}, provenance=provenance)
+
+
+def save_probe(
+    lake: Lake,
+    name: str,
+    coef: ArrayLike,
+    intercept: ArrayLike,
+    *,
+    classes: Sequence[Any] | None = None,
+    hook: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Keep a linear probe: scores of a row x are x @ coef.T + intercept, in float32.
+
+    Args:
+        lake: which keeps it.
+        name: of the artifact.
+        coef: (d_model,) or (n_outputs, d_model), such as a fitted probe's `coef_`.
+        intercept: a number, or (n_outputs,).
+        classes: what the outputs stand for.
+        hook: where it was trained.
+        provenance: anything more about where it comes from.
+
+    Raises:
+        InvalidInput: the shapes do not belong together, a value is not finite, or the name is taken.
+    """
+    weights, offsets = np.atleast_2d(np.asarray(coef, np.float32)), np.atleast_1d(np.asarray(intercept, np.float32))
+    if weights.ndim != 2 or offsets.shape != weights.shape[:1]:
+        raise InvalidInput(
+            f"probe {name!r} has coef of shape {np.shape(coef)} and intercept of shape {np.shape(intercept)}; give "
+            "(n_outputs, d_model) and (n_outputs,)"
+        )
+    about = {"hook": hook, "classes": None if classes is None else np.asarray(classes).tolist()}
+    tensors = {"coef": weights, "intercept": offsets}
+    save_artifact(lake, name, "probe", tensors, config=about, provenance=provenance)
 
 
 def save_sae(lake: Lake, name: str, folder: Path, *, provenance: Mapping[str, Any] | None = None) -> None:
@@ -148,8 +183,8 @@ def save_sae(lake: Lake, name: str, folder: Path, *, provenance: Mapping[str, An
     save_artifact(lake, name, "sae", data, config=config, provenance=provenance)
 
 
-def _path(lake: Lake, name: str) -> Path:
-    return lake.folder / "artifacts" / f"{name}.safetensors"
+def _path(name: str) -> str:
+    return f"artifacts/{name}.safetensors"
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -169,22 +204,3 @@ def _join(header: Mapping[str, Any], body: bytes) -> bytes:
 
 def _digits(data: bytes) -> str:
     return f"{int(google_crc32c.value(data)):08x}"
-
-
-def _create(path: Path, data: bytes) -> bool:
-    """Write `path` whole and durably, unless it is there."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        try:
-            path.hardlink_to(temporary)
-        except FileExistsError:
-            return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from millpond.store.errors import InvalidInput
 from millpond.store.interventions import Intervention, interventions_hash
 from millpond.store.positions import PositionFilter
+from millpond.store.reads import Read
 
 
 class _Section(BaseModel):
@@ -32,10 +33,18 @@ class ModelSection(_Section):
 class CaptureSection(PositionFilter):
     """Which activations are kept."""
 
-    hooks: tuple[str, ...] = Field(min_length=1)
-    """Hook point names or globs, such as `blocks.*.hook_resid_post`."""
+    hooks: tuple[str, ...] = ()
+    """Hook point names or globs, such as `blocks.*.hook_resid_post`; none where only `reads` are kept."""
+    reads: tuple[Read, ...] = ()
+    """Scores of probes and codes of SAEs that are computed of the same positions and kept."""
     max_new_tokens: int = Field(default=0, ge=0)
     """Tokens generated greedily after each prompt; the last one's activations are never computed."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> CaptureSection:
+        if not self.hooks and not self.reads:
+            raise ValueError("capture.hooks and capture.reads are both empty; name at least one hook point or read")
+        return self
 
 
 class PromptsSection(_Section):
@@ -61,7 +70,7 @@ class DestinationSection(_Section):
     """Where the run goes."""
 
     lake: str
-    """Folder of the lake; made if it is missing."""
+    """Folder or `s3://bucket/prefix` of the lake; made if it is missing."""
     run: str
     """Name of the new run."""
     chunk_rows: int = Field(default=512, gt=0)
@@ -107,6 +116,8 @@ class CaptureWish(PositionFilter):
     """Destination run; the engine's own where it is missing."""
     hooks: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Must select exactly the run's hooks; for the reader's sake, or to create the run."""
+    reads: tuple[Read, ...] | None = Field(default=None, min_length=1)
+    """Likewise the run's reads. A run that is created for reads, with no hooks named, keeps no activations."""
 
 
 class RequestArgs(_Section):

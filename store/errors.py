@@ -4,6 +4,7 @@ MillpondError
 ├── InvalidInput          what the caller gave cannot be used; nothing was changed
 │   ├── HookNotCaptured   the run does not hold that hook point
 │   ├── LabelNotFound     the run has no label of that name
+│   ├── ReadNotFound      the run has no read of that name
 │   ├── RunNotFound       the lake holds no run of that name
 │   ├── ArtifactNotFound  the lake holds no artifact of that name
 │   ├── RunExists         the lake already holds a run of that name
@@ -55,6 +56,12 @@ class HookNotCaptured(InvalidInput, KeyError):
 
 class LabelNotFound(InvalidInput, KeyError):
     """The run has no label of that name."""
+
+    __str__ = Exception.__str__
+
+
+class ReadNotFound(InvalidInput, KeyError):
+    """The run has no read of that name."""
 
     __str__ = Exception.__str__
 

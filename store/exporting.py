@@ -28,10 +28,10 @@ _KINDS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 def export_run(
     view: Run, path: str | os.PathLike[str], form: Form, *, hooks: tuple[str, ...] | None = None
 ) -> list[Path]:
-    """Write the rows of a view, with their prompts, positions, token ids and labels, into the new folder `path`.
+    """Write the rows of a view, with their reads, prompts, positions, token ids and labels, into the new folder `path`.
 
     safetensors: `rows-00000.safetensors` and so on, a shard of rows each, every hook in the run's data type. Parquet:
-    the same, hooks as lists of float32. NumPy: one `.npy` for each hook (bfloat16 as float32) and column.
+    the same, hooks as lists of float32. NumPy: one `.npy` for each hook (bfloat16 as float32), array of a read and column.
     `prompts.parquet` and `run.json` lie beside them. Returns the files.
 
     Raises:
@@ -43,7 +43,7 @@ def export_run(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidInput(f"{str(folder)!r} exists and is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    hooks = hooks or view.hooks
+    hooks = view.hooks if hooks is None else hooks
     view.prompts.rename_axis("prompt").reset_index().to_parquet(folder / "prompts.parquet", index=False)
     about = {"run": view.name, "id": view.plan.spec.id, "rows": view.n_rows, "dtype": view.dtype}
     (folder / "run.json").write_text(json.dumps({**about, "provenance": dict(view.provenance)}, indent=1))
@@ -54,9 +54,10 @@ def export_run(
 
 
 def _columns(view: Run) -> dict[str, Any]:
-    """The lazy columns of one value a row."""
+    """The lazy columns of one value a row, and those of the reads, some of which have several."""
     tokens = view.tokens
     columns = {str(name): tokens[name].data for name in ("prompt", "position", "token_id")}
+    columns |= {f"{read}.{name}": values.data for read in view.reads for name, values in view.reads[read].items()}
     return columns | {f"label_{name}": label.data for name, label in view.labels.items()}
 
 
@@ -73,7 +74,15 @@ def _pieces(view: Run, hooks: tuple[str, ...]) -> Iterator[dict[str, NDArray[Any
 
 def _safetensors(view: Run, folder: Path, hooks: tuple[str, ...]) -> list[Path]:
     files = []
-    names = {"int32": "I32", "int64": "I64", "bool": "BOOL", "float32": "F32", "float64": "F64"}
+    names = {
+        "uint16": "U16",
+        "uint32": "U32",
+        "int32": "I32",
+        "int64": "I64",
+        "bool": "BOOL",
+        "float32": "F32",
+        "float64": "F64",
+    }
     for number, piece in enumerate(_pieces(view, hooks)):
         tensors = {hook: (_KINDS[view.dtype], piece[hook]) for hook in hooks}
         tensors |= {  # safetensors holds no text; prompts.parquet has such labels
@@ -92,10 +101,11 @@ def _parquet(view: Run, folder: Path, hooks: tuple[str, ...]) -> list[Path]:
 
     files = []
     for number, piece in enumerate(_pieces(view, hooks)):
-        columns: dict[str, Any] = {name: pa.array(values) for name, values in piece.items() if name not in hooks}
-        for hook in hooks:
-            flat = pa.array(decode(piece[hook], view.dtype).reshape(-1))
-            columns[hook] = pa.FixedSizeListArray.from_arrays(flat, view.d_model)
+        columns: dict[str, Any] = {}
+        for name, values in piece.items():
+            rows = decode(values, view.dtype) if name in hooks else values
+            flat = pa.array(rows.reshape(-1))
+            columns[name] = flat if rows.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
         files.append(folder / f"rows-{number:05d}.parquet")
         pq.write_table(pa.table(columns), files[-1])
     return files

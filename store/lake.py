@@ -32,6 +32,7 @@ from millpond.store.manifest import (
 )
 from millpond.store.objects import PARALLEL_REQUESTS, Storage, check_once, open_storage
 from millpond.store.posix import LocalStorage
+from millpond.store.reads import ReadSpec
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -205,8 +206,9 @@ class Lake(Mapping[str, "Run"]):
         chunk_rows: int = 512,
         shard_rows: int = 32_768,
         codec: str = "none",
+        reads: Sequence[ReadSpec] = (),
     ) -> RunSpec:
-        """Create an open, empty run.
+        """Create an open, empty run of `hooks`, of `reads` or of both.
 
         `codec` compresses the activations: `none` (a local disk is faster than any codec), `lz4` (for ingest over a
         network) or `zstd` (for archives).
@@ -216,8 +218,11 @@ class Lake(Mapping[str, "Run"]):
             InvalidInput: an argument cannot be used.
         """
         self.check_new(name)
-        if not hooks:
-            raise InvalidInput("hooks is empty; name at least one hook point")
+        if not hooks and not reads:
+            raise InvalidInput("hooks is empty; name at least one hook point, or something to read")
+        names = [read.name for read in reads]
+        if len(set(names)) < len(names):
+            raise InvalidInput(f"reads have the names {', '.join(names)}; give each its own")
         for field, value in {"d_model": d_model, "chunk_rows": chunk_rows, "shard_rows": shard_rows}.items():
             if value < 1:
                 raise InvalidInput(f"{field} is {value}; give 1 or more")
@@ -235,6 +240,7 @@ class Lake(Mapping[str, "Run"]):
                 "shard_rows": shard_rows,
                 "codec": check_codec(codec),
                 "provenance": dict(provenance or {}),
+                "reads": tuple(reads),
             }
         )
         try:

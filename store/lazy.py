@@ -160,8 +160,8 @@ def read_all(plan: RowPlan, hook: str, dtype: str) -> NDArray[Any]:
     return out
 
 
-def dataset(run: Run, hooks: tuple[str, ...], dtype: str) -> xr.Dataset:
-    """Hooks as variables, the row coordinates and labels as coordinates."""
+def dataset(run: Run, hooks: tuple[str, ...], dtype: str, *, reads: bool) -> xr.Dataset:
+    """Hooks, and reads if asked for, as variables; the row coordinates and labels as coordinates."""
     import xarray as xr
 
     plan, spec = run.plan, run.plan.spec
@@ -169,6 +169,8 @@ def dataset(run: Run, hooks: tuple[str, ...], dtype: str) -> xr.Dataset:
         hook: xr.Variable(("row", "d_model"), activation_blocks(plan, hook, dtype), activation_attributes(plan, hook))
         for hook in hooks
     }
+    for read in run.reads if reads else ():
+        variables |= {f"{read}.{name}": values.variable for name, values in run.reads[read].items()}
     labels = {f"label_{name}": label.variable for name, label in run.labels.items()}
     about = {"run": spec.name, "model": spec.provenance.get("model", ""), "dtype": spec.dtype}
     return xr.Dataset(variables, {**coordinates(plan), **labels}, about)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import InvalidInput, LakeCorrupt
 from millpond.store.files import decode_document, encode_document
 from millpond.store.objects import Storage
+from millpond.store.reads import ReadSpec
 from millpond.store.shards import ArrayRecord, ArraySpec
 
 FORMAT_VERSION: Literal[2] = 2
@@ -64,6 +66,15 @@ class RunSpec(_Record):
     """How the activations' chunks are compressed; the index never is."""
     provenance: dict[str, Any] = {}
     """Model, revision, weight bytes, tokenizer, versions and the capture's configuration."""
+    reads: tuple[ReadSpec, ...] = ()
+    """What is kept of each row beside or in place of activations; the document lacks the field where there are none."""
+
+    @model_serializer(mode="wrap")
+    def _without_no_reads(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if not self.reads:
+            del fields["reads"]  # so that a Millpond without reads opens the run
+        return fields
 
     @property
     def activation_array(self) -> ArraySpec:
@@ -77,7 +88,19 @@ class RunSpec(_Record):
     def arrays(self) -> dict[str, ArraySpec]:
         """Every array of a segment or of the sealed data, by name."""
         index = {name: self.row_array(dtype) for name, dtype in INDEX_ARRAYS.items()}
-        return dict.fromkeys(self.hooks, self.activation_array) | index
+        return dict.fromkeys(self.hooks, self.activation_array) | self.read_arrays() | index
+
+    def read_arrays(self) -> dict[str, ArraySpec]:
+        """The arrays of all reads, by name."""
+        found: dict[str, ArraySpec] = {}
+        for read in self.reads:
+            found |= read.arrays(self.dtype, self.chunk_rows, self.shard_rows)
+        return found
+
+    def row_bytes(self, hooks: Sequence[str] | None = None) -> int:
+        """Bytes of one row of `hooks`, by default all, and of every read."""
+        of_hooks = self.activation_array.row_bytes * len(self.hooks if hooks is None else hooks)
+        return of_hooks + sum(array.row_bytes for array in self.read_arrays().values())
 
 
 class ArrayChecksums(_Record):

@@ -27,7 +27,7 @@ def materialise(view: Run, name: str, *, lake: Lake | None = None, hooks: tuple[
     lake = view.lake if lake is None else lake  # an empty lake is false
     if lake is None:
         raise InvalidInput(f"run {view.name!r} was not opened from a lake; say into which with lake=")
-    hooks = hooks or spec.hooks
+    hooks = spec.hooks if hooks is None else hooks
     table = view.prompts.reset_index(drop=True)
     table["n_rows"] = _rows_of_prompts(view)
     labels = {label: array for label, array in view.labels.items() if label in view.labels.token_labels}
@@ -55,6 +55,7 @@ def materialise(view: Run, name: str, *, lake: Lake | None = None, hooks: tuple[
             "chunk_rows": spec.chunk_rows,
             "shard_rows": spec.shard_rows,
             "codec": spec.codec,
+            "reads": spec.reads,
             "provenance": {**spec.provenance, "selected_from": selection},
         },
         table=table,

@@ -11,6 +11,7 @@ from millpond.store.hooks import summarize_hooks
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
+    from millpond.store.reads import ReadSpec
     from millpond.store.run import Run
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -34,6 +35,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("state", run.state),
         ("model", str(run.provenance.get("model", "unknown"))),
         ("hooks", f"{summarize_hooks(run.hooks)} ({len(run.hooks)})"),
+        *([("reads", ", ".join(map(read_text, run.plan.spec.reads)))] if run.plan.spec.reads else []),
         ("rows", f"{run.n_rows:,} of {run.d_model} x {run.dtype}, {human_bytes(run.nbytes)}"),
         ("prompts", _prompts(run)),
     ]
@@ -43,6 +45,12 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     if labels:
         facts.append(("labels", ", ".join(labels)))
     return facts
+
+
+def read_text(read: ReadSpec) -> str:
+    """One read in a few words."""
+    what = "scores" if read.read == "probe" else f"of {read.d_sae:,} latents"
+    return f"{read.name} ({read.width} {what}, at {read.hook})"
 
 
 def _prompts(run: Run) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from millpond.store.labels import Labels
     from millpond.store.lake import Lake
+    from millpond.store.read_views import Reads
     from millpond.store.selection import PositionChoice
     from millpond.store.statistics_files import RunStatistics
     from millpond.store.stream import ActivationStream
@@ -118,8 +119,15 @@ class Run:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored activations of all hooks."""
-        return self.n_rows * self.plan.spec.activation_array.row_bytes * len(self.hooks)
+        """Bytes of the stored activations of all hooks, and of all reads."""
+        return self.n_rows * self.plan.spec.row_bytes()
+
+    @cached_property
+    def reads(self) -> Reads:
+        """What was read of each row as it was captured, by name: lazy Datasets with the row coordinates."""
+        from millpond.store.read_views import Reads
+
+        return Reads(self.plan)
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
@@ -391,10 +399,13 @@ class Run:
         return to_torch(self.to_numpy(hook, dtype))
 
     def to_xarray(self, hooks: str | Iterable[str] | None = None, dtype: str = "float32") -> xr.Dataset:
-        """The hooks as variables of one lazy Dataset, with the row coordinates and every label as coordinates."""
+        """The hooks as variables of one lazy Dataset, with the row coordinates and every label as coordinates.
+
+        With `hooks` left out, the reads are variables too, `<name>.<array>`.
+        """
         from millpond.store.lazy import dataset
 
-        return dataset(self, self.hooks if hooks is None else self.match(hooks), dtype)
+        return dataset(self, self.hooks if hooks is None else self.match(hooks), dtype, reads=hooks is None)
 
     def check_sealed(self) -> Manifest:
         """The manifest.

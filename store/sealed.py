@@ -69,6 +69,7 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
     data = f"data-{uuid.uuid4().hex}"
     rows = int(table["n_rows"].sum())
     arrays, metadata, statistics = {}, {}, {}
+    floats = {name for read in spec.reads for name in read.float_arrays}
     for name, array in spec.arrays().items():
         attributes = array_attributes(spec, name)
         writer = ArrayWriter(run / f"{data}/{name}", array, attributes)
@@ -79,6 +80,8 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
                     if not all_finite(block):
                         raise InvalidInput(f"{name} of run {spec.name!r} holds an infinity or NaN; leave such rows out")
                     found.update(block)
+                elif name in floats and not all_finite(block):
+                    raise InvalidInput(f"{name} of run {spec.name!r} holds an infinity or NaN; leave such rows out")
                 writer.append(block)
             record = writer.finish()
         finally:

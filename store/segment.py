@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import google_crc32c
@@ -49,6 +49,13 @@ class CapturedRequest:
     """Token positions of the rows, ascending, (n_rows,)."""
     activations: dict[str, NDArray[Any]]
     """Hook to rows as stored (bfloat16 as uint16 bits), each (n_rows, d_model)."""
+    reads: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Name of each array of the run's reads to its values, (n_rows,) or (n_rows, width)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the activations and reads."""
+        return sum(rows.nbytes for rows in (*self.activations.values(), *self.reads.values()))
 
 
 class SegmentWriter:
@@ -91,9 +98,10 @@ class SegmentWriter:
             "position": request.positions.astype(np.int32),
             "token_id": request.token_ids[request.positions].astype(np.int32),
         }
+        values = {**index, **request.activations, **request.reads}
         with self._or_failed():
             for name, writer in self._arrays.items():
-                writer.append(index[name] if name in index else request.activations[name])
+                writer.append(values[name])
         for hook, statistics in self._statistics.items():
             statistics.update(request.activations[hook])
         self.rows += len(request.positions)
@@ -157,6 +165,23 @@ class SegmentWriter:
         if set(request.activations) != set(self.spec.hooks):
             odd = sorted(set(request.activations) ^ set(self.spec.hooks))
             raise InvalidInput(f"{what} lacks or adds {', '.join(odd)}; give exactly the run's hooks")
+        arrays = self.spec.read_arrays()
+        if set(request.reads) != set(arrays):
+            odd = sorted(set(request.reads) ^ set(arrays))
+            raise InvalidInput(f"{what} lacks or adds {', '.join(odd)}; give exactly the arrays of the run's reads")
+        for name, array in arrays.items():
+            given, wanted = request.reads[name], (len(positions), *(() if array.columns is None else (array.columns,)))
+            if (given.dtype, given.shape) != (np.dtype(array.dtype), wanted):
+                raise InvalidInput(
+                    f"{what} has {given.dtype} values of shape {given.shape} for {name}; give {array.dtype} of shape {wanted}"
+                )
+        floats = [name for read in self.spec.reads for name in read.float_arrays]
+        for name in floats if self.nonfinite == "refuse" else ():
+            if not all_finite(request.reads[name]):
+                raise InvalidInput(
+                    f"{what} holds an infinity or NaN in {name}; use a data type of larger range, or nonfinite='allow' to "
+                    "keep it"
+                )
         stored = self.spec.activation_array
         expected = (np.dtype(stored.dtype), (len(positions), self.spec.d_model))
         if request.id in self._ids:
@@ -341,6 +366,9 @@ def all_finite(rows: NDArray[Any]) -> bool:
 
 def array_attributes(spec: RunSpec, name: str) -> dict[str, Any]:
     """The Zarr attributes of the array `name` of a run."""
+    for read in spec.reads:
+        if name in read.arrays(spec.dtype, spec.chunk_rows, spec.shard_rows):
+            return read.attributes(name, spec.dtype)
     if name not in spec.hooks:
         return {}
     from millpond.store.hooks import parse_hook

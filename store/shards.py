@@ -38,6 +38,8 @@ class ArraySpec:
     """A multiple of `chunk_rows`."""
     codec: str = "none"
     """One of `codecs.CODECS`."""
+    dimension: str = "d_model"
+    """Zarr's name of the columns."""
 
     @property
     def row_bytes(self) -> int:
@@ -87,7 +89,7 @@ class ArraySpec:
                     },
                 }
             ],
-            "dimension_names": ["row"] if self.columns is None else ["row", "d_model"],
+            "dimension_names": ["row"] if self.columns is None else ["row", self.dimension],
             "attributes": attributes,
         }
 

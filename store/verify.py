@@ -16,7 +16,8 @@ from millpond.store.files import decode_document
 from millpond.store.label_files import LABEL_FILE, read_label, row_label_array
 from millpond.store.manifest import Part
 from millpond.store.objects import Storage
-from millpond.store.rows import RowPlan
+from millpond.store.reads import ReadSpec
+from millpond.store.rows import Block, RowPlan
 from millpond.store.run import Run, open_run
 from millpond.store.segment import array_attributes
 from millpond.store.shards import ArraySpec, group_metadata, object_crc32c, read_rows
@@ -217,7 +218,22 @@ def _check_rows(found: Verification, run: Run) -> None:
             if bad.any():
                 row = block.first + int(np.flatnonzero(bad)[0])
                 found.problems.append(f"{hook}: row {row} is not finite ({int(bad.sum())} such rows in its block)")
+        for read in plan.spec.reads:
+            _check_read(found, plan, read, block)
         previous = (int(prompt[-1]), int(position[-1]))
+
+
+def _check_read(found: Verification, plan: RowPlan, read: ReadSpec, block: Block) -> None:
+    """Finite values, and indices of latents that the SAE has."""
+    for name, array in read.arrays(plan.spec.dtype, plan.spec.chunk_rows, plan.spec.shard_rows).items():
+        stored = read_rows(plan.folder / plan.parts[block.part].path / name, array, block.start, block.stop)
+        if name in read.float_arrays:
+            values = decode(stored, read.array_dtype(name, plan.spec.dtype) or array.dtype)
+            bad = ~np.isfinite(values).all(axis=1)
+            if bad.any():
+                found.problems.append(f"{name}: row {block.first + int(np.flatnonzero(bad)[0])} is not finite")
+        elif read.d_sae is not None and stored.size and int(stored.max()) >= read.d_sae + (array.columns is None):
+            found.problems.append(f"{name}: {int(stored.max())} is beyond the SAE's {read.d_sae} latents")
 
 
 def _stored_prompts(plan: RowPlan, block: Any) -> NDArray[np.int64]:

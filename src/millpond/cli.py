@@ -117,8 +117,8 @@ class Worker:
     the worker's token in MILLPOND_WORKER_TOKEN."""
     model: str
     """Folder of the model."""
-    lake: Path
-    """Folder of the lake that the jobs' runs go to."""
+    lake: str
+    """Folder or URL of the lake that the jobs' runs go to."""
     dtype: str = "auto"
     """As in a job file."""
     hooks: tuple[str, ...] = ("blocks.*.hook_resid_post",)
@@ -288,8 +288,8 @@ class Verify(VerifyStored):
 class Seal:
     """Seal an open run, such as one that a server captured into: it stays as it is from then on."""
 
-    lake: Annotated[Path, tyro.conf.Positional]
-    """Folder of the lake."""
+    lake: Annotated[str, tyro.conf.Positional]
+    """Folder or URL of the lake."""
     name: Annotated[str, tyro.conf.Positional]
     """The run."""
 
@@ -301,7 +301,7 @@ class Seal:
         lake = millpond.open(self.lake)
         if lake[self.name].state == "sealed":
             raise InvalidInput(f"run {self.name!r} is sealed already")
-        print(seal_run(lake.run_folder(self.name)))
+        print(seal_run(lake.run_storage(self.name)))
         return 0
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ CHAT_TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endf
 class Server:
     """`millpond serve` of the example model; `url` answers once the constructor returns."""
 
-    def __init__(self, folder: Path, *arguments: str, hooks: tuple[str, ...] = ("blocks.*.hook_resid_post",)) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        hooks: tuple[str, ...] = ("blocks.*.hook_resid_post",),
+        lake: str | None = None,
+        prefix: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -33,7 +42,7 @@ class Server:
         (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
         # fmt: off
         command = [
-            sys.executable, "-m", "millpond.cli", "serve", str(MODEL), "--lake", str(self.lake), "--hooks", *hooks,
+            *prefix, sys.executable, "-m", "millpond.cli", "serve", str(MODEL), "--lake", lake or str(self.lake), "--hooks", *hooks,
             "--run", "live", "--commit-seconds", "0.2", "--",
             "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base", "--dtype", "float32",
             "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 28), "--max-num-seqs", "32",
@@ -43,7 +52,8 @@ class Server:
         # fmt: on
         self.log = folder / "server.log"
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            environment = os.environ | dict(environment or {})
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
         deadline = time.monotonic() + 240
         while True:
             try:

@@ -28,10 +28,16 @@ import torch
 import millpond as mp
 from millpond.capture.params import capture_params
 from millpond.store.verify import verify_run
+from tests.capture.artifacts import INTERCEPT, K, coefficients, dense_codes, make_artifacts
 from tests.capture.conftest import D_MODEL, HOOK, N_LAYERS, Reference
 from tests.capture.serving import Server
 
 STEERED_LAYER = 2
+READ_LAYER = 4
+READS = [
+    {"read": "probe", "artifact": "lie", "hook": HOOK.format(READ_LAYER)},
+    {"read": "sae_topk", "artifact": "topk", "hook": HOOK.format(READ_LAYER)},
+]
 POSITIONS: dict[str, Any] = {"all": "all", "last": "last", "prompt": "prompt", "generated": "generated", "few": [0, -1]}
 
 
@@ -56,6 +62,8 @@ class Soak:
     acknowledged: list[Acknowledged] = field(default_factory=list)
     worst: float = 0.0
     """Largest relative error of any request's rows at any layer."""
+    worst_read: float = 0.0
+    """Largest error of a score or code, over the largest value of the rows that it is computed from."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -64,6 +72,8 @@ class Soak:
         self.stem = [0, *rng.integers(2, 4096, 120).tolist()]
         self.reference = Reference(torch.float32)
         self.number = 0
+        lake = mp.open(self.folder / "lake", create=True)
+        self.sae = make_artifacts(lake, self.folder, D_MODEL)["topk"]
 
     def serve(self) -> Server:
         """A server with so little room for keys and values that requests are preempted."""
@@ -119,15 +129,17 @@ class Soak:
         }
         if draw.random() < 0.3:
             body["stop"] = ["(", "="]
-        kind = draw.choice(["captured", "captured", "captured", "plain", "steered", "steered and captured"])
+        kind = draw.choice(["captured", "captured", "captured", "read", "plain", "steered", "steered and captured"])
         positions = draw.choice(list(POSITIONS))
         steer = draw.randrange(len(self.vectors))
-        run = f"steered-{steer}" if "steered" in kind else "plain"
+        run = f"steered-{steer}" if "steered" in kind else "read" if kind == "read" else "plain"
+        stored = "captured" in kind or kind == "read"
         if kind != "plain":
             edit = {"op": "add", "hook": HOOK.format(STEERED_LAYER), "vector": self.vectors[steer]}
             wish: dict[str, Any] = {"intervene": [edit] if "steered" in kind else []}
             wish |= {"capture": False} if kind == "steered" else {}
-            if "captured" in kind:
+            wish |= {"reads": READS} if kind == "read" else {}
+            if stored:
                 wish |= {"run": run, "positions": POSITIONS[positions], "id": f"r{self.number}"}
             body["vllm_xargs"] = capture_params(**wish, http=True)
         abort = body["stream"] and draw.random() < 0.2
@@ -137,7 +149,7 @@ class Soak:
             return
         self.counts[kind] += 1
         self.counts["n > 1"] += body["n"] > 1
-        if "captured" in kind:
+        if stored:
             assert told is not None
             assert told["status"] == "committed"
             names = [f"r{self.number_of(body)}"] if body["n"] == 1 else list(told["samples"])
@@ -191,7 +203,8 @@ class Soak:
             chosen = np.zeros(len(ids), bool)
             chosen[[places[one.id] for one in mine]] = True
             part = run.select(chosen)
-            rows = np.stack([part[HOOK.format(layer)].values for layer in range(N_LAYERS)])
+            reads = {key: part.reads[key].compute() for key in part.reads}
+            rows = np.stack([part[HOOK.format(layer)].values for layer in range(N_LAYERS)]) if part.hooks else None
             coordinates = part.tokens.compute()
             counts = part.prompts["n_rows"].to_numpy()
             ends = dict(zip(part.prompts["id"], np.cumsum(counts), strict=True))
@@ -199,14 +212,17 @@ class Soak:
             steered = int(name.rpartition("-")[2]) if name.startswith("steered") else None
             for one in mine:
                 at = slice(starts[one.id], ends[one.id])
-                self._compare(
-                    one, rows[:, at], coordinates["position"].values[at], coordinates["token_id"].values[at], steered
-                )
+                wanted = self._wanted(one, coordinates["position"].values[at], coordinates["token_id"].values[at])
+                if not wanted:
+                    continue
+                if rows is not None:
+                    self._compare(one, rows[:, at], wanted, steered)
+                for key, read in reads.items():
+                    self._compare_read(one, key, read.isel(row=at), wanted)
         self.acknowledged.clear()
 
-    def _compare(
-        self, one: Acknowledged, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, steered: int | None
-    ) -> None:
+    def _wanted(self, one: Acknowledged, positions: np.ndarray, token_ids: np.ndarray) -> list[int]:
+        """The positions that were asked for, after checking that they are those that are stored."""
         computed = len(one.tokens) - 1
         wanted = {
             "all": range(computed),
@@ -217,15 +233,30 @@ class Soak:
         }[one.positions]
         assert positions.tolist() == list(wanted), one
         assert token_ids.tolist() == [one.tokens[position] for position in wanted], one
+        return list(wanted)
+
+    def _compare(self, one: Acknowledged, rows: np.ndarray, wanted: list[int], steered: int | None) -> None:
         self.counts["rows checked"] += rows.shape[1]
-        if len(positions):
-            with self._steering(steered):
-                right = self.reference.residuals(one.tokens[:computed])[:, list(wanted)]
-            if steered is not None:  # Hugging Face keeps the layer's output as it was before the hook
-                right[STEERED_LAYER] += np.array(self.vectors[steered], np.float32)
-            error = np.linalg.norm(rows - right, axis=(1, 2)) / np.linalg.norm(right, axis=(1, 2))
-            self.worst = max(self.worst, float(error.max()))
-            assert error.max() < 1e-3, (one, error)
+        with self._steering(steered):
+            right = self.reference.residuals(one.tokens[:-1])[:, wanted]
+        if steered is not None:  # Hugging Face keeps the layer's output as it was before the hook
+            right[STEERED_LAYER] += np.array(self.vectors[steered], np.float32)
+        error = np.linalg.norm(rows - right, axis=(1, 2)) / np.linalg.norm(right, axis=(1, 2))
+        self.worst = max(self.worst, float(error.max()))
+        assert error.max() < 1e-3, (one, error)
+
+    def _compare_read(self, one: Acknowledged, name: str, read: Any, wanted: list[int]) -> None:
+        """Scores, or codes from the largest on, against what Hugging Face's rows give."""
+        right = self.reference.residuals(one.tokens[:-1])[READ_LAYER, wanted]
+        if name == "lie":
+            values, truth = read["scores"].values, right @ coefficients(D_MODEL).T + INTERCEPT
+        else:
+            dense = dense_codes(self.sae, right)
+            values, truth = read["values"].values, -np.sort(-dense, axis=1)[:, :K]
+        self.counts["values read"] += values.size
+        error = float(np.abs(values - truth).max() / np.abs(right).max())
+        self.worst_read = max(self.worst_read, error)
+        assert error < 1e-3, (one, name, error)
 
     @contextmanager
     def _steering(self, steered: int | None) -> Iterator[None]:
@@ -255,7 +286,10 @@ class Soak:
                 else:
                     self.counts["preemptions"] += preemptions(server)
                 self.check()
-                print(f"round {number}: {dict(self.counts)}, worst error {self.worst:.1e}", flush=True)
+                print(
+                    f"round {number}: {dict(self.counts)}, worst error {self.worst:.1e}, of reads {self.worst_read:.1e}",
+                    flush=True,
+                )
                 over = time.monotonic() > deadline and not kill
                 if kill:
                     server = self.serve()
@@ -283,7 +317,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="millpond-soak-", dir=arguments.out) as folder:
         soak = Soak(Path(folder), arguments.seed)
         soak.run(60 * arguments.minutes, 60)
-    print(json.dumps({**soak.counts, "worst relative error": soak.worst}))
+    print(json.dumps({**soak.counts, "worst relative error": soak.worst, "of reads": soak.worst_read}))
 
 
 if __name__ == "__main__":

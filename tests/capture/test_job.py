@@ -60,7 +60,11 @@ def refused(job: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
         ({"destination": {"run": "../up"}}, ["'../up'"]),
         ({"destination": {"lake": "/proc/lake"}}, ["/proc/lake"]),
         ({"destination": {"shard_rows": 100}}, ["shard_rows 100", "chunk_rows 16"]),
-        ({"destination": {"lake": "s3://bucket/lake"}}, ["'s3://bucket/lake'", "local folder"]),
+        (
+            {"destination": {"lake": "gs://bucket/lake"}},
+            ["destination.lake", "'gs://bucket/lake'", "s3://bucket/prefix"],
+        ),
+        ({"destination": {"lake": "memory://lake"}}, ["destination.lake", "'memory://lake'", "s3://bucket/prefix"]),
         ({"destination": {"lake": ""}}, ["destination.lake", "''"]),
         ({"destination": {"lake": __file__}}, ["test_job.py"]),
         ({"destination": {"lake": "/etc"}}, ["'/etc'", "is not a lake"]),
