@@ -132,7 +132,7 @@ class CaptureFrontend:
                     "prompt its own id, or leave it out"
                 )
         rows = len(wish.select(n_prompt, 0, n_prompt))  # of the prompt; what is generated is checked when it is written
-        run.allow(n * rows * run.spec.activation_array.row_bytes * len(run.spec.hooks))
+        run.allow(n * rows * run.spec.row_bytes())
         names = {"id": capture_id, "prompt": prompt, "run": run.spec.name}
         filled = asked.model_copy(update={"capture": wish.model_copy(update=names)})
         self.facts.check(filled, n_prompt, max_tokens)

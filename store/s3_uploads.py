@@ -74,4 +74,4 @@ def _last_sign_of_life(client: Any, place: dict[str, str], upload: dict[str, Any
     times = [upload["Initiated"]]
     for page in client.get_paginator("list_parts").paginate(**place):
         times += [part["LastModified"] for part in page.get("Parts", [])]
-    return max(time.timestamp() for time in times)
+    return float(max(time.timestamp() for time in times))

@@ -53,7 +53,9 @@ def write_sealed(
         InvalidInput: the rows are not finite, or not those that the table counts.
         QuotaExceeded: the lake does not allow so many bytes; nothing was made.
     """
+    arrays = [array for read in like.get("reads", ()) for array in read.arrays(like["dtype"], 1, 1).values()]
     row_bytes = len(like["hooks"]) * like["d_model"] * np.dtype(STORED_AS[like["dtype"]]).itemsize
+    row_bytes += sum(array.row_bytes for array in arrays)
     check_quota(lake, {name: int(table["n_rows"].sum()) * row_bytes})
     spec = lake.create_run(name, **like)
     try:

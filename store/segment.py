@@ -256,7 +256,7 @@ class RunWriter:
         self.segment_rows = segment_rows or spec.shard_rows
         whole = self.segment_rows % spec.shard_rows == 0
         self._allowance = Allowance(Lake(self.run.parent.parent), self.run.name)
-        self._row_bytes = spec.activation_array.row_bytes * len(spec.hooks)
+        self._row_bytes = spec.row_bytes()
         self._packer = ShardPacker[CapturedRequest](self.segment_rows, spec.shard_rows // 4 if whole else 0)
         self.nonfinite = nonfinite
         self.statistics = statistics
