@@ -27,12 +27,14 @@ from millpond.hub.ledger import Payer
 from millpond.hub.local import LocalVault
 from millpond.hub.pages.charts import bar_chart, line_chart
 from millpond.hub.pages.jobs import STATES
-from millpond.hub.pages.shell import FOLDER
+from millpond.hub.pages.results import lay_out
+from millpond.hub.pages.shell import FOLDER, render
 from millpond.hub.policy import Disclosure
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
 from millpond.hub.shapes import Context
 from millpond.store.lake import open_lake
+from millpond.store.result import Result
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 
@@ -203,7 +205,9 @@ def test_a_job_from_the_form_to_its_result_by_keyboard_alone(browser, site, tmp_
     assert job in browser.text()
     press(browser, "nav a[href$='/budget']")
     assert "Your week" in browser.text()
-    assert f"{spent(site, 'ada'):,}" in browser.js("document.querySelector('figure tbody tr:last-child').textContent")
+    assert f"{spent(site, 'ada'):,}" in browser.js(
+        "document.querySelector('svg[aria-label*=toy]').closest('figure').querySelector('tbody tr:last-child').innerText"
+    )
     for name, dark in (("light", False), ("dark", True)):
         browser.dark(dark)
         browser.screenshot(tmp_path / f"{name}.png")
@@ -415,6 +419,33 @@ def test_the_script_reads_statuses_as_the_gateway_writes_them():
         data = bytes([tag, code])
         assert decode(data) == JobStatus(state, int(step or 0))
         assert encode(decode(data), context) == data
+
+
+def test_each_kind_of_result_is_laid_out_once():
+    x, y = np.array([1.0, 2, 3]), np.array([3.0, 2, 1])
+    shown = {
+        result.kind: lay_out(result)
+        for result in (
+            Result("curve", {"x": x, "y": y, "rows": 7}),
+            Result("histogram", {"counts": np.array([5, 0, 10]), "low": -1.0, "high": 2.0}),
+            Result("confusion", {"table": np.array([[5, 1], [2, 6]]), "accuracy": 0.8}, {"accuracy": (0.7, 0.9)}),
+            Result(
+                "latent", {"histogram": y, "contexts": np.array([[3, 4], [1, 0]]), "activations": np.array([2.0, 1])}
+            ),
+            Result("direction", {"direction": np.ones((2, 5)), "bias": 0.5}),
+        )
+    }
+    assert [figure.rows for figure in shown["curve"].figures] == [[[1, 3], [2, 2], [3, 1]]]
+    assert shown["curve"].counts == [("rows", 7)]
+    assert shown["histogram"].figures[0].rows == [[-1, 0, 5], [0, 1, 0], [1, 2, 10]]
+    assert shown["confusion"].tables[0].rows == [[0, 5, 1], [1, 2, 6]]
+    assert [(one.name, one.low, one.high) for one in shown["confusion"].numbers] == [("accuracy", 0.7, 0.9)]
+    assert shown["latent"].tables[0].rows == [[3, 4, 2], [1, 0, 1]]
+    assert len(shown["latent"].figures) == 1
+    assert "2 × 5 coordinates" in shown["direction"].notes[0]
+    for page in shown.values():
+        text = render("answer.html", project="p", job=SimpleNamespace(id="0", spec={}), number="0", result=page)
+        assert page.title.encode() in text.content
 
 
 def test_links_follow_the_prefix_that_a_hub_gives():
