@@ -211,7 +211,9 @@ def test_lazy_expressions_and_conditions_run_in_the_vault(vault, lake):
     counted = (mp.lazy(some)[HOOK] @ v).mean().compute()
     mine = there.select(where="deceptive and topic == 't1'", position=[3, 4, 5, 6])
     assert counted["rows"] == len(mine)
-    assert counted["means"][0] == pytest.approx(float(np.mean(mine[HOOK].values @ v)), abs=1.05)  # a step of 2
+    error = (counted["means_high"] - counted["means_low"])[0] / 3.92  # steps are up to five of them
+    assert counted["means"][0] == pytest.approx(float(np.mean(mine[HOOK].values @ v)), abs=5 * error)
+    assert error < 3
     summary = lake["deception"].statistics(HOOK)
     assert summary["sd"] == pytest.approx(float(there[HOOK].values.std()), rel=0.05)
 
