@@ -62,7 +62,6 @@ class Gatehouse:
         parameters: int = 8_000_000_000,
         port: int | None = None,
         jupyterhub: bool = False,
-        weights: str = "nowhere",
         **settings: object,
     ) -> None:
         self.folder = folder
