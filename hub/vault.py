@@ -257,8 +257,11 @@ class Vault:
         from millpond.store.expression import Expression as Condition
 
         names = {name for name in Condition(text).names if name not in _INDEX}
-        held = visible_labels(self.run(run), self.project)
-        pinned = {name: self.label(run, name) for name in names if name.partition("@")[0] in held}
+        if self.pins is not None:  # a label of the name of a prompt's column may have come since
+            pinned = {name: label for name, label in self.pins.get(run, {}).items() if name in names}
+        else:
+            held = visible_labels(self.run(run), self.project)
+            pinned = {name: self.label(run, name) for name in names if name.partition("@")[0] in held}
         hidden = [name for name in names - set(pinned) if _MARK.match(name)]
         if hidden:
             raise LabelNotFound(f"label {hidden[0]!r} is not in the run")

@@ -400,3 +400,30 @@ def test_settings_say_what_is_wrong(tmp_path):
         create_app(read_settings(gate.config))
     gate.ledger.close()
     gate.engine.dispose()
+
+
+def test_the_commands_make_tokens_projects_roles_and_holdings(tmp_path, capsys):
+    from millpond.cli import main
+    from millpond.hub.auth import TokenFile
+
+    gate = Gatehouse(tmp_path)
+    config = ["--config", str(gate.config)]
+    assert main(["token", "new", "zoe", "--scope", "read", "review", "--tokens", str(tmp_path / "tokens.toml")]) == 0
+    assert TokenFile(tmp_path / "tokens.toml").identify(capsys.readouterr().out.strip()).scopes == {"read", "review"}
+    assert main(["project", "new", "three", "--models", "m", "--owner", "zoe", *config]) == 0
+    assert main(["project", "role", "three", "ben", "researcher", *config]) == 0
+    assert gate.projects.members("three") == (("ben", "researcher"), ("zoe", "owner"))
+    assert main(["project", "role", "three", "ben", "none", *config]) == 0
+    assert gate.projects.members("three") == (("zoe", "owner"),)
+    assert main(["project", "hold", "three", "shared", "--model", "m", *config]) == 0
+    (held,) = gate.projects.held("three", "run")
+    assert capsys.readouterr().out.strip() == held.handle.hex()
+    assert (held.name, held.target, held.detail) == ("shared", "shared", {"prompts": "restricted"})
+    for wrong in (
+        ["project", "new", "four", "--models", "nobody", "--owner", "zoe"], ["project", "role", "nothing", "ben", "reader"],
+        ["project", "hold", "three", "nothing", "--model", "m"], ["release", "verify", "0" * 16],
+    ):  # fmt: skip
+        assert main([*wrong, *config]) == 2
+    assert main(["token", "new", "zoe", "--expires", "soon"]) == 2
+    gate.ledger.close()
+    gate.engine.dispose()
