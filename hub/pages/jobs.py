@@ -77,19 +77,29 @@ def submit(view: View) -> Fixed | Redirect:
     """What the form sends: a capture, a job as JSON, or the question what that would cost."""
     view.enter("run")
     given: dict[str, str] = view.call.body
+    prompts: list[dict[str, Any]] = []
     try:
-        wish = _capture(view, given) if given.get("do") == "capture" else parse_json(given.get("job", "").encode())
+        if given.get("do") == "capture":
+            prompts = _prompts(given.get("prompts", ""))
+            wish = _capture(given, prompts)
+        else:
+            wish = parse_json(given.get("job", "").encode())
         job = parse_job(wish).model_dump(mode="json", exclude_unset=True)
-    except InvalidInput as error:  # says nothing but what was given
+    except InvalidInput as error:  # says nothing but what was given: nothing was looked up yet
         return _form(view, given, problem=str(error), code=400)
     try:
+        if prompts:  # sent first, so that their metadata is kept
+            name = f"{job['name']}-prompts-{secrets.token_hex(4)}"[-80:]
+            handles = view.ask("POST", "/p/{project}/prompts", {"name": name, "prompts": prompts})
+            assert isinstance(handles, Handles)
+            job["prompts"] = handles.values[0].hex()
         if given.get("do") == "quote":
             answer = view.ask("POST", "/p/{project}/quote", {"job": job})
             assert isinstance(answer, Quote)
             return _form(view, given, quote=answer.bytes)
         made = view.ask("POST", "/p/{project}/jobs", {"job": job})
-    except Refused as refused:
-        return _form(view, given, problem=problem_text(refused.code), code=400)
+    except (Refused, InvalidInput) as error:
+        return _form(view, given, problem=problem_text(view.refused(error)), code=400)
     assert isinstance(made, Handles)
     return Redirect(view.path("jobs", made.values[0].hex()))
 
@@ -162,17 +172,12 @@ def _form(view: View, given: dict[str, str], *, problem: str = "", quote: int | 
     )
 
 
-def _capture(view: View, given: dict[str, str]) -> dict[str, Any]:
-    """The capture that the form describes; its prompts are sent first, so that their metadata is kept."""
-    prompts = [
-        _prompt(number, line) for number, line in enumerate(given.get("prompts", "").splitlines(), 1) if line.strip()
-    ]
-    if not prompts:
-        raise InvalidInput("there are no prompts; give one JSON object a line")
+def _capture(given: Mapping[str, str], prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The capture that the form describes."""
     tokens = given.get("max_new_tokens", "0")
     if not tokens.isdecimal() or len(tokens) > 9:
         raise InvalidInput(f"max_new_tokens is {tokens!r}; give a number")
-    wish = {
+    return {
         "kind": "capture",
         "model": given.get("model", ""),
         "name": given.get("name", ""),
@@ -181,11 +186,13 @@ def _capture(view: View, given: dict[str, str]) -> dict[str, Any]:
         "positions": {"positions": given.get("positions", "all")},
         "max_new_tokens": int(tokens),
     }
-    parse_job(wish)  # before anything is kept
-    sent = {"name": f"{wish['name']}-prompts-{secrets.token_hex(4)}"[-80:], "prompts": prompts}
-    handles = view.ask("POST", "/p/{project}/prompts", sent)
-    assert isinstance(handles, Handles)
-    return wish | {"prompts": handles.values[0].hex()}
+
+
+def _prompts(text: str) -> list[dict[str, Any]]:
+    prompts = [_prompt(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not prompts:
+        raise InvalidInput("there are no prompts; give one JSON object a line")
+    return prompts
 
 
 def _prompt(number: int, line: str) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def lay_out(result: Result) -> Layout:
         _histogram(page, arrays.pop("counts"), float(result.values["low"]), float(result.values["high"]))
     if result.kind == "curve" and "y" in arrays:
         _lines(page, "y", arrays, x=arrays.pop("x"), x_label="x")
+        del arrays["y"]
     if result.kind == "latent" and "contexts" in arrays:
         rows = np.column_stack([arrays.pop("contexts"), arrays.pop("activations")])
         page.tables.append(Table("Top contexts", ("Prompt", "Position", "Activation"), rows.tolist()))

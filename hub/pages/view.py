@@ -86,6 +86,15 @@ class View:
         """`body`, charged to the user, as it was sent."""
         return self.take(self.gateway.send(body, self.call.who, self.project or None, models))
 
+    def refused(self, error: Exception) -> ErrorCode | None:
+        """What is said of an error, charged unless the API has charged for it; None if a budget is spent."""
+        if isinstance(error, Refused):
+            return error.code
+        sent = refuse(error, self.gateway, self.call.identity, self.call.params, "page")
+        self.cost += sent.charged
+        found = decode(sent.body)
+        return found.code if isinstance(found, Failure) else None
+
     def enter(self, right: Right) -> None:
         """Raises NotThere or NotAllowed unless the user's role in the project has `right`."""
         self.gateway.enter(self.call.who, self.project, right)
