@@ -68,7 +68,7 @@ class Connection:
     """A session with the gateway as one user in one project."""
 
     url: str
-    token: str | None
+    token: str | None = field(repr=False)
     project: str | None = None
     timeout: float = 30.0
     charged: int = 0

@@ -403,6 +403,7 @@ def test_a_run_that_is_open_or_generated_does_not_tell_its_rows():
     run = lake._run(lake.view("ab" * 8))
     assert run[HOOK].shape == (None, D)
     assert run.n_prompts is None
+    assert "a-secret" not in repr(Connection("http://127.0.0.1:9", "a-secret"))
     with pytest.raises(InvalidInput, match="say how many"):
         mp.BatchTopKSae(8, 2).submit_fit(run[HOOK])
 

@@ -177,7 +177,7 @@ def test_as_many_label_sets_as_rows(vault, restricted):
     signs = np.where(rng.random((n, n)) < 0.5, 1.0, -1.0)
     assert correlation(np.linalg.solve(signs / n, signs @ x / n), x) > 0.999
     kept, refusals = [], []
-    for number in range(36):
+    for number in range(34):
         restricted.labels.add("signs", {f"p{prompt}": int(signs[number, prompt] > 0) for prompt in range(n)})
         rows = restricted.select(position=places)
         probe = mp.MassMeanProbe(progress=False).fit(rows[RESID], rows.labels["signs"])
@@ -186,7 +186,7 @@ def test_as_many_label_sets_as_rows(vault, restricted):
         except NotReleased as error:
             refusals.append(str(error))
     assert 0 < len(kept) <= 32
-    assert len(refusals) >= 4
+    assert len(refusals) >= 2
     assert all("label_sets" in text or "differencing" in text for text in refusals)
     sums = np.array([direction for _, direction in kept])
     guess = np.linalg.lstsq(np.array([sign for sign, _ in kept]), sums, rcond=None)[0]
