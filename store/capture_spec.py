@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,7 +77,7 @@ class DestinationSection(_Section):
     shard_rows: int = Field(default=32_768, gt=0, le=1 << 24)
     reuse: tuple[str, ...] = ()
     """Runs of the lake whose rows are taken, not computed again, for prompts that they hold with the same computation."""
-    consumed_by: tuple[str, ...] = ()
+    consumed_by: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")], ...] = ()
     """Names under which the run is followed while it is captured: rows that all of them have used are dropped."""
 
 

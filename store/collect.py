@@ -59,7 +59,6 @@ def collect_run(run: Storage, *, grace_s: float = GRACE_SECONDS, dry_run: bool =
     if not dry_run:
         for folder in ("", "commits", "manifests", "index", "segments"):
             run.sweep(folder, before)
-    if not dry_run:
         note_collected(run, found)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
 from millpond.store.errors import InvalidInput, StorageFailed
@@ -71,7 +72,7 @@ def _uploads(client: Any, bucket: str, prefix: str) -> Iterator[tuple[str, dict[
 
 def _last_sign_of_life(client: Any, place: dict[str, str], upload: dict[str, Any]) -> float:
     """When the upload began, or got its last part."""
-    times = [upload["Initiated"]]
+    times: list[datetime] = [upload["Initiated"]]
     for page in client.get_paginator("list_parts").paginate(**place):
         times += [part["LastModified"] for part in page.get("Parts", [])]
     return float(max(time.timestamp() for time in times))

@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from millpond.store.follow import Follower
 from millpond.store.lake import open_lake
 from millpond.store.manifest import RunSpec, read_record
 from millpond.store.objects import Storage, open_storage
+from millpond.store.retention import drop_consumed
 from millpond.store.run import Run, open_run
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
@@ -109,6 +111,16 @@ def follow_for_ever(url: str, options: dict[str, Any], acknowledged: str, seed: 
                     raise ValueError(f"view {number} holds wrong rows")
                 time.sleep(rng.uniform(0, 0.05))
                 follower.use(number)
+
+
+def follow_a_while(run: Run) -> None:
+    """Use a few views more, undisturbed, and drop them."""
+    follower = Follower(run, CONSUMER, poll_s=0.01, timeout_s=0, view_rows=400)
+    for number, view in islice(follower.views(), 3):
+        if wrong_requests(view):
+            raise ValueError(f"view {number} holds wrong rows")
+        follower.use(number)
+    drop_consumed(run.plan.folder)
 
 
 ROLES: dict[str, Callable[[str, dict[str, Any], str, int], None]] = {
@@ -211,6 +223,10 @@ def soak(url: str, options: dict[str, Any], kills: int, seed: int, consume: bool
     run, used = open_run(storage), read_used(storage)
     report: dict[str, Any] = {"kills": sum(killed.values()), **{f"kills_{role}": n for role, n in killed.items()}}
     report |= {"acknowledged": len(acknowledged), "version": run.version, "open": check(run, acknowledged, used)}
+    if consume:
+        follow_a_while(run)
+        run, used = open_run(storage), read_used(storage)
+        report["followed"] = check(run, acknowledged, used)
     compact(storage)
     report["fenced"] = sum(entry.size == 0 for entry in storage.list("commits"))
     report["sealed"] = check(seal_run(storage), acknowledged, used)

@@ -21,6 +21,7 @@ import millpond as mp
 from millpond.capture.plan import plan_capture
 from millpond.cli import main
 from millpond.store.capture_spec import read_job
+from millpond.store.configuration import LakeConfiguration, write_configuration
 from millpond.store.verify import verify_run
 from tests.capture.conftest import MODEL
 
@@ -58,6 +59,7 @@ def refused(job: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
         ({"prompts": {"path": "prompts.csv"}}, ["'prompts.csv'", ".jsonl, .parquet or .txt"]),
         ({"prompts": {"metadata": ["author"]}}, ["'author'", "id, token_ids, mark"]),
         ({"destination": {"run": "../up"}}, ["'../up'"]),
+        ({"destination": {"consumed_by": ["sae", "a b"]}}, ["destination.consumed_by.1", "'a b'"]),
         ({"destination": {"lake": "/proc/lake"}}, ["/proc/lake"]),
         ({"destination": {"shard_rows": 100}}, ["shard_rows 100", "chunk_rows 16"]),
         (
@@ -206,6 +208,20 @@ def test_an_existing_run_and_a_full_disk_are_refused(
     plan = plan_capture(read_job(write_job(write_prompts(many))))
     assert plan.rows == 5000
     assert plan.bytes == 5000 * 6 * 256 * 4
+
+
+def test_a_job_beyond_the_quota_is_refused_before_a_run_is_made(
+    tmp_path: Path,
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = write_job(write_prompts(GOOD))
+    plan = plan_capture(read_job(job))
+    lake = mp.open(plan.job.destination.lake, create=True)
+    write_configuration(lake, LakeConfiguration(run_quota_bytes=plan.bytes - 1))
+    refused(job, capsys, "QuotaExceeded", f"would have {plan.bytes:,} bytes", "run_quota_bytes: millpond configure")
+    assert list(lake) == []
 
 
 def test_a_dry_run_counts_and_writes_nothing(
