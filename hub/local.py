@@ -123,6 +123,10 @@ class LocalVault:
             self._run("meter", [sys.executable, "-I", str(_METER), *arguments])
         self._wait()
 
+    def process(self, name: str) -> int:
+        """The process number of `gateway`, `executor` or `meter`."""
+        return self._running[name].pid
+
     def kill(self, name: str) -> None:
         """End `gateway`, `executor` or `meter` without a chance to tidy up."""
         process = self._running.pop(name)
