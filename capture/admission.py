@@ -34,9 +34,15 @@ def model_hooks(patterns: Iterable[str], n_layers: int, where: str = "the model 
     return match_hooks(patterns, every, where)
 
 
-def _on_gpu() -> bool:
+def _on_device(settings: Mapping[str, Any]) -> bool:
+    """Whether taps are to be part of the model's graphs; on a GPU they have to be."""
+    asked = settings.get("device_taps")
+    if asked is True:
+        return True
     from vllm.platforms import current_platform
 
+    if asked is not None and (asked is not False or not current_platform.is_cpu()):
+        raise InvalidInput(f"additional_config['millpond'] has device_taps {asked!r}; on a GPU leave it out")
     return not current_platform.is_cpu()
 
 
@@ -113,7 +119,7 @@ class EngineFacts:
             request_bytes=int(settings.get("request_bytes", 1 << 30)),
             queue_bytes=int(settings.get("queue_bytes", 1 << 30)),
             commit_seconds=settings.get("commit_seconds"),
-            on_device=bool(settings.get("device_taps", _on_gpu())),
+            on_device=_on_device(settings),
             max_tokens=max_tokens,
             staging_rows=_count(settings, "staging_rows", 2 * scheduler.max_num_batched_tokens),
             edits_per_token=_count(settings, "edits_per_token", 1),
