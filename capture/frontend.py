@@ -164,7 +164,7 @@ class CaptureFrontend:
     def release_unstarted(self, admitted: Admitted) -> None:
         """Let the ids of a request be used again that was admitted but never run."""
         if not admitted.started:
-            self._release(admitted, admitted.ids)
+            self.release(admitted, admitted.ids)
 
     async def _settle(self, admitted: Admitted) -> dict[str, Any]:
         """What the client is told, once every sample that ended by itself is durable."""
@@ -182,7 +182,7 @@ class CaptureFrontend:
         for capture_id, result in zip(whole, results, strict=True):
             if isinstance(result, BaseException):
                 failures.append(str(result))
-                self._release(admitted, [capture_id])
+                self.release(admitted, [capture_id])
             else:
                 rows[prompts[capture_id]] = result
         if failures:
@@ -199,9 +199,9 @@ class CaptureFrontend:
     def _forget(self, admitted: Admitted, capture_ids: Sequence[str]) -> None:
         if capture_ids:
             self._settler.drop(capture_ids)
-            self._release(admitted, capture_ids)
+            self.release(admitted, capture_ids)
 
-    def _release(self, admitted: Admitted, capture_ids: Sequence[str]) -> None:
+    def release(self, admitted: Admitted, capture_ids: Sequence[str]) -> None:
         """Let ids of which nothing was stored be used again."""
         for capture_id, prompt in zip(admitted.ids, admitted.prompts, strict=True):
             if capture_id in capture_ids:

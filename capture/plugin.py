@@ -10,7 +10,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
-from millpond.capture import lora_cpu, serving
+from millpond.capture import lora_cpu, offline, serving
 from millpond.capture.versions import is_supported_vllm
 
 
@@ -30,6 +30,7 @@ def register() -> None:
     _wrap(EngineCore, "preprocess_add_request", _admit)
     _wrap(ParentRequest, "_get_child_sampling_params", _name_child)
     serving.install()
+    offline.install()
     if current_platform.is_cpu():
         lora_cpu.repair()
 
