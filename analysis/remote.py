@@ -67,7 +67,7 @@ def check_unused(what: str, given: Mapping[str, tuple[Any, Any]]) -> None:
         InvalidInput: one does not.
     """
     for name, (value, default) in given.items():
-        if value is not default and value != default:
+        if value is not default and (type(value) is not type(default) or value != default):
             raise InvalidInput(f"{name} cannot be sent with {what} to the gateway; leave it out")
 
 

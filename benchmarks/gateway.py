@@ -1,4 +1,4 @@
-"""The gate's speed: a ledger commit, the egress meter's throughput, and how small text that leaves is.
+"""The gate's speed: the served gateway, a ledger commit, the egress meter's throughput, and how small text that leaves is.
 
 Each is set beside a limit in the same run: SQLite committing one row, the same bytes without the meter, and zstd -19 with
 the same dictionary, both as frames and as bare blocks without a header. `python benchmarks/gateway.py --quick` takes a minute.
@@ -21,17 +21,130 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
+import numpy as np
+import pandas as pd
 import zstandard
 
+from millpond.hub.body import Failure, Handles, ReleasedResult
+from millpond.hub.body import decode as decode_body
 from millpond.hub.ledger import Ledger, Payer
+from millpond.hub.local import LocalVault
 from millpond.hub.policy import ModelPolicy, Policy
 from millpond.hub.textcode import decode, encode
 from millpond.hub.textmodel import TextModel
+from millpond.store.lake import open_lake
+from millpond.store.seal import seal_run
+from millpond.store.segment import CapturedRequest, RunWriter
 
 ROOT = Path(__file__).parents[1]
 METER = ROOT / "hub" / "meter.py"
 EXAMPLE = ROOT / "examples" / "stdlib_llama"
 DICTIONARY = 1_200_000
+
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+def small_lake(folder: Path) -> None:
+    """A run of 2,000 rows of 64 numbers."""
+    lake = open_lake(folder, create=True)
+    provenance = {"capture": {"capture": {"max_new_tokens": 0}}, "interventions": []}
+    spec = lake.create_run("r", hooks=(HOOK,), d_model=64, dtype="float32", provenance=provenance)
+    writer, rng = RunWriter(lake.run_folder("r"), spec), np.random.default_rng(0)
+    for number in range(100):
+        rows = rng.standard_normal((20, 64)).astype(np.float32)
+        tokens = rng.integers(0, 9999, 20).astype(np.int32)
+        writer.append(CapturedRequest(f"p{number}", tokens, 20, np.arange(20, dtype=np.int32), {HOOK: rows}))
+    writer.commit()
+    seal_run(lake.run_folder("r"), prompts=pd.DataFrame({"id": [f"p{n}" for n in range(100)]}))
+
+
+class Caller:
+    """A client of the served gateway, without the client's own work."""
+
+    def __init__(self, vault: LocalVault, token: str) -> None:
+        headers = {"Authorization": f"Bearer {token}"}
+        transport = httpx.HTTPTransport(uds=str(vault.socket))
+        self.http = httpx.Client(
+            transport=transport, base_url="http://gate/api/v1/p/bench/", headers=headers, timeout=30
+        )
+
+    def ask(self, path: str, payload: object = None) -> object:
+        """The body that answers."""
+        reply = self.http.get(path) if payload is None else self.http.post(path, json=payload)
+        return decode_body(reply.content)
+
+    def submit(self, job: object) -> str:
+        """The handle of a job that was taken."""
+        found = self.ask("jobs", {"job": job})
+        assert isinstance(found, Handles), found
+        return found.values[0].hex()
+
+    def state(self, job: str) -> str:
+        """Of a job."""
+        return str(getattr(self.ask(f"jobs/{job}"), "state", "error"))
+
+    def wait(self, job: str) -> None:
+        """Until a job has ended."""
+        while self.state(job) in ("queued", "running"):
+            time.sleep(0.005)
+
+
+def served(folder: Path, seconds: float) -> dict[str, float]:
+    """Figures of a real gateway and executor: what a status costs, how many requests a second, from submit to result."""
+    small_lake(folder / "lake")
+    vault = LocalVault(folder / "v", folder / "lake", {"m": {"parameters": 8_000_000_000, "public": True}})
+    with vault:
+        vault.projects.create("bench", models=["m"], by="ada")
+        run = vault.projects.hold("bench", "run", "r", "r", model="m", detail={"prompts": "own"}).handle.hex()
+        token = vault.add_token("ada", "read", "run")
+        vault.start()
+        one = Caller(vault, token)
+        job = {"kind": "statistics", "rows": {"run": run}, "hook": HOOK}
+        warm = one.submit(job)
+        one.wait(warm)
+        overhead = []
+        for number in range(15):
+            started = time.perf_counter()
+            mine = one.submit({**job, "rows": {"run": run, "where": f"position > {number % 10}"}})
+            one.wait(mine)
+            assert isinstance(one.ask(f"jobs/{mine}/answers/0"), ReleasedResult)
+            overhead.append(1000 * (time.perf_counter() - started))
+        status = milliseconds(lambda: one.ask(f"jobs/{warm}"), 300)
+        count, errors = mixed(vault, token, run, warm, job, seconds)
+    return {
+        "status_p50_ms": status, "requests_per_s": count / seconds, "errors": errors,
+        "submit_overhead_ms": statistics.median(overhead),
+    }  # fmt: skip
+
+
+def mixed(
+    vault: LocalVault, token: str, run: str, done: str, job: dict[str, object], seconds: float
+) -> tuple[int, int]:
+    """Requests answered in `seconds` by eight clients at once: statuses, answers, descriptions, budgets, quotes, jobs."""
+    counts, errors = [0] * 8, [0] * 8
+    end = time.perf_counter() + seconds
+
+    def client(number: int) -> None:
+        caller, rng = Caller(vault, token), random.Random(number)
+        asks = ["status"] * 10 + ["answer"] * 4 + ["run"] * 2 + ["budget"] * 2 + ["quote", "runs"]
+        paths = {
+            "status": f"jobs/{done}", "answer": f"jobs/{done}/answers/0", "run": f"runs/{run}", "budget": "budget",
+            "runs": "runs", "quote": "quote",
+        }  # fmt: skip
+        while time.perf_counter() < end:
+            what = rng.choice(asks)
+            found = caller.ask(paths[what], {"job": job} if what == "quote" else None)
+            counts[number] += 1
+            errors[number] += isinstance(found, Failure)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts), sum(errors)
 
 
 def milliseconds(action: Callable[[], object], count: int) -> float:
@@ -157,6 +270,12 @@ def main() -> None:
         folder = Path(name)
         charge, cpu, row = ledger(folder, 200 if quick else 2000)
         through, straight = meter(folder, (1 << 29) if quick else (1 << 32))
+        gateway = served(folder / "g", 10 if quick else 60)
+    print(f"status, p50             {gateway['status_p50_ms']:8.2f} ms")
+    print(
+        f"mixed requests          {gateway['requests_per_s']:8.0f} a second, {gateway['errors']:.0f} errors, 8 clients"
+    )
+    print(f"submit to result, p50   {gateway['submit_overhead_ms']:8.0f} ms")
     print(f"ledger commit, p50      {charge:8.2f} ms     CPU {cpu:.2f} ms; SQLite alone, one row {row:.2f} ms")
     print(f"meter                   {through:8.0f} MB/s   without it            {straight:8.0f} MB/s")
     dictionary, held_out = prose()
@@ -171,6 +290,10 @@ def main() -> None:
             f"bare blocks {bits[2]:.2f} ({bare / ours:.2f}x)"
         )
     record = {
+        "status_p50_ms": round(gateway["status_p50_ms"], 2),
+        "requests_per_s": round(gateway["requests_per_s"]),
+        "errors": int(gateway["errors"]),
+        "submit_overhead_ms": round(gateway["submit_overhead_ms"]),
         "ledger_p50_ms": round(charge, 3),
         "meter_mb_per_s": round(through),
         "text_ratio_vs_zstd": round(ratios[128], 3),

@@ -131,7 +131,7 @@ def _write(text: str) -> None:
     from datetime import UTC, datetime
 
     path = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
-    heading = "## workspace.py"
+    heading = "## Workspace"
     before, _, rest = path.read_text().partition(heading)
     after = rest.partition("\n## ")[2]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {datetime.now(UTC):%Y-%m-%d}"

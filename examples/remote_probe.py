@@ -37,7 +37,7 @@ def fifteen_lines(name: str, hook: str, label: str, tokens: int) -> None:
     sweep = mp.LogisticProbe().sweep(train, test, hooks=hooks, labels=label)
     print(sweep.table()[["hook", "control", "auroc", "auroc_low", "auroc_high"]].to_string(index=False))
     sweep.plot()
-    sae = mp.BatchTopKSae(d_sae=8 * run.d_model, k=16).fit(train[hook], tokens=tokens)
+    sae = mp.BatchTopKSae(d_sae=8 * run.d_model, k=max(2, run.d_model // 16)).fit(train[hook], tokens=tokens)
     print(sae.evaluate(test[hook]))
 
     try:
@@ -89,7 +89,7 @@ def account(vault: LocalVault, stored: int) -> None:
     print(f"left of the user's week      {week.left:>13,} bytes")
     print(f"left of the project          {project.left:>13,} bytes")
     print(
-        f"the meter let through at most{vault.metered:>13,} bytes, with headers, framing and what is the same for everybody"
+        f"the meter let through at most {vault.metered:>12,} bytes, with headers, framing and what is the same for everybody"
     )
 
 

@@ -94,9 +94,8 @@ def list_runs(call: Call) -> Reply:
     """Handles of the project's runs."""
     project = call.params["project"]
     call.gateway.enter(call.who, project, "read")
-    for job in call.gateway.queue.jobs(project=project, state="finished"):
-        if job.kind == "capture":
-            registered(call.gateway, job)
+    for job in call.gateway.queue.jobs(project=project, state="finished", kind="capture"):
+        registered(call.gateway, job)
     return _handles(call, [held.handle for held in call.gateway.projects.held(project, "run")])
 
 
@@ -128,7 +127,7 @@ def add_labels(call: Call) -> Reply:
     if any(lists) != (wish.by == "token") or any(lists) != all(lists):
         raise InvalidInput("values: give one for each prompt, or a list of one a token for each")
     run = vault.run(handle)
-    run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")  # type: ignore[arg-type]
+    run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")
     return _handles(call, [])
 
 

@@ -143,7 +143,7 @@ def _aware(moment: datetime) -> datetime:
 class HubTokens:
     """Tokens that a JupyterHub knows. The service's environment says where it is; see docs/gateway.md for its roles."""
 
-    def __init__(self, *, cache_seconds: int = 10, oauth: Any = None) -> None:
+    def __init__(self, *, cache_seconds: int = 10) -> None:
         """Read the environment.
 
         Raises:
@@ -151,17 +151,16 @@ class HubTokens:
         """
         import os
 
-        if oauth is None:
-            from jupyterhub.services.auth import HubOAuth
+        from jupyterhub.services.auth import HubOAuth
 
-            if not os.environ.get("JUPYTERHUB_API_TOKEN"):
-                raise InvalidInput("JUPYTERHUB_API_TOKEN is not set; let JupyterHub start the gateway as its service")
-            oauth = HubOAuth(cache_max_age=cache_seconds)
-        self.oauth = oauth
+        if not os.environ.get("JUPYTERHUB_API_TOKEN"):
+            raise InvalidInput("JUPYTERHUB_API_TOKEN is not set; let JupyterHub start the gateway as its service")
+        self.oauth: Any = HubOAuth(cache_max_age=cache_seconds)
+        self._caches = cache_seconds > 0  # an age of 0 would mean for ever
 
     def identify(self, token: str, *, login: bool = False) -> Identity | None:
         """See `Tokens`. A browser's token must be one that the Hub gave in a log-in: it has a session there."""
-        model = self.oauth.user_for_token(token)
+        model = self.oauth.user_for_token(token, use_cache=self._caches)
         if model is None or model.get("kind") != "user" or not self.oauth.check_scopes(self.oauth.access_scopes, model):
             return None
         if login and not model.get("session_id"):

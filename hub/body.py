@@ -15,6 +15,7 @@ from millpond.hub.bits import BitReader, BitWriter
 from millpond.hub.projection import RunView
 from millpond.hub.rules import Rule, Verdict
 from millpond.hub.shapes import Context, read_result, write_result
+from millpond.hub.views import AuditView, EvidenceView, ReviewQueue
 from millpond.store.errors import InvalidInput
 from millpond.store.result import Result
 
@@ -112,9 +113,13 @@ class Texts:
     coded: bytes
 
 
-Body = ReleasedResult | Withheld | Failure | Closed | Quote | BudgetLeft | Handles | Texts | JobStatus | RunView
+Body = (
+    ReleasedResult | Withheld | Failure | Closed | Quote | BudgetLeft | Handles | Texts | JobStatus | RunView
+    | EvidenceView | ReviewQueue | AuditView
+)  # fmt: skip
 _TAGS: tuple[type[Body], ...] = (
-    ReleasedResult, Withheld, Failure, Closed, Quote, BudgetLeft, Handles, Texts, JobStatus, RunView
+    ReleasedResult, Withheld, Failure, Closed, Quote, BudgetLeft, Handles, Texts, JobStatus, RunView,
+    EvidenceView, ReviewQueue, AuditView,
 )  # fmt: skip
 
 
@@ -148,7 +153,7 @@ def encode(body: Body, context: Context) -> bytes:
             if (state, progress) not in _STATUSES:
                 raise InvalidInput(f"job state {state!r} with progress {progress} does not exist")
             out.write(_STATUSES.index((state, progress)), 8)
-        case RunView():
+        case RunView() | EvidenceView() | ReviewQueue() | AuditView():
             return _tag(body) + json.dumps(asdict(body), sort_keys=True, separators=(",", ":")).encode()
     return _tag(body) + out.done()
 
@@ -167,8 +172,8 @@ def decode(data: bytes) -> Body:
         return Handles(tuple(_check_handle(rest[i : i + HANDLE_BYTES]) for i in range(0, len(rest), HANDLE_BYTES)))
     if kind is Texts:
         return Texts(rest)
-    if kind is RunView:
-        return RunView.parse(rest)
+    if kind is RunView or kind is EvidenceView or kind is ReviewQueue or kind is AuditView:
+        return kind.parse(rest)
     bits = BitReader(rest)
     body: Body
     if kind is ReleasedResult:

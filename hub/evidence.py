@@ -160,12 +160,15 @@ def _look(part: Part, clusters: NDArray[np.int64] | None) -> _Seen:
 
 
 _CLUSTERS: dict[str, NDArray[np.int64]] = {}
+_MOST_CLUSTERS = 16
 
 
 def _clusters(run: Run) -> NDArray[np.int64]:
     """The near-duplicate cluster of each prompt number of a sealed run, kept for the process."""
     key = run.plan.spec.id
     if key not in _CLUSTERS:
+        while len(_CLUSTERS) >= _MOST_CLUSTERS:
+            del _CLUSTERS[next(iter(_CLUSTERS))]
         tokens = run.tokens
         prompts, ids = tokens["prompt"].values.astype(np.int64), tokens["token_id"].values
         order = np.argsort(prompts, kind="stable")
@@ -232,7 +235,7 @@ def _moments(
     else:
         np.add.at(total, codes, centred)
     square = np.bincount(codes, weights=np.square(centred).sum(axis=1), minlength=classes)
-    return n, total, square, [row_keys(rows, unit)]
+    return n.astype(np.int64), total, np.asarray(square, np.float64), [row_keys(rows, unit)]
 
 
 def _join(left: tuple[Any, ...], right: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -146,13 +146,12 @@ class Executor:
     def _finish(self, claimed: ProjectJob, outcome: Outcome, kept: tuple[Kept, ...]) -> None:
         """Answers, handles and the end of the job in one transaction."""
         workshop = self.workshop
-        models = claimed.spec["models"]
 
         def also(connection: sa.Connection) -> None:
             for made in outcome.made:
                 workshop.projects.hold(
                     claimed.project, made.kind, made.name, made.target,
-                    model=models[0] if models else "", detail=made.detail, connection=connection,
+                    model=made.model, detail=made.detail, connection=connection,
                 )  # fmt: skip
             workshop.answers.keep(connection, kept, user=claimed.user)
 

@@ -23,7 +23,7 @@ from millpond.hub.body import Body, ErrorCode, Failure, JobStatus, ReleasedResul
 from millpond.hub.database import open_database
 from millpond.hub.ledger import Ledger, Payer, Sent
 from millpond.hub.policy import read_policy
-from millpond.hub.projects import Projects, Right
+from millpond.hub.projects import RIGHTS, Projects, Right
 from millpond.hub.queue import Limits, ProjectJob, SqlQueue
 from millpond.hub.release import Door
 from millpond.hub.rules import Verdict
@@ -34,7 +34,6 @@ from millpond.hub.serving import (
     NotThere,
     NotYet,
     Redirect,
-    Reply,
     constant,
     error_code,
     response,
@@ -49,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 NOBODYS = "~"
 """Pays for answers to members of no project; no project can be called so."""
-THREADS = 16
+THREADS = 12
+"""Fewer than connections in the database's pool."""
 
 
 class Gateway:
@@ -96,9 +96,10 @@ class Gateway:
             NotThere: there is no such project, or the user is no member of it.
             NotAllowed: the member's role does not have the right.
         """
-        if not self.projects.may(project, identity.user, "read"):
+        role = self.projects.role(project, identity.user)
+        if role is None:
             raise NotThere("no such project")
-        if not self.projects.may(project, identity.user, right):
+        if right not in RIGHTS[role]:
             raise NotAllowed(f"the role has no right to {right}")
         return Vault(self.lake, self.projects, self.policy, project)
 
@@ -113,7 +114,7 @@ class Gateway:
         """The body, charged."""
         return self.door.send(body, self.payer(identity, project, models))
 
-    def failure(self, code: ErrorCode, identity: Identity, project: str | None) -> Reply:
+    def failure(self, code: ErrorCode, identity: Identity, project: str | None) -> Sent:
         """An error, charged like any body."""
         try:
             return self.send(Failure(code), identity, project)
@@ -226,9 +227,10 @@ def create_app(settings: Settings, endpoints: Sequence[Endpoint] | None = None) 
         InvalidInput: a setting cannot be used.
     """
     from millpond.hub.api import ENDPOINTS
+    from millpond.hub.pages.routes import PAGES
 
     gateway = Gateway(settings)
-    every = ENDPOINTS if endpoints is None else tuple(endpoints)
+    every = (*ENDPOINTS, *PAGES) if endpoints is None else tuple(endpoints)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -6,41 +6,17 @@ import hmac
 from http.cookies import SimpleCookie
 from urllib.parse import quote
 
+from millpond.hub.pages.shell import render
 from millpond.hub.serving import Call, Endpoint, Fixed, NotAllowed, Redirect, Reply
 
 _STATE = "millpond-state"
-_FORM = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Log in - Millpond</title>
-</head>
-<body>
-<main>
-<h1>Log in to Millpond</h1>
-<form method="post" action="login?next={next}">
-<p><label for="token">Log-in token</label></p>
-<p><input id="token" name="token" type="password" autocomplete="current-password" required autofocus></p>
-<p><button>Log in</button></p>
-</form>
-</main>
-</body>
-</html>
-"""
-_HEADERS = (
-    ("content-security-policy", "default-src 'none'; form-action 'self'; frame-ancestors 'none'"),
-    ("referrer-policy", "same-origin"),
-)
 
 
 def show_login(call: Call) -> Reply:
     """The form, or the way to the Hub's."""
     target = _target(call)
     if call.gateway.hub is None:
-        page = _FORM.replace("{next}", quote(target, safe="/"))
-        return Fixed(page.encode(), "text/html; charset=utf-8", headers=_HEADERS)
+        return _form(call, target)
     url, state = call.gateway.hub.login_url(target)
     return Redirect(url, (("set-cookie", f"{_STATE}={state}; {call.gateway.gatekeeper.cookie_flags}; Max-Age=600"),))
 
@@ -52,7 +28,9 @@ def log_in(call: Call) -> Reply:
         raise NotAllowed("log in from the gateway's page")
     key = gateway.gatekeeper.sessions.open(str(call.body.get("token", "")))
     if key is None:
-        raise NotAllowed("the token logs nobody in")
+        return _form(
+            call, _target(call), "This token logs nobody in: it is another kind of token, or has expired.", 403
+        )
     return Redirect(_target(call), (_cookie(call, key),))
 
 
@@ -84,6 +62,11 @@ LOGINS = (
     Endpoint("GET", "/oauth_callback", "public", come_back),
     Endpoint("POST", "/logout", "read", log_out, "form"),
 )
+
+
+def _form(call: Call, target: str, problem: str = "", status: int = 200) -> Fixed:
+    next_path = quote(target, safe="/")
+    return render("login.html", status, base=call.gateway.prefix, next=next_path, problem=problem)
 
 
 def _cookie(call: Call, key: str) -> tuple[str, str]:

@@ -76,7 +76,7 @@ def keep_probe(vault: Vault, probe: LinearProbe, job: ProbeJob) -> Made:
         "hook": job.hook,
         "strength": None if probe.strength is None else float(getattr(probe, f"{probe.strength}_")),
     }
-    return vault.keep("probe", tensors, config, linear.coef.shape)
+    return vault.keep("probe", tensors, config, linear.coef.shape, job.train.run)
 
 
 def load_probe(artifact: Artifact) -> LinearProbe:
@@ -88,7 +88,7 @@ def load_probe(artifact: Artifact) -> LinearProbe:
     linear = Linear(arrays["coef"], arrays["intercept"], arrays["shift"], arrays["intercept_shifted"])
     classes = None if config["classes"] is None else np.asarray(config["classes"])
     probe.trained_on_ = config["trained_on"]
-    probe.train_prompts_ = arrays.get("train_prompts")  # type: ignore[attr-defined]
+    probe.train_prompts_ = arrays.get("train_prompts")
     return probe.take(linear, classes, config["evidence"], config["strength"])
 
 

@@ -197,11 +197,17 @@ class SqlQueue:
             return self._find(connection, job_id)
 
     def jobs(
-        self, *, project: str | None = None, user: str | None = None, state: State | None = None
+        self,
+        *,
+        project: str | None = None,
+        user: str | None = None,
+        state: State | None = None,
+        kind: str | None = None,
     ) -> list[ProjectJob]:
-        """Every job, or those of a project, a user or in a state, oldest first."""
+        """Every job, or those of a project, a user, in a state or of a kind, oldest first."""
         query = sa.select(JOBS).order_by(JOBS.c.seq)
-        for column, value in ((JOBS.c.project, project), (JOBS.c.user, user), (JOBS.c.state, state)):
+        wanted = ((JOBS.c.project, project), (JOBS.c.user, user), (JOBS.c.state, state), (JOBS.c.kind, kind))
+        for column, value in wanted:
             query = query if value is None else query.where(column == value)
         with self._reader.connect() as connection:
             return [_job(row) for row in connection.execute(query)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,10 @@ from millpond.store.errors import (
     InvalidInput,
     JobNotFound,
     MillpondError,
+    NotHeld,
+    NotPermitted,
     RunOpen,
+    TooMany,
 )
 
 if TYPE_CHECKING:
@@ -118,9 +121,11 @@ class Endpoint:
     path: str
     scope: Scope | Literal["public"]
     handler: Handler
-    takes: Literal["nothing", "json", "bulk", "form"] = "nothing"
+    takes: Literal["nothing", "json", "bulk", "form", "bulk form"] = "nothing"
     page: bool = False
     """For browsers: without a session they are sent to log in."""
+    refused: Callable[[Call, Sent], Reply] | None = None
+    """Makes a page of an error that was charged."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Its part of the OpenAPI description."""
 
@@ -161,7 +166,7 @@ def response(reply: Reply) -> Response:
         out = Response(b"", 303, headers={"location": reply.to})
     for name, value in () if isinstance(reply, Sent) else reply.headers:
         out.headers.append(name, value)
-    out.headers["cache-control"] = "no-store"
+    out.headers.setdefault("cache-control", "no-store")
     out.headers["x-content-type-options"] = "nosniff"
     return out
 
@@ -181,11 +186,9 @@ def constant(code: ErrorCode) -> Sent:
 
 def error_code(error: Exception) -> ErrorCode:
     """What a client is told of an exception."""
-    from millpond.hub.projects import NotHeld
-    from millpond.hub.queue import TooMany
-
     for kind, code in (
-        (NotAllowed, ErrorCode.NOT_ALLOWED), (NotThere, ErrorCode.NOT_FOUND), (NotHeld, ErrorCode.NOT_FOUND),
+        (NotAllowed, ErrorCode.NOT_ALLOWED), (NotPermitted, ErrorCode.NOT_ALLOWED),
+        (NotThere, ErrorCode.NOT_FOUND), (NotHeld, ErrorCode.NOT_FOUND),
         (JobNotFound, ErrorCode.NOT_FOUND), (NotYet, ErrorCode.UNAVAILABLE), (TooLarge, ErrorCode.TOO_LARGE),
         (TooMany, ErrorCode.TOO_MANY), (BudgetSpent, ErrorCode.OVER_BUDGET), (GraphRefused, ErrorCode.BAD_GRAPH),
         (RunOpen, ErrorCode.BAD_RUN), (InvalidInput, ErrorCode.BAD_REQUEST),
@@ -241,7 +244,7 @@ def _finite(text: str) -> float:
 
 async def _read(endpoint: Endpoint, request: Request) -> tuple[bytes, bool]:
     """The body, and whether it is larger than the endpoint takes."""
-    limit = {"nothing": 0, "json": MAX_BODY, "bulk": MAX_BULK, "form": MAX_BODY}[endpoint.takes]
+    limit = {"nothing": 0, "json": MAX_BODY, "bulk": MAX_BULK, "form": MAX_BODY, "bulk form": MAX_BULK}[endpoint.takes]
     length = request.headers.get("content-length", "")
     if length.isdigit() and len(length) < 20 and int(length) > limit:
         return b"", True
@@ -273,18 +276,26 @@ def _reply(
         if identity is not None and endpoint.scope != "public":
             _check(endpoint, gateway, call, identity)
         return endpoint.handler(call)
-    except Exception as error:  # the only place that sees them all: nothing of an exception may be sent
-        code = error_code(error)
-        if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):
-            logger.exception("%s %s", endpoint.method, endpoint.path)
-        return gateway.failure(code, identity, call.params.get("project")) if identity else constant(code)
+    except Exception as error:  # whatever a handler raises: nothing of an exception may be sent
+        sent = refuse(error, gateway, identity, call.params, f"{endpoint.method} {endpoint.path}")
+        return endpoint.refused(call, sent) if endpoint.refused else sent
+
+
+def refuse(error: Exception, gateway: Gateway, identity: Identity | None, params: Mapping[str, str], what: str) -> Sent:
+    """What is sent in place of an answer, charged to whoever asked; why is said in the vault's log."""
+    code = error_code(error)
+    if code is ErrorCode.UNAVAILABLE and not isinstance(error, NotYet):
+        logger.error("%s", what, exc_info=error)
+    else:
+        logger.info("%s: %s: %s", what, type(error).__name__, error)
+    return gateway.failure(code, identity, params.get("project")) if identity else constant(code)
 
 
 def _check(endpoint: Endpoint, gateway: Gateway, call: Call, identity: Identity) -> None:
     if endpoint.scope not in identity.scopes:
         raise NotAllowed(f"{endpoint.scope} is not among the scopes")
     if endpoint.method != "GET":
-        form = str(call.body.get("csrf_token", "")) if endpoint.takes == "form" else ""
+        form = str(call.body.get("csrf_token", "")) if endpoint.takes.endswith("form") else ""
         if not gateway.gatekeeper.meant(identity, call.headers, form):
             raise NotAllowed("the request does not come from the gateway's own pages")
 
@@ -295,7 +306,7 @@ def _with_body(call: Call, endpoint: Endpoint, data: bytes) -> Call:
         body = parse_json(data)
         if not isinstance(body, dict):
             raise InvalidInput("the body must be a JSON object")
-    elif endpoint.takes == "form":
+    elif endpoint.takes.endswith("form"):
         from urllib.parse import parse_qsl
 
         try:
@@ -305,6 +316,3 @@ def _with_body(call: Call, endpoint: Endpoint, data: bytes) -> Call:
     elif data:
         raise InvalidInput("the request has a body, which it must not have")
     return Call(call.gateway, call.identity, call.params, body, call.query, call.headers, call.cookies)
-
-
-Serve = Callable[[Request], Awaitable[Response]]

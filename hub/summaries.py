@@ -39,7 +39,7 @@ def summarise(view: Run, hook: str) -> Result:
     values = {"mean": float(centre), "sd": sd, "norm": float(norm.sum() / total)}
     intervals = {name: _interval(values[name], influence[name], total) for name in values}
     known = {name: bounds for name, bounds in intervals.items() if bounds is not None}
-    return Result("summary", values, known, {"rows": int(total), "prompts": len(n)})  # type: ignore[arg-type]
+    return Result("summary", values, known, {"rows": int(total), "prompts": len(n)})
 
 
 def answer_expression(expression: ex.Expression, view: Run) -> Result:
@@ -86,7 +86,7 @@ def _places(found: Result, view: Run, n: int, counts: dict[str, int]) -> Result:
     """The strongest rows: prompt numbers in the order of `run.prompts`, positions and values."""
     from millpond.hub.probing import _filled
 
-    ids = {str(name): int(number) for number, name in view.prompt_table["id"].items()}
+    ids = {str(name): number for number, name in zip(view.prompt_table.index, view.prompt_table["id"], strict=True)}
     prompts = np.array([ids[str(one)] for one in np.asarray(found["prompt"])], np.int64)
     places = np.stack([prompts, np.asarray(found["position"], np.int64)], axis=1)
     strongest = np.asarray(found["value"], np.float64)
@@ -128,7 +128,8 @@ def _by_prompt(pieces: Any) -> tuple[Floats, tuple[Floats, ...]]:
     prompts = np.concatenate([piece[0] for piece in pieces])
     _, code = np.unique(prompts, return_inverse=True)
     sums = [np.concatenate([piece[at] for piece in pieces]) for at in range(1, len(pieces[0]))]
-    return np.bincount(code).astype(np.float64), tuple(np.bincount(code, weights=one) for one in sums)
+    counts = np.bincount(code).astype(np.float64)
+    return counts, tuple(np.asarray(np.bincount(code, weights=one), np.float64) for one in sums)
 
 
 def _row_sums(_: None, x: Rows, prompt: NDArray[Any]) -> list[tuple[NDArray[Any], ...]]:

@@ -170,8 +170,11 @@ class Vault:
 
         return load_artifact(self.lake, self.held("artifact", handle).target)
 
-    def keep(self, kind: str, tensors: Any, config: Mapping[str, Any], shape: tuple[int, ...]) -> Made:
-        """Keep an artifact that the job made. A job that is run again, after a kill, finds what it kept before."""
+    def keep(self, kind: str, tensors: Any, config: Mapping[str, Any], shape: tuple[int, ...], run: str) -> Made:
+        """Keep an artifact that the job made from the run of that handle.
+
+        A job that is run again, after a kill, finds what it kept before.
+        """
         from millpond.store.artifacts import load_artifact, save_artifact
 
         target = f"job-{self.job}"
@@ -181,7 +184,8 @@ class Vault:
         except InvalidInput:
             if load_artifact(self.lake, target).provenance.get("job") != self.job:
                 raise
-        return Made("artifact", f"{kind}-{self.job}", target, {"kind": kind, "shape": list(shape), "job": self.job})
+        detail = {"kind": kind, "shape": list(shape), "job": self.job}
+        return Made("artifact", f"{kind}-{self.job}", target, self.run_held(run).model, detail)
 
     def d_model(self, run: str) -> int:
         """See `kinds.base.Facts`, of which this is one."""
@@ -253,8 +257,11 @@ class Vault:
         from millpond.store.expression import Expression as Condition
 
         names = {name for name in Condition(text).names if name not in _INDEX}
-        held = visible_labels(self.run(run), self.project)
-        pinned = {name: self.label(run, name) for name in names if name.partition("@")[0] in held}
+        if self.pins is not None:  # a label of the name of a prompt's column may have come since
+            pinned = {name: label for name, label in self.pins.get(run, {}).items() if name in names}
+        else:
+            held = visible_labels(self.run(run), self.project)
+            pinned = {name: self.label(run, name) for name in names if name.partition("@")[0] in held}
         hidden = [name for name in names - set(pinned) if _MARK.match(name)]
         if hidden:
             raise LabelNotFound(f"label {hidden[0]!r} is not in the run")
@@ -273,7 +280,7 @@ class _Rename(ast.NodeTransformer):
             and isinstance(node.left, ast.Name)
             and isinstance(node.right, ast.Constant)
         ):
-            return self._versioned(f"{node.left.id}@{node.right.value}", node)
+            return self._versioned(f"{node.left.id}@{node.right.value!r}", node)
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def wire(job: Job) -> dict[str, Any]:
-    """The job as JSON values, without what is the default."""
-    return job.model_dump(mode="json", exclude_defaults=True) | {"kind": job.kind}
+    """The job as JSON values, without what was not given."""
+    return job.model_dump(mode="json", exclude_unset=True)
 
 
 def job_of(kind: str, parts: Mapping[str, Any]) -> Job:
@@ -196,8 +196,6 @@ def _sae_train(parts: Mapping[str, Any]) -> dict[str, Any]:
         if rows is None:
             raise InvalidInput("tokens is not given, and only the vault can count these rows; say how many to train on")
         tokens = rows * parts.get("epochs", 1)
-    elif parts.get("epochs", 1) != 1:
-        raise InvalidInput("give tokens or epochs; the vault uses rows as often as it needs to reach tokens")
     found = {"estimator": parts["estimator"], "hooks": [column.hook], "rows": column.run.rows, "tokens": tokens}
     if test is None:
         return found

@@ -54,6 +54,17 @@ def connect(
         raise InvalidInput("the gateway's address is not given; set MILLPOND_URL, or call connect('http://...')")
     token = token or os.environ.get("MILLPOND_TOKEN") or os.environ.get("JUPYTERHUB_API_TOKEN")
     connection = Connection(url, token, project or os.environ.get("MILLPOND_PROJECT"), timeout)
+    try:
+        version = _meet(connection)
+    except BaseException:
+        connection.close()
+        raise
+    given = dictionary or os.environ.get("MILLPOND_DICTIONARY")
+    return RemoteLake(connection, version, None if given is None else Path(given))
+
+
+def _meet(connection: Connection) -> dict[str, Any]:
+    """Compare versions and settle the project."""
     version = connection.constant("/api/v1/version")
     if version.get("api") != API:
         raise GatewayUnavailable(
@@ -65,8 +76,7 @@ def connect(
         if len(names) != 1:
             raise InvalidInput(f"you belong to {', '.join(names) or 'no project'}; name one: connect(project=...)")
         connection.project = names[0]
-    given = dictionary or os.environ.get("MILLPOND_DICTIONARY")
-    return RemoteLake(connection, version, None if given is None else Path(given))
+    return version
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
-import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ _VOCABULARY = 1000
 
 
 def make_twin(view: RunView, *, seed: int = 0, max_bytes: int = 64_000_000) -> Lake:
-    """A lake in a temporary folder that lives as long as the lake's object, with a sealed run called `view.name`.
+    """A lake in a temporary folder, removed when Python ends, with a sealed run called `view.name`.
 
     It has the same hooks, width, labels and, up to `max_bytes` of activations, prompts and rows. Each label is a boolean a
     token, true for about half of them and, at every other hook, a direction of the activations, so that probes have something
@@ -46,9 +47,9 @@ def make_twin(view: RunView, *, seed: int = 0, max_bytes: int = 64_000_000) -> L
         prompts = min(prompts, most // tokens)
     if prompts < 4:
         raise InvalidInput(f"max_bytes={max_bytes:,} holds {most:,} rows of {row_bytes:,} bytes; allow more")
-    folder = tempfile.TemporaryDirectory(prefix="millpond-twin-")
-    lake = open_lake(folder.name, create=True)
-    weakref.finalize(lake, folder.cleanup)
+    folder = tempfile.mkdtemp(prefix="millpond-twin-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    lake = open_lake(folder, create=True)
     spec = lake.create_run(
         view.name,
         hooks=view.hooks,

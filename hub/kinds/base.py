@@ -98,6 +98,8 @@ class Made:
     """As the project calls it."""
     target: str
     """Its name in the lake."""
+    model: str
+    """Of the policy file: what it was made from."""
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 

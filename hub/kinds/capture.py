@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Handle, Hook, Job, Needed, RowSet, Wire
+from millpond.hub.kinds.base import Facts, Handle, Hook, Job, Needed, Wire
 from millpond.store.interventions import Ablate, Add, Clamp, Patch, SpliceSae
 from millpond.store.positions import PositionFilter
 
@@ -62,6 +62,3 @@ class CaptureJob(Job):
     def answer_bytes(self, facts: Facts) -> int:
         """Nothing."""
         return 0
-
-
-__all__ = ["CaptureJob", "Prompt", "RowSet"]

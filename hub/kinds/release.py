@@ -54,7 +54,7 @@ class ReleaseJob(Job):
         arrays = artifact.arrays()
         coef, intercept = np.asarray(arrays["coef"], np.float64), np.asarray(arrays["intercept"], np.float64)
         values: dict[str, object] = {"direction": coef[0] if len(coef) == 1 else coef}
-        if len(coef) == 1:
+        if len(coef) == 1 and not part.restricted:  # it has no standard error, which a number needs there
             values["bias"] = float(intercept[0])
         counts = {"rows": len(part.view), "prompts": len(part.view.prompts)}
         if part.codes is not None and int(part.codes.max()) == 1:

@@ -47,6 +47,7 @@ class SaeTrainJob(Job):
         import tempfile
         from pathlib import Path
 
+        from millpond.analysis.sae.config import SaeConfig
         from millpond.hub.evidence import measure
         from millpond.hub.kinds.base import Answer
         from millpond.hub.probing import build_sae, rows_of, sae_evaluation
@@ -54,14 +55,15 @@ class SaeTrainJob(Job):
         part = rows_of(vault, self.rows)
         (hook,) = part.view.match(self.hooks)
         sae = build_sae(self.estimator)
-        sae.fit(self._batches(vault, part.view, hook, sae.config.batch_size, progress), self.tokens)
+        rows = int(self.estimator.checked.get("batch_size", SaeConfig.batch_size))
+        sae.fit(self._batches(vault, part.view, hook, rows, progress), self.tokens)
         sae.trained_on_ |= {"run": part.whole.name, "run_id": part.whole.plan.spec.id, "hook": hook}
         progress(0.8)
         with tempfile.TemporaryDirectory() as folder:
             saved = sae.save(folder)
             config = json.loads((Path(saved) / "cfg.json").read_text())
             data = (Path(saved) / "sae_weights.safetensors").read_bytes()
-        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae)),)
+        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae), self.rows.run),)
         if self.test is None:
             return Outcome((), made)
         test = rows_of(vault, self.test)

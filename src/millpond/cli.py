@@ -30,6 +30,7 @@ from millpond.store.errors import InvalidInput, MillpondError
 
 if TYPE_CHECKING:
     from millpond.hub.ledger import Ledger
+    from millpond.store.queue import QueuedJob
 
 
 _DESCRIPTION = """Activations of language models, next to the GPUs.
@@ -179,17 +180,25 @@ class Submit:
 class Jobs:
     """List the jobs of a queue."""
 
-    queue: Annotated[Path, tyro.conf.Positional]
-    """Folder of the queue."""
+    queue: Annotated[str, tyro.conf.Positional]
+    """Folder of the queue, or the URL of the gateway's database: sqlite:///FILE or postgresql+psycopg://..."""
 
     def run(self) -> int:
         """Print one line a job."""
-        from millpond.store.queue import FolderQueue
-
-        for job in FolderQueue(self.queue).jobs():
+        for job in self._jobs():
             about = job.error or _json(job.result or job.progress)
             print(f"{job.id} {job.kind:8} {job.state:8} attempt {job.attempts} {job.worker or '':24} {about}")
         return 0
+
+    def _jobs(self) -> Sequence[QueuedJob]:
+        if "://" not in self.queue:
+            from millpond.store.queue import FolderQueue
+
+            return FolderQueue(self.queue).jobs()
+        from millpond.hub.database import open_database
+        from millpond.hub.queue import SqlQueue
+
+        return SqlQueue(open_database(self.queue, create=False)).jobs()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -118,7 +119,7 @@ def fifteen_lines(lake, name):
         train, test, hooks="blocks.*.hook_resid_post", labels="deceptive", controls=("shuffled",)
     )
     sae = mp.BatchTopKSae(d_sae=32, k=4, progress=False)
-    sae.fit(train[HOOK], tokens=20_000)
+    sae.fit(train[HOOK], tokens=1_500)
     return probe, score, result, sweep, sae.evaluate(test[HOOK]), sae
 
 
@@ -157,7 +158,7 @@ def test_the_same_lines_give_the_same_numbers_in_the_vault_and_outside(vault, la
         sweep.best("deceptive")
 
     assert measured.kind == "sae-evaluation"
-    assert 3 < measured["l0"] < 5
+    assert 2 < measured["l0"] < 6
     assert 0 < measured["explained_variance"] < 1
     assert "in the vault" in repr(sae)
     with pytest.raises(ActivationsStayInVault, match="weights"):
@@ -204,12 +205,15 @@ def test_lazy_expressions_and_conditions_run_in_the_vault(vault, lake):
     v = np.random.default_rng(3).standard_normal(D)
     found = (mp.lazy(lake["deception"])[HOOK] @ v).groupby("deceptive").mean().compute()
     expected = (mp.lazy(there)[HOOK] @ v).groupby("deceptive").mean().compute(progress=False)["mean"]
-    assert np.allclose(found["means"], np.ravel(expected), rtol=0.02, atol=0.05)
+    step = (found["means_high"] - found["means_low"]).max() / 3.92 * 5
+    assert np.allclose(found["means"], np.ravel(expected), atol=step)
     some = lake["deception"].select(where="deceptive and topic == 't1'", position=[3, 4, 5, 6])
     counted = (mp.lazy(some)[HOOK] @ v).mean().compute()
     mine = there.select(where="deceptive and topic == 't1'", position=[3, 4, 5, 6])
     assert counted["rows"] == len(mine)
-    assert counted["means"][0] == pytest.approx(float(np.mean(mine[HOOK].values @ v)), abs=0.3)
+    error = (counted["means_high"] - counted["means_low"])[0] / 3.92  # steps are up to five of them
+    assert counted["means"][0] == pytest.approx(float(np.mean(mine[HOOK].values @ v)), abs=5 * error)
+    assert error < 3
     summary = lake["deception"].statistics(HOOK)
     assert summary["sd"] == pytest.approx(float(there[HOOK].values.std()), rel=0.05)
 
@@ -308,7 +312,7 @@ def test_tokens_projects_and_addresses_that_are_wrong(vault, lake):
     with pytest.raises(InvalidInput, match="MILLPOND_URL"):
         mp.connect()
     with pytest.raises(GatewayUnavailable, match="Connection refused"):
-        Connection("http://127.0.0.1:9", "t", "p", retries=1).constant("/api/v1/version")
+        mp.connect("http://127.0.0.1:9", "t", "p")
     reader = vault.add_token("ada", "read")
     with mp.connect(vault.url, reader, "probing") as narrow, pytest.raises(GatewayRefused, match="scope"):
         narrow["deception"].statistics(HOOK)
@@ -351,6 +355,7 @@ def test_a_module_of_ones_own_is_measured_in_the_vault(lake):
     assert trained["fvu"] < untrained["fvu"]
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # httpcore's, of a socket that is gone
 def test_results_arrive_although_the_gateway_is_killed_meanwhile(vault, lake):
     run = lake["deception"]
     future = mp.BatchTopKSae(d_sae=64, k=4, progress=False).submit_fit(run[HOOK], tokens=400_000)
@@ -415,3 +420,20 @@ def test_texts_are_read_with_the_gateways_dictionary_only(tmp_path):
         TextReader(None, model.sha256).check()
     with pytest.raises(InvalidInput, match="ask for rates"):
         TextReader(path, None).check()
+
+
+@pytest.mark.slow
+def test_the_example_runs_the_fifteen_lines_behind_the_meter(tmp_path):
+    lake = open_lake(tmp_path / "lake", create=True)
+    run = write_run(lake, "run-1")
+    script = Path(__file__).parents[2] / "examples" / "remote_probe.py"
+    command = [sys.executable, str(script), str(lake.folder), "--tokens", "2000", "--label", "deceptive"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ActivationsStayInVault" in done.stdout
+    said = dict(re.findall(r"^(activations|charged|left of the user|the meter).*? ([\d,]+) bytes", done.stdout, re.M))
+    counts = {name: int(text.replace(",", "")) for name, text in said.items()}
+    assert counts["activations"] == run.nbytes
+    assert 500 < counts["charged"] < 2500
+    assert counts["charged"] + counts["left of the user"] == 1_000_000
+    assert counts["charged"] < counts["the meter"] < 200_000  # framing is the meter's business

@@ -134,8 +134,8 @@ def test_a_probe_cannot_be_aimed_at_activations(served, own):
 
 
 def test_graph_then_score_pays_for_every_bit_and_shows_no_restricted_row(vault, own, restricted):
-    """A graph that picks a coordinate, scored on one row: its mean squared error is the coordinate's square."""
-    row = vault.hooks[RESID][0, 5]
+    """A graph that leaves out a coordinate, scored on two rows: its mean squared error is that coordinate's mean square."""
+    rows = vault.hooks[RESID][0, [5, 6]]
 
     class Pick(torch.nn.Module):
         def __init__(self, place):
@@ -151,18 +151,18 @@ def test_graph_then_score_pays_for_every_bit_and_shows_no_restricted_row(vault, 
         def forward(self, x):
             return {"statistic": x.mean(0)}
 
-    one = own.select(where="prompt == 0 and position == 5")
+    pair = own.select(where="prompt == 0", position=[5, 6])
     before, found = own.lake.connection.charged, []
     for place in range(4):
-        (result,) = own.lake.graph(Pick(place), one[RESID])
+        (result,) = own.lake.graph(Pick(place), pair[RESID])
         found.append((float(result["mse"]) * 256) ** 0.5)
     cost = (own.lake.connection.charged - before) / 4
     # on one's own prompts scalars may leave: three digits for the price of a whole answer
-    assert np.allclose(found, np.abs(row[:4]), rtol=0.01)
+    assert np.allclose(found, np.sqrt(np.square(rows[:, :4]).mean(axis=0)), rtol=0.01)
     assert cost > 60
     assert 1_000_000 / cost * 10 / 8 < 25_000  # a week of nothing else: bytes of secret in it
     with pytest.raises(NotReleased, match="too_few_prompts"):
-        restricted.lake.graph(Pick(0), restricted.select(where="prompt == 0 and position == 5")[RESID])
+        restricted.lake.graph(Pick(0), restricted.select(where="prompt == 0", position=[5, 6])[RESID])
     with pytest.raises(InReview, match="custom_output"):
         own.lake.graph(Show(), own[RESID])
     with pytest.raises((NotReleased, InReview)):

@@ -54,7 +54,9 @@ def demo(tmp_path_factory):
         pytest.skip("namespaces, users and quotas need root and bubblewrap (make test installs it)")
     demo = Demo(tmp_path_factory.mktemp("demo"))
     try:
-        assert (demo.up.settings.state / "vault" / "seeded").exists(), (demo.up.settings.state / "logs/seed.log").read_text()[-2000:]
+        assert (demo.up.settings.state / "vault" / "seeded").exists(), (
+            demo.up.settings.state / "logs/seed.log"
+        ).read_text()[-2000:]
         yield demo
     finally:
         demo.close()
@@ -87,7 +89,9 @@ def test_two_people_log_in_and_one_runs_the_first_notebook_to_a_plot(demo):
         ada.click("text=Run All Cells")
         end = time.monotonic() + 180
         while time.monotonic() < end and ada.locator(".jp-OutputArea-output img").count() == 0:
-            if ada.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']:has-text('Error')").count():
+            if ada.locator(
+                ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']:has-text('Error')"
+            ).count():
                 break
             ada.wait_for_timeout(500)
         plots = ada.locator(".jp-OutputArea-output img")
@@ -168,4 +172,7 @@ async def _answers(demo):
     from millpond.hub.workspace.parts import answers, listens
 
     settings = demo.up.settings
-    return await listens(settings.listen)() and await answers(settings.gateway_socket, "/services/gateway/api/v1/version")()
+    return (
+        await listens(settings.listen)()
+        and await answers(settings.gateway_socket, "/services/gateway/api/v1/version")()
+    )

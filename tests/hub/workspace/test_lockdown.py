@@ -51,7 +51,9 @@ def attempt(front, monkeypatch):
 
     def start(change=None, patch=None):
         if change is not None:
-            monkeypatch.setattr(sessions, "Sandbox", lambda *a, **k: change(Sandbox(*a, **k)) if k.get("seccomp") else Sandbox(*a, **k))
+            monkeypatch.setattr(
+                sessions, "Sandbox", lambda *a, **k: change(Sandbox(*a, **k)) if k.get("seccomp") else Sandbox(*a, **k)
+            )
         if patch is not None:
             monkeypatch.setattr(Sandbox, "command", patch(Sandbox.command))
         said, session = front.do(run("sabotage"))
@@ -101,7 +103,13 @@ def test_every_missing_layer_is_named(attempt):
         return dataclasses.replace(less, network=True, masks=(), write={**less.write, Path("/srv"): Path("/srv")})
 
     said = attempt(change, edited((("--unshare-pid",), [])))
-    for found in ("network: ", "processes: sees", "masked files: /proc/loadavg", "files: /srv is writable", "plugins: on are"):
+    for found in (
+        "network: ",
+        "processes: sees",
+        "masked files: /proc/loadavg",
+        "files: /srv is writable",
+        "plugins: on are",
+    ):
         assert found in said, said
 
 

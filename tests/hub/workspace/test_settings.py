@@ -16,6 +16,7 @@ from millpond.hub.workspace.helper import check_environment
 from millpond.hub.workspace.lockdown import DISABLED
 from millpond.hub.workspace.seccomp import CALLS, program
 from millpond.hub.workspace.settings import Authentication, Workspace, is_user
+from millpond.hub.workspace.up import settings_of
 from millpond.hub.workspace.up_config import read_up_config
 from millpond.hub.workspace.users import UserNumbers
 from millpond.store.errors import InvalidInput, IsolationFailed
@@ -42,7 +43,9 @@ def test_origins_that_users_would_share_are_refused(tmp_path, origin, why):
         Workspace(state=tmp_path, origin=origin)
 
 
-@pytest.mark.parametrize("name", ["services", "hub", "gateway--service", "a--b", "Ada", "a.b", "a_b", "-a", "a-", "", "a" * 33, "ada\n"])
+@pytest.mark.parametrize(
+    "name", ["services", "hub", "gateway--service", "a--b", "Ada", "a.b", "a_b", "-a", "a-", "", "a" * 33, "ada\n"]
+)
 def test_names_that_are_somebody_elses_origin_are_refused(name):
     assert not is_user(name)
     with pytest.raises(ValidationError):
@@ -129,7 +132,7 @@ def test_limits_of_version_2_are_written_and_read_back(tmp_path):
     group = make_group("mp", "ada", Limits(memory=1 << 30, cpus=1.5, processes=99), tmp_path)
     values = {file.name: file.read_text() for file in group.folders[0].iterdir()}
     assert values == {"memory.max": str(1 << 30), "pids.max": "99", "cpu.max": "150000 100000"}
-    with pytest.raises(IsolationFailed, match="limits_required|limits.required"):
+    with pytest.raises(IsolationFailed, match=r"limits\.required"):
         make_group("mp", "ada", Limits(), tmp_path / "nowhere")
 
 
@@ -151,6 +154,4 @@ def test_a_configuration_file_names_its_mistake(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises((InvalidInput, ValidationError), match=why):
-            from millpond.hub.workspace.up import settings_of
-
             settings_of(read_up_config(file))
