@@ -243,6 +243,10 @@ def test_hosts_and_origins():
         assert await ask("POST", host, **cookie, **{"Sec-Fetch-Site": "cross-site"}) == 403
         assert await ask("POST", host, Origin=f"http://{host}", **cookie, **{"Sec-Fetch-Site": "same-origin"}) == 200
         assert await ask("POST", host, Authorization="token t") == 200
+        mine = {"Host": f"ada.{host}", "Origin": f"http://bob.{host}", **cookie}
+        async with hostile.http.post(hostile.url("/user/ada/api/sessions"), headers=mine) as page:
+            assert page.status == 403  # another user's page, with ada's cookies
+        hostile.asked.clear()
         async with hostile.http.get(
             hostile.url("/hub/x", "localhost"), headers={"X-Forwarded-For": "10.0.0.1"}
         ) as page:
