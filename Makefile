@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu soak docs check lint types layers format clean help
+.PHONY: demo up test test-gpu soak docs check lint types layers format clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -10,6 +10,10 @@ help: ## what there is
 demo: ## install, run the main job on real input, write demo/report.html
 	$(PYTHON) tools/install.py --for demo
 	$(BIN)/millpond demo
+
+up: ## install, then start the whole demo: notebooks, gateway and vault; needs root
+	$(PYTHON) tools/install.py --for up
+	$(BIN)/millpond up --demo
 
 test: ## install, then run every test
 	$(PYTHON) tools/install.py --for test

@@ -23,6 +23,13 @@ BREAKING = ("torchvision", "torchaudio", "torchcodec")
 
 SYSTEM_PACKAGES = {
     "demo": {"python3-venv": lambda: _has_venv(), "g++": lambda: shutil.which("g++") is not None},
+    "up": {
+        "python3-venv": lambda: _has_venv(),
+        "g++": lambda: shutil.which("g++") is not None,
+        "bubblewrap": lambda: shutil.which("bwrap") is not None,
+        "e2fsprogs": lambda: shutil.which("mkfs.ext4") is not None,
+        "iproute2": lambda: shutil.which("ip") is not None,
+    },
     "test": {
         "python3-venv": lambda: _has_venv(),
         "g++": lambda: shutil.which("g++") is not None,
@@ -32,6 +39,7 @@ SYSTEM_PACKAGES = {
         "ceph-osd": lambda: shutil.which("ceph-osd") is not None,
         "ceph-common": lambda: shutil.which("ceph") is not None,
         "bubblewrap": lambda: shutil.which("bwrap") is not None,
+        "e2fsprogs": lambda: shutil.which("mkfs.ext4") is not None,
         "chromium": lambda: shutil.which("chromium") is not None,
         "iproute2": lambda: shutil.which("ip") is not None,
         "nftables": lambda: shutil.which("nft") is not None,
@@ -44,7 +52,7 @@ SYSTEM_PACKAGES = {
         ),
     },
 }
-EXTRAS = {"demo": "analysis", "test": "analysis,hub,dev"}
+EXTRAS = {"demo": "analysis", "up": "analysis,workspace", "test": "analysis,hub,dev"}
 
 
 def say(text: str) -> None:

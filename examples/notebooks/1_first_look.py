@@ -65,8 +65,9 @@ sweep = mp.LogisticProbe().sweep(train, test, hooks="blocks.*.hook_resid_post", 
 sweep.table()[["hook", "control", "auroc", "auroc_low", "auroc_high"]]
 
 # %%
-axes = sweep.plot()
+import matplotlib.pyplot as plt
 
+sweep.plot(plt.figure(figsize=(7, 3.5)).subplots())
 # %% [markdown]
 # The picture was drawn here, from the numbers above: no image crosses.
 #

@@ -124,7 +124,7 @@ def make_group(parent: str, name: str, limits: Limits, root: Path = ROOT) -> Gro
             "limits_required = false and accept that one notebook can take the whole machine"
         ) from error
     raise IsolationFailed(
-        f"{root} holds neither cgroup v1's memory controller nor cgroup v2; mount one, or set limits_required = false"
+        f"{root} holds neither cgroup v1's memory controller nor cgroup v2; mount one, or set workspace.limits.required = false"
     )
 
 

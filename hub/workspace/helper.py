@@ -140,6 +140,11 @@ def check_environment(user: str, given: object) -> dict[str, str]:
     return dict(given)
 
 
+def _end_with_parent() -> None:
+    """Be told to stop when `millpond up` is gone, however it went."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def _own_mounts() -> None:
     """Take a mount namespace of our own: homes appear nowhere else, and are gone when this process is."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -187,6 +192,7 @@ def main() -> int:
         return 2
     try:
         settings = read_workspace(Path(sys.argv[1]))
+        _end_with_parent()
         program()  # refuses a machine that it has no filter for
         _own_mounts()
         _prepare(settings)

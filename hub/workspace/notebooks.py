@@ -13,10 +13,9 @@ def sources() -> list[Path]:
 def write_notebooks(folder: Path) -> None:
     """Write every example as a notebook without outputs."""
     import jupytext
-    import nbformat
 
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources():
         notebook = jupytext.reads(source.read_text(), fmt="py:percent")
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        (folder / f"{source.stem}.ipynb").write_text(nbformat.writes(notebook))
+        (folder / f"{source.stem}.ipynb").write_text(jupytext.writes(notebook, fmt="ipynb"))

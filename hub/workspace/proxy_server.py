@@ -98,11 +98,11 @@ class ProxyServer:
         route = self.routes.find(host, path)
         if route is None:
             return web.Response(status=503, text="The hub is starting; try again in a moment.\n")
+        if self._foreign(request):
+            return web.Response(status=403, text="Another site asked for this change.\n")
         if route.user is None:
             if not is_plain(path) and "//" not in path:
                 return web.Response(status=400, text="This address is spelled in a way that is not served.\n")
-            if self._foreign(request):
-                return web.Response(status=403, text="Another site asked for this change.\n")
         else:
             rest = path[len(route.path) - 1 :]
             if self.files.covers(rest):

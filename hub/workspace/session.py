@@ -163,7 +163,9 @@ class Session:
             hostname="workspace",
             read={
                 lab / "jupyter_server_config.py": Path("/etc/jupyter/jupyter_server_config.py"),
-                lab / "migrated": Path("/etc/jupyter/migrated"),  # or Jupyter would move a home's old IPython files there
+                lab / "migrated": Path(
+                    "/etc/jupyter/migrated"
+                ),  # or Jupyter would move a home's old IPython files there
                 lab / "page_config.json": Path("/etc/jupyter/labconfig/page_config.json"),
                 self.folder / "hub.sock": _ZONE / "hub.sock",
                 self.folder / "gate.sock": _ZONE / "gate.sock",

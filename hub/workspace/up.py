@@ -74,11 +74,12 @@ class Up:
         self.passwords = self._accounts()
         write_notebooks(self.settings.state / "examples")
         token = secret(self.settings.state / "secrets" / "gateway")
+        oauth = {name: os.environ[name] for name in ("OAUTH_CLIENT_SECRET",) if name in os.environ}
         front = [
             meter_part(self.settings, config.meter.cap, config.meter.rate),
             helper_part(self.settings, self.file),
             proxy_part(self.settings, self.file),
-            hub_part(self.settings, self.file, write_hub_config(self.settings, self.file), token),
+            hub_part(self.settings, self.file, write_hub_config(self.settings, self.file), token, oauth),
         ]
         self.supervisor = Supervisor([*front, *self.vault.parts(token)], self.settings.state / "logs", say)
 
