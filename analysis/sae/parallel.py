@@ -125,10 +125,11 @@ def train_on_workers(
         for rank, address in enumerate(addresses)
     ]
     try:
-        wait(futures, return_when="FIRST_COMPLETED")
-        if any(future.status == "error" for future in futures):
-            with suppress(TimeoutError):  # one that fails breaks the others' connections: theirs is not the reason
-                wait(futures, timeout=_GRACE_SECONDS)
+        with client.as_current():  # `wait` asks for it
+            wait(futures, return_when="FIRST_COMPLETED")
+            if any(future.status == "error" for future in futures):
+                with suppress(TimeoutError):  # one that fails breaks the others' connections: theirs is not the reason
+                    wait(futures, timeout=_GRACE_SECONDS)
         failed = [future for future in futures if future.status == "error"]
         reasons = [future for future in failed if isinstance(future.exception(), MillpondError)]
         every: list[Trained] = [*reasons, *failed, futures[0]][0].result()
