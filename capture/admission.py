@@ -68,8 +68,6 @@ class EngineFacts:
     """Most bytes of activations that one request may keep until it ends."""
     queue_bytes: int
     commit_seconds: float | None
-    patience_seconds: float | None = None
-    """How long a store over a network is waited for; by default as long as the store does."""
     on_device: bool = False
     """Whether taps are part of the model's graphs, as on CUDA, and work on buffers of a fixed size."""
     max_tokens: int = 0
@@ -81,6 +79,8 @@ class EngineFacts:
     vectors_per_request: int = 0
     """Most vectors and stored rows that the interventions of one request need, where taps are on the device."""
     max_requests: int = 1
+    patience_seconds: float | None = None
+    """How long a store over a network is waited for; by default as long as the store does."""
 
     @property
     def bank_rows(self) -> int:
@@ -147,6 +147,10 @@ class EngineFacts:
         return lru_cache(maxsize=256)(self.edits.make)
 
     @cached_property
+    def _rows(self) -> Callable[[Intervention, str, int], BankRows]:
+        return lru_cache(maxsize=256)(self.edits.rows)
+
+    @cached_property
     def readers(self) -> Readers:
         """Makes what computes this engine's reads."""
         return Readers(self.lake, self.d_model, self.dtype, self.edits.sae)
@@ -176,11 +180,6 @@ class EngineFacts:
             raise InvalidInput(
                 f"run {name!r} is for d_model {spec.d_model} and {spec.dtype}, the engine has {self.d_model} and {self.dtype}"
             )
-        if spec.reads and self.on_device:
-            raise InvalidInput(
-                f"run {spec.name!r} has reads, which are not supported where taps are part of CUDA graphs; keep rows, or run "
-                "it on the CPU build"
-            )
         for read in spec.reads:
             self.readers.make(read)
         return spec
@@ -194,12 +193,13 @@ class EngineFacts:
         at_hook: Counter[str] = Counter()
         banked: set[BankRows] = set()
         for intervention in args.intervene:
+            length = n_prompt if isinstance(intervention, Patch) else 0
             for hook in match_hooks(intervention.hook, self.hooks, "intervene: the engine has taps at"):
                 if self.on_device:
-                    banked.add(self.edits.rows(intervention, hook, n_prompt))
+                    banked.add(self._rows(intervention, hook, length))
                     at_hook[hook] += 1
                 else:
-                    self._edit(intervention, hook, n_prompt if isinstance(intervention, Patch) else 0)
+                    self._edit(intervention, hook, length)
             if (
                 self.on_device
                 and intervention.token_ids is not None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from millpond.capture.device_tap import DeviceTaps
-from millpond.capture.requests import BankedEdit, Following, RequestFollower
+from millpond.capture.requests import BankedEdit, Following, RequestFollower, as_stored
 from millpond.capture.ring import StagingRing
 from millpond.store.segment import CapturedRequest
 
@@ -102,7 +102,9 @@ class DeviceFollower(RequestFollower):
             ends: dict[int, list[int]] = {}
             for part in parts:
                 low = self._begin + part.begin
-                for hook in part.following.hooks if len(part.positions) else ():
+                following = part.following
+                wanted = {*following.hooks, *(read.hook for read in following.reads)}
+                for hook in sorted(wanted) if len(part.positions) else ():
                     ends.setdefault(hook, []).extend((low, low + len(part.positions)))
             spans = [(hook, low, high) for hook in ends for low, high in _joined(ends[hook])]
             size = sum(high - low for _, low, high in spans) * self._d_model * self.taps.ring.element_size()
@@ -117,12 +119,23 @@ class DeviceFollower(RequestFollower):
                         empty = np.empty((0, len(part.positions), self._d_model))
                         part.following.rows.append(np.stack(mine) if mine else empty)
                         part.following.positions.append(part.positions)
+                        part.following.values.append(self._read(part, rows, low))
 
             step = self.ring.send(begin, begin + self._kept, spans, input_ids[: self._n_tokens], taken)
             for part in parts:
                 part.following.steps.append((step, part.start))
         self.ring.drain()
         return (self._kept if parts else 0), size
+
+    def _read(self, part: _Part, rows: Any, low: int) -> dict[str, NDArray[Any]]:
+        """The arrays of the request's reads, computed on the host from the rows that arrived."""
+        found = {}
+        for read in part.following.reads:
+            x = torch.from_numpy(rows(read.hook, low, low + len(part.positions)))
+            values = read.reader(x.view(self._dtype))
+            for (name, array), value in zip(self._arrays_of(read).items(), values, strict=True):
+                found[name] = as_stored(value).astype(array.dtype, copy=False)
+        return found
 
     def confirm(self, capture_id: str, n_tokens: int) -> CapturedRequest:
         """As `RequestFollower.confirm`, after waiting for the request's last rows."""

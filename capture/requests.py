@@ -209,7 +209,7 @@ class RequestFollower:
         stage = torch.empty(len(hooks), end, self._d_model, dtype=self._dtype)
         for number, hook in enumerate(hooks):
             work.setdefault(hook, HookWork()).copies.append((rows, stage[number]))
-        staged = _Stage(_as_stored(stage), shares)
+        staged = _Stage(as_stored(stage), shares)
         for read in reads:
             work.setdefault(read.hook, HookWork()).reads.append((rows, self._keeper(read, staged)))
         return staged
@@ -220,7 +220,7 @@ class RequestFollower:
 
         def keep(rows: Tensor) -> None:
             for (name, array), values in zip(arrays.items(), read.reader(rows), strict=True):
-                stage.values[name] = _as_stored(values).astype(array.dtype, copy=False)
+                stage.values[name] = as_stored(values).astype(array.dtype, copy=False)
 
         return keep
 
@@ -297,7 +297,7 @@ class RequestFollower:
     def _gather(self, following: Following, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         names = [self._hooks[hook] for hook in following.hooks]
         if not following.rows:
-            empty = _as_stored(torch.empty(0, self._d_model, dtype=self._dtype))
+            empty = as_stored(torch.empty(0, self._d_model, dtype=self._dtype))
             return dict.fromkeys(names, empty)
         everything = np.array_equal(rows, np.arange(sum(part.shape[1] for part in following.rows)))
         taken = {}
@@ -334,7 +334,8 @@ def _bind(edit: Edit, positions: NDArray[np.int32]) -> Callable[[Tensor], Tensor
     return lambda x: edit(x, positions)
 
 
-def _as_stored(rows: Tensor) -> NDArray[Any]:
+def as_stored(rows: Tensor) -> NDArray[Any]:
+    """The same memory as a run stores it: bfloat16 as its bits."""
     if rows.dtype == torch.bfloat16:
         rows = rows.view(torch.uint16)
     stored: NDArray[Any] = rows.numpy()
