@@ -81,6 +81,7 @@ class Captured:
             # so few blocks that requests are preempted, and prefill in chunks
             settings = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 12, "block_size": 32}
             engines.append(EngineRun(str(model), str(self.lake.folder), HOOKS, dtype, [asks], settings))
+        engines[1].settings = {"device_taps": True, "staging_rows": 96}  # as on a GPU: read when the rows arrive
         self.outcomes: dict[str, Outcome] = dict(
             zip(("float32", "bfloat16"), run_engines(engines, folder), strict=True)
         )
