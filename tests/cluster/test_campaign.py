@@ -1,4 +1,5 @@
-"""A whole installation on eight hosts: S3, a Dask scheduler and two workers, gateway, egress meter, notebook; TLS everywhere.
+"""A whole installation on eight hosts, TLS everywhere: S3, a Dask scheduler and two workers, a capture worker, gateway,
+egress meter, notebook.
 
 Hosts are network namespaces behind the documented NetworkPolicies. Then hosts are cut off, stopped and killed in the
 middle of work: jobs end once, nothing is lost or released twice.
@@ -28,6 +29,7 @@ BUCKET, RUN, MODEL, PROJECT, USER = "lake", "made", "guarded", "probing", "resea
 D, PROMPTS, TOKENS = 64, 200, 100
 HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(4))
 WEED = Path(sys.executable).parent / "weed"
+WEIGHTS = Path(__file__).parents[2] / "examples" / "stdlib_llama" / "model"
 
 
 def wait_for(check, seconds=60.0, what="it"):
@@ -121,6 +123,14 @@ class Installation:
             "--tls-key", key,
         )  # fmt: skip
 
+    def start_capture(self):
+        """A capture worker: it knows S3, the queue's address, its token and its model, and no database."""
+        self.environment["MILLPOND_WORKER_TOKEN"] = self.worker_token
+        self.start(
+            "capture", "capture", sys.executable, "-m", "millpond.cli", "worker", "--queue",
+            f"https://{self.at['gateway']}:8911", "--model", WEIGHTS, "--lake", f"s3://{BUCKET}", "--lease", "5",
+        )  # fmt: skip
+
     def start_executor(self):
         self.start("executor", "gateway", sys.executable, "-m", "millpond.cli", "executor", "--config", self.settings)
 
@@ -135,7 +145,10 @@ class Installation:
             "tokens": "tokens.toml", "listen": f"{self.at['gateway']}:8910", "certificate": str(certificate),
             "key": str(key), "origin": f"https://{self.at['meter']}:8443", "lease_seconds": 5.0,
         }  # fmt: skip
-        self.settings.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
+        self.settings.write_text(
+            "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+            + f"[models.{MODEL}]\npath = {json.dumps(str(WEIGHTS))}\n"
+        )
         (self.folder / "policy.toml").write_text(f"[models.{MODEL}]\nparameters = 8_000_000_000\n")
         certificate, key = self.files["gateway"]
         cluster = {"address": f"tls://{self.at['scheduler']}:8786"}
@@ -223,6 +236,14 @@ def installed(tmp_path_factory):
         made.millpond("gateway", "project", "hold", PROJECT, RUN, *config, "--model", MODEL, "--prompts", "own")
         made.start("gateway", "gateway", sys.executable, "-m", "millpond.cli", "gateway", *config)
         made.start_executor()
+        workers = ("--workers", made.folder / "workers.toml")
+        made.worker_token = made.millpond("gateway", "queue", "token", "gpu-1", *workers, "--kinds", "capture").strip()
+        certificate, key = made.files["gateway"]
+        made.start(
+            "queue", "gateway", sys.executable, "-m", "millpond.cli", "queue", "serve", "--database",
+            f"sqlite:///{made.folder / 'hub.db'}", *workers, "--listen", f"{made.at['gateway']}:8911",
+            "--certificate", certificate, "--key", key,
+        )  # fmt: skip
         meter = Path(__file__).parents[2] / "hub" / "meter.py"
         made.start(
             "meter", "meter", sys.executable, meter, "--listen", f"{made.at['meter']}:8443", "--to",
@@ -343,6 +364,43 @@ def test_a_killed_scheduler_and_executor_are_started_again_and_the_job_ends_once
     # the same question again: the same bytes for the fixed charge, so the answer was charged once before
     check_sweep(np.array(list(map(float, installed.notebook(SUBMIT, "13").split()))))
     assert installed.balance() - spent - once < once
+
+
+CAPTURE = """
+    import millpond as mp
+    lake = mp.connect()
+    prompts = [{"id": f"p{n}", "text": f"def f{n}(x):\\n    return x + {n}\\n" * (2 + n % 5)} for n in range(600)]
+    run = lake.capture(prompts, model="guarded", name="captured", hooks="blocks.*.hook_resid_post")
+    print(len(run.hooks), run.n_rows)
+"""
+
+
+def test_a_capture_worker_is_killed_and_another_goes_on(installed):
+    """The run has every prompt once, in S3, which only the vault's hosts reach."""
+    import threading
+
+    found = {}
+    thread = threading.Thread(target=lambda: found.update(out=installed.notebook(CAPTURE, timeout=400)))
+    installed.start_capture()
+    thread.start()
+    wait_for(lambda: jobs(installed, "claimed"), 240, "the capture's start")
+    time.sleep(1)
+    installed.kill("capture")
+    assert jobs(installed, "claimed")  # it was killed in the middle
+    installed.start_capture()
+    thread.join(400)
+    hooks, rows = map(int, found["out"].split())
+    assert hooks == 6
+    look = f"""
+        import millpond as mp
+        lake = mp.open("s3://{BUCKET}")
+        (name,) = [name for name in lake.runs() if name != {RUN!r}]
+        run = lake[name]
+        print(run.n_rows, len(run.prompts), run.prompts["id"].nunique(), run.prompts["n_tokens"].sum())
+    """
+    stored, prompts, distinct, tokens = map(int, installed.python("gateway", look).split())
+    assert (stored, prompts, distinct) == (rows, 600, 600)
+    assert stored == tokens  # a row a prompt token
 
 
 def test_nothing_was_lost(installed):
