@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import random
 import socket
 import sqlite3
@@ -112,11 +113,20 @@ def served(folder: Path, seconds: float) -> dict[str, float]:
             assert isinstance(one.ask(f"jobs/{mine}/answers/0"), ReleasedResult)
             overhead.append(1000 * (time.perf_counter() - started))
         status = milliseconds(lambda: one.ask(f"jobs/{warm}"), 300)
+        process = vault.process("gateway")
+        cpu = cpu_seconds(process)
         count, errors = mixed(vault, token, run, warm, job, seconds)
+        cpu = cpu_seconds(process) - cpu
     return {
         "status_p50_ms": status, "requests_per_s": count / seconds, "errors": errors,
-        "submit_overhead_ms": statistics.median(overhead),
+        "submit_overhead_ms": statistics.median(overhead), "cpu_ms": 1000 * cpu / max(1, count),
     }  # fmt: skip
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def mixed(
@@ -273,7 +283,8 @@ def main() -> None:
         gateway = served(folder / "g", 10 if quick else 60)
     print(f"status, p50             {gateway['status_p50_ms']:8.2f} ms")
     print(
-        f"mixed requests          {gateway['requests_per_s']:8.0f} a second, {gateway['errors']:.0f} errors, 8 clients"
+        f"mixed requests          {gateway['requests_per_s']:8.0f} a second, {gateway['errors']:.0f} errors, 8 clients; "
+        f"{gateway['cpu_ms']:.1f} ms of the gateway's CPU each"
     )
     print(f"submit to result, p50   {gateway['submit_overhead_ms']:8.0f} ms")
     print(f"ledger commit, p50      {charge:8.2f} ms     CPU {cpu:.2f} ms; SQLite alone, one row {row:.2f} ms")

@@ -123,6 +123,10 @@ class LocalVault:
             self._run("meter", [sys.executable, "-I", str(_METER), *arguments])
         self._wait()
 
+    def process(self, name: str) -> int:
+        """The process number of `gateway`, `executor` or `meter`."""
+        return self._running[name].pid
+
     def kill(self, name: str) -> None:
         """End `gateway`, `executor` or `meter` without a chance to tidy up."""
         process = self._running.pop(name)
@@ -168,9 +172,8 @@ class LocalVault:
                 for name, process in self._running.items():
                     if process.poll() is not None:
                         raise GatewayUnavailable(f"the {name} ended with status {process.returncode}: {self.log(name)}")
-                try:  # httpx leaks a socket for each address that is not there yet
-                    here = "meter" in self._running or self.socket.exists()
-                    if here and client.get("/api/v1/version").status_code == 200:
+                try:
+                    if self._listens() and client.get("/api/v1/version").status_code == 200:
                         return
                 except httpx.TransportError:
                     pass
@@ -179,3 +182,12 @@ class LocalVault:
                         f"the gateway does not answer within {_PATIENCE:.0f} s: {self.log('gateway')}"
                     )
                 time.sleep(0.05)
+
+    def _listens(self) -> bool:
+        """Whether the gateway's socket takes connections: httpx leaks one for each that is refused."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self.socket))
+            except OSError:
+                return False
+        return True

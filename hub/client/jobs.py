@@ -67,37 +67,6 @@ def capture_job(
     )
 
 
-def generate_job(
-    prompts: Any,
-    *,
-    model: str,
-    adapter: str | None = None,
-    interventions: Sequence[Any] = (),
-    sampling: Mapping[str, Any] | None = None,
-    score: Mapping[str, Any] | None = None,
-    texts: bool = False,
-) -> tuple[Job, int | None]:
-    """See `RemoteLake.generate`; with `texts` also how many there will be."""
-    given = getattr(prompts, "handle", None)
-    rows = [] if given else prompt_rows(prompts)
-    several = len(prompts.ids) if given else len(rows)
-    if isinstance(score, Mapping) and hasattr(score.get("probe"), "remote_"):
-        score = {**score, "probe": score["probe"].remote_.handle}
-    job = _checked(
-        {
-            "kind": "generate",
-            "model": model,
-            "adapter": adapter,
-            "prompts": given or [{"id": row["id"], "text": row["text"]} for row in rows],
-            "interventions": [_edit(one) for one in interventions],
-            "sampling": dict(sampling or {}),
-            "score": score,
-            "texts": texts,
-        }
-    )
-    return job, several * int((sampling or {}).get("n", 1)) if texts else None
-
-
 def graph_job(module: Any, data: Any, labels: Any = None, **options: Any) -> Job:
     """See `RemoteLake.graph`."""
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from millpond.hub.body import BudgetLeft, Handles, Quote, Texts
+from millpond.hub.body import BudgetLeft, Handles, Quote
 from millpond.hub.client import jobs
 from millpond.hub.client.connection import API, Connection
 from millpond.hub.client.futures import JobFuture
@@ -273,29 +273,6 @@ class RemoteLake(Mapping[str, RemoteRun]):
                 `interventions` (of `millpond.store.interventions`, or mappings; vectors and autoencoders by handle).
         """
         return self.submit_capture(prompts, model=model, name=name, hooks=hooks, **options).result()
-
-    def submit_generate(self, prompts: Any, **options: Any) -> JobFuture[Any]:
-        """As `generate`, without waiting."""
-        job, count = jobs.generate_job(prompts, **options)
-        if count is not None:
-            self.texts.check()
-
-        def finish(answers: Sequence[Any], made: Sequence[Artifact]) -> Any:
-            found = answers[0]
-            return self.texts.decode(found.coded, count or 0) if isinstance(found, Texts) else found
-
-        return self.submit_job(job, finish)
-
-    def generate(self, prompts: Any, *, model: str, **options: Any) -> Any:
-        """Let the model continue prompts, and count: a Result of kind `rates`; with `texts=True` the texts, after a review.
-
-        Args:
-            prompts: what `prompts` returned, or prompts as it takes them.
-            model: its name in the vault.
-            options: `adapter`; `interventions`, as in `capture`; `sampling`, such as `{"max_tokens": 64, "n": 1, "seed": 0}`;
-                `score`, `{"regex": ...}` or `{"probe": probe}`; `texts`.
-        """
-        return self.submit_generate(prompts, model=model, **options).result()
 
     def submit_graph(self, module: Any, data: Any, labels: Any = None, **options: Any) -> JobFuture[list[Any]]:
         """As `graph`, without waiting."""

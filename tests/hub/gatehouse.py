@@ -82,7 +82,7 @@ class Gatehouse:
             for name, value in lines.items()
         )
         self.config.write_text(
-            text + "[models.m]\npath = " + f'"{weights}"\n' + "[jupyterhub]\ncache_seconds = 0\n" * jupyterhub
+            text + '[models.m]\npath = "nowhere"\n' + "[jupyterhub]\ncache_seconds = 0\n" * jupyterhub
         )
         (folder / "policy.toml").write_text(
             f"[models.m]\nparameters = {parameters}\n[models.other]\nparameters = 1000000000\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -18,7 +17,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from tests.browser import Browser
-from tests.queue_serving import serving
 
 import millpond as mp
 from millpond.hub.auth import new_token
@@ -30,8 +28,6 @@ from millpond.hub.pages.jobs import STATES
 from millpond.hub.pages.results import lay_out
 from millpond.hub.pages.shell import FOLDER, render
 from millpond.hub.policy import Disclosure
-from millpond.hub.queue import SqlQueue
-from millpond.hub.queue_api import create_queue_app, new_worker
 from millpond.hub.shapes import Context
 from millpond.store.lake import open_lake
 from millpond.store.result import Result
@@ -39,7 +35,6 @@ from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "examples" / "stdlib_llama" / "model"
 HOOKS = tuple(f"blocks.{layer}.hook_resid_{end}" for layer, end in ((0, "pre"), (0, "post"), (1, "post"), (2, "post")))
 PROMPTS, WIDTH = 60, 16
 
@@ -77,11 +72,10 @@ def site():
     with tempfile.TemporaryDirectory(prefix="mpp", dir="/tmp") as folder:
         lake = open_lake(Path(folder) / "lake", create=True)
         write_run(lake, "run-1")
-        models = {"toy": {"parameters": 8_000_000_000}, "stdlib": {"parameters": 4_000_000, "public": True}}
-        vault = LocalVault(Path(folder) / "v", lake.url, models, origin=origin)
+        vault = LocalVault(Path(folder) / "v", lake.url, {"toy": {"parameters": 8_000_000_000}}, origin=origin)
         with vault.settings.open("a") as settings:
-            settings.write(f'[models.toy]\npath = "{folder}/weights"\n[models.stdlib]\npath = "{MODEL}"\n')
-        vault.projects.create("deception", models=["toy", "stdlib"], by="ada")
+            settings.write(f'[models.toy]\npath = "{folder}/weights"\n')
+        vault.projects.create("deception", models=["toy"], by="ada")
         vault.projects.set_role("deception", "bob", "reviewer", by="ada")
         vault.projects.create("other", models=["toy"], by="eve")
         run = vault.projects.hold("deception", "run", "ten-k", "run-1", model="toy", detail={"prompts": "own"})
@@ -206,7 +200,7 @@ def test_a_job_from_the_form_to_its_result_by_keyboard_alone(browser, site, tmp_
     press(browser, "nav a[href$='/budget']")
     assert "Your week" in browser.text()
     assert f"{spent(site, 'ada'):,}" in browser.js(
-        "document.querySelector('svg[aria-label*=toy]').closest('figure').querySelector('tbody tr:last-child').innerText"
+        "document.querySelector('svg[aria-label*=toy]').closest('figure').querySelector('tbody tr:last-child').textContent"
     )
     for name, dark in (("light", False), ("dark", True)):
         browser.dark(dark)
@@ -254,41 +248,6 @@ def test_prompts_from_a_file_become_a_capture_job_that_can_be_cancelled(browser,
     assert str(site.folder) not in text  # the vault's own paths are not shown
     press(browser, "button.danger")
     browser.wait_for("document.querySelector('[data-state]')?.textContent == 'cancelled'")
-
-
-@pytest.mark.slow
-def test_a_capture_from_the_form_becomes_a_run(browser, site):
-    """A worker takes it over HTTP, with a token for captures alone."""
-    log_in(browser, site, "ada")
-    browser.go(f"{site.origin}/p/deception/submit")
-    fill(browser, "#name", "captured")
-    browser.js("document.getElementById('model').value = 'stdlib'")
-    lines = [json.dumps({"id": f"p{n}", "text": "def f(x):\n    return x\n" * (n + 1)}) for n in range(4)]
-    fill(browser, "#prompts", "\n".join(lines))
-    press(browser, "button[value=capture]")
-    token, worker = new_worker("gpu", ["capture"])
-    queue = SqlQueue(site.vault.database)
-    with serving(create_queue_app(queue, [worker])) as address:
-        # fmt: off
-        command = [
-            sys.executable, "-m", "millpond.cli", "worker", "--queue", address, "--model", str(MODEL), "--lake",
-            site.lake.url, "--engine", json.dumps({"kv_cache_memory_bytes": 1 << 27, "max_num_batched_tokens": 512}),
-            "--until-empty",
-        ]
-        # fmt: on
-        environment = os.environ | {"MILLPOND_WORKER_TOKEN": token}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    queue.engine.dispose()
-    assert done.returncode == 0, done.stdout + done.stderr
-    browser.wait_for("document.querySelector('[data-state]')?.textContent == 'done'")
-    handle = browser.js("document.querySelector('ul code').textContent")
-    press(browser, "nav a[href='/p/deception']")
-    row = browser.js(
-        "[...document.querySelectorAll('tbody tr')].find(row => row.innerText.includes('captured')).innerText"
-    )
-    assert handle in row
-    run = mp.open(site.lake.url)[next(name for name in mp.open(site.lake.url).runs() if name != "run-1")]
-    assert [cell.strip() for cell in row.split("\t")][5:7] == ["4", f"{run.n_rows:,}"]
 
 
 @pytest.mark.slow

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 import socket
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,7 +21,6 @@ import pytest
 import millpond as mp
 from millpond.hub.body import Closed, ErrorCode, Failure, Handles, JobStatus, ReleasedResult, decode
 from millpond.hub.kinds import parse_job
-from millpond.hub.ledger import Payer
 from millpond.hub.local import LocalVault
 from millpond.store.errors import BudgetSpent
 from millpond.store.lake import open_lake
@@ -25,14 +29,12 @@ from .conftest import LAYER, MODELS, Served, store
 
 RESID = f"blocks.{LAYER}.hook_resid_post"
 NOWHERE = "0" * 16
+ORIGIN = "http://127.0.0.1:8910"
 
 
 @pytest.fixture
-def small(tmp_path_factory, vault):
+def small(vault):
     """A server of the test's own, which may be killed, behind a meter of its own."""
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory(prefix="mpk", dir="/tmp") as folder:
         lake = open_lake(Path(folder) / "lake", create=True)
         store(lake, "heldout", vault.tokens[:40], {RESID: vault.hooks[RESID][:40]})
@@ -126,7 +128,7 @@ def test_many_clients_and_a_server_that_is_killed_never_pass_the_cap(small):
                             closed.set()
                             return
             except httpx.TransportError:
-                time.sleep(0.05)
+                time.sleep(0.2)
 
     with ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(spend, number) for number in range(8)]
@@ -180,7 +182,9 @@ def test_names_orders_handles_and_errors_carry_nothing_of_another_project(served
             assert answer.status_code == absent.status_code == 404
             assert _fixed(answer) == _fixed(absent)
         assert decode(absent.content) == Failure(ErrorCode.NOT_FOUND)
-        assert http.get("/api/v1/projects").json() == {"projects": ["mine", *_others(http)]}
+        names = http.get("/api/v1/projects").json()["projects"]
+        assert "mine" in names
+        assert "theirs" not in names
         listed = decode(http.get("/api/v1/p/mine/runs").content)
         assert listed == Handles((mine["heldout"],))
         # jobs of others are not counted: the list of one's own is empty, and handles are not in order
@@ -194,8 +198,7 @@ def test_names_orders_handles_and_errors_carry_nothing_of_another_project(served
             }
             (handle,) = decode(http.post("/api/v1/p/mine/jobs", json={"job": job}).content).values
             handles.append(handle)
-        assert len(set(handles)) == 6
-        assert handles not in (sorted(handles), sorted(handles, reverse=True)) or len({h[0] for h in handles}) > 1
+        assert len({handle[:4] for handle in handles}) == 6  # random from the first byte on, not counted
         # nothing that was sent comes back
         marker = "canary-4711"
         for path, payload in (
@@ -207,11 +210,6 @@ def test_names_orders_handles_and_errors_carry_nothing_of_another_project(served
             assert marker.encode() not in answer.content
             assert marker not in str(answer.headers)
             assert len(answer.content) <= 10
-
-
-def _others(http):
-    names = http.get("/api/v1/projects").json()["projects"]
-    return [name for name in names if name != "mine"]
 
 
 def _fixed(answer):
@@ -235,10 +233,7 @@ def test_the_same_question_is_cheap_in_the_project_and_dear_in_another(served):
             costs.append(served.balances("ada", name)[1] - before)
     first, again, other = costs
     assert again == 16
-    with served.lake_of("ada", "first") as lake:
-        assert (
-            first == other == lake.quote(parse_job({**job.model_dump(), "rows": {"run": lake["heldout"].view.handle}}))
-        )
+    assert first == other > 40  # 60 is its quote, with the fields that it does not have
 
 
 def test_a_status_is_the_same_all_through_its_slot(served):
@@ -261,8 +256,6 @@ def test_a_status_is_the_same_all_through_its_slot(served):
 
 
 def test_tokens_without_scope_expired_of_another_and_of_a_deleted_user(served):
-    from datetime import UTC, datetime, timedelta
-
     handles = served.project("locked", "ada", heldout=("heldout", "own"))
     run = handles["heldout"].hex()
     job = {"job": {"kind": "statistics", "rows": {"run": run}, "hook": RESID}}
@@ -369,27 +362,39 @@ def test_a_token_never_approves(served):
         while not future.done():
             time.sleep(0.02)
         assert future.status.state == "in_review"
+        api, page = (f"{base}/p/review/reviews/{future.handle}/0" for base in ("/api/v1", ""))
+        yes = {"decision": "approved"}
         for user in ("rita", "ada"):
             with served.http(served.local.add_token(user, "read", "run", "review", "admin")) as http:
-                for route in _review_routes(http):
-                    path = route.format(project="review", job=future.handle, n=0, number=0)
-                    for more in (
-                        {"json": {"decision": "approved"}},
-                        {"data": {"decision": "approved", "csrf_token": "x"}},
-                    ):
-                        answer = http.post(path, headers={"Origin": "http://127.0.0.1:8910"}, **more)
-                        assert answer.status_code in (303, 400, 403, 404, 405)
+                for headers in (
+                    {},
+                    {"Origin": ORIGIN},
+                    {"Origin": ORIGIN, "X-CSRF-Token": "x", "Cookie": "millpond=x"},
+                ):
+                    assert decode(http.post(api, json=yes, headers=headers).content) == Failure(ErrorCode.NOT_ALLOWED)
+                    assert http.post(page, data={"do": "approve", "csrf_token": "x"}, headers=headers).status_code in (
+                        303,
+                        403,
+                    )
         assert future.look().state == "in_review"
-    ledger = served.local.ledger()
-    ledger.close()
+        with _browser(served, "ada") as (http, headers):  # asked for it herself
+            assert decode(http.post(api, json=yes, headers=headers).content) == Failure(ErrorCode.NOT_ALLOWED)
+        with _browser(served, "rita") as (http, headers):
+            stolen = headers | {"Origin": "http://ada.localhost:8000"}  # a page of somebody's own
+            assert decode(http.post(api, json=yes, headers=stolen).content) == Failure(ErrorCode.NOT_ALLOWED)
+            assert decode(http.post(api, json=yes, headers=headers).content) == Handles(())
+        assert future.result().kind == "mean"
 
 
-def _review_routes(http):
-    """Every path that the server declares to decide about an answer."""
-    listed = http.get("/openapi.json")
-    paths = listed.json()["paths"] if listed.status_code == 200 else {}
-    found = [path for path, methods in paths.items() if "post" in methods and "review" in path]
-    return found or ["/reviews/{job}/{n}", "/p/{project}/reviews/{job}/{n}"]
+@contextmanager
+def _browser(served, user):
+    """A browser that has logged in, and the headers of its own pages' posts."""
+    login = served.local.add_token(user, "read", "run", "review", login=True)
+    with served.http() as http:
+        assert http.post("/login", data={"token": login}, headers={"Origin": ORIGIN}).status_code == 303
+        shown = http.get("/")
+        csrf = re.search(r'name="csrf_token" value="([^"]+)"', shown.text)
+        yield http, {"Origin": ORIGIN, "X-CSRF-Token": csrf[1]}
 
 
 def test_payers_are_the_users_that_tokens_name(served):
@@ -402,4 +407,3 @@ def test_payers_are_the_users_that_tokens_name(served):
     assert served.balances("ada", "shared")[0] == weeks[0]
     assert served.balances("bob", "shared")[0] > weeks[1]
     assert served.balances("bob", "shared")[1] == served.balances("ada", "shared")[1] > 0
-    assert Payer("bob", "shared", ("m",)).user == "bob"
