@@ -71,7 +71,7 @@ class Doctor:
         settings = (
             settings_of(read_up_config(self.config)) if self.config else Workspace(state=Path("/var/lib/millpond"))
         )
-        found = diagnose(settings)
+        found = diagnose(settings, running=settings.helper_socket.exists())
         for name, problems in found.items():
             print(f"{'ok  ' if not problems else 'FAIL'} {name}{': ' if problems else ''}{'; '.join(problems)}")  # noqa: T201
         return int(any(found.values()))
