@@ -26,6 +26,8 @@ class Up:
     """Folder of the demo."""
     tokens: int = 100_000
     """Tokens of the demo's run."""
+    worker: bool = True
+    """Of the demo: start a capture worker too; it takes about 1.5 GB."""
     listen: str = ""
     """HOST:PORT of the demo in place of 127.0.0.1:8000."""
 
@@ -45,7 +47,7 @@ class Up:
 
             if self.config is not None:
                 raise InvalidInput("give either a configuration file or --demo")
-            return demo_config(self.state.resolve(), find_example(None), self.listen)
+            return demo_config(self.state.resolve(), find_example(None), self.listen, worker=self.worker)
         from millpond.hub.workspace.up_config import read_up_config
 
         path = self.config or Path("lake.toml")

@@ -28,7 +28,7 @@ class Demo:
     """`millpond up --demo`, in this process."""
 
     def __init__(self, folder: Path) -> None:
-        config = demo_config(folder, find_example(None), f"127.0.0.1:{free_port()}")
+        config = demo_config(folder, find_example(None), f"127.0.0.1:{free_port()}", worker=True)
         changed = {"run": Path(f"/run/mpd{os.getpid()}"), "first_uid": 56_000, "gateway": f"127.0.0.1:{free_port()}"}
         self.config = config.model_copy(update={"workspace": config.workspace.model_copy(update=changed)})
         self.loop = asyncio.new_event_loop()
@@ -177,6 +177,27 @@ async def _answers(demo):
         await listens(settings.listen)()
         and await answers(settings.gateway_socket, "/services/gateway/api/v1/version")()
     )
+
+
+CAPTURE = """
+import millpond as mp
+
+lake = mp.connect()
+prompts = [{"id": str(i), "text": f"def f(x):\\n    return x + {i}\\n"} for i in range(40)]
+run = lake.capture(prompts, model="stdlib-llama", name="mine", hooks=["blocks.3.hook_resid_post"])
+print(run)
+"""
+
+
+def test_a_notebook_captures_a_run_of_its_own(demo):
+    """By the capture worker, in the vault; the notebook gets a description."""
+    ada = demo.do(_browser(demo))
+    try:
+        said = demo.do(ada.run(demo.do(ada.kernel()), CAPTURE, 250), 280)
+        assert "prompts: 40" in said, said
+        assert "in the vault" in said
+    finally:
+        demo.do(ada.close())
 
 
 ASK = """
