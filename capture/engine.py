@@ -97,6 +97,8 @@ class CaptureEngine:
             "enable_prefix_caching": False,
             "enforce_eager": True,
         }
+        # vLLM 0.32 rewinds a request's generator after each part of its prompt but the last, which ends a CPU engine
+        self.takes_seeds = not current_platform.is_cpu()
         if current_platform.is_cpu():
             settings["kv_cache_memory_bytes"] = 1 << 30  # left out, vLLM takes most of the machine's memory
             device = {}
@@ -210,7 +212,7 @@ class CaptureEngine:
                 self._forget(list(waiting))
 
     def _lora(self, adapter: Adapter | None) -> Any:
-        """vLLM's request for an adapter; None for none."""
+        """The request for an adapter as vLLM takes it; None for none."""
         from vllm.lora.request import LoRARequest
 
         if adapter is None:
@@ -234,7 +236,10 @@ class CaptureEngine:
             extra_args={"millpond": asked},
         )
         self._engine.add_request(
-            request.capture_id, {"prompt_token_ids": request.token_ids}, parameters, lora_request=self._lora(request.adapter)
+            request.capture_id,
+            {"prompt_token_ids": request.token_ids},
+            parameters,
+            lora_request=self._lora(request.adapter),
         )
 
     def _confirm(self, finished: list[tuple[CaptureRequest, list[int]]]) -> None:

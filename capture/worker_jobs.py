@@ -146,6 +146,10 @@ def _generate(
 ) -> tuple[dict[str, Any], str]:
     """Complete the prompts of the claimed job: its result, and what is told of it."""
     job, started = _parsed(GenerationJob, claimed), time.monotonic()
+    if job.sampling.temperature > 0 and job.sampling.seed is not None and not engine.takes_seeds:
+        raise InvalidInput(
+            "sampling.seed: vLLM's CPU engine cannot draw with a seed; leave it out, or temperature at 0"
+        )
     plan = _plan(capture_like(job, engine.hooks[0]), config, engine)
     count = run_generation(plan, job.sampling, engine, claimed.id, beat)
     return {"completions": count}, f"{count:,} completions in {time.monotonic() - started:.1f} s"

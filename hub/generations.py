@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from millpond.hub.gateway import Gateway
 
 
-def submit_generation(
-    gateway: Gateway, vault: Vault, job: GenerateJob, user: str, models: Sequence[str]
-) -> str:
+def submit_generation(gateway: Gateway, vault: Vault, job: GenerateJob, user: str, models: Sequence[str]) -> str:
     """Queue a generation for the workers of its model; returns the job's id.
 
     Raises:
@@ -71,7 +69,7 @@ def answers_of(job: GenerateJob, vault: Vault, progress: Progress) -> tuple[Answ
     found: list[Answer] = []
     if job.score is not None:
         how = {"regex": job.score.regex} if isinstance(job.score, Regex) else {"contains": job.score.contains}
-        matched = matches(texts, **how)  # type: ignore[arg-type]
+        matched = matches(texts, **how)
         parts = [rate(matched[one], clusters[one]) for one in (np.ones(len(prompt), bool), *groups)]
         p, low, high = map(np.array, zip(*parts, strict=True))
         counts = {"rows": len(prompt), "prompts": len(np.unique(clusters))}
@@ -95,9 +93,7 @@ def _groups(job: GenerateJob, vault: Vault, prompt: NDArray[np.int64]) -> list[N
     return [names == name for name in np.unique(names)]
 
 
-def _evidence(
-    job: GenerateJob, clusters: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]
-) -> Evidence:
+def _evidence(job: GenerateJob, clusters: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]) -> Evidence:
     top, two = shares(clusters)
     return Evidence(
         prompts_are="own",  # they were sent by the project's own members

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from millpond.hub.body import Body, Closed, ErrorCode, Failure, JobStatus, ReleasedResult, Texts, Withheld, encode
 from millpond.hub.ledger import Ledger, Payer, Sent, Writer
 from millpond.hub.rules import Earlier, Evidence, Verdict, judge
@@ -39,7 +41,11 @@ class Question:
 
 def body_of(result: Result) -> ReleasedResult | Texts:
     """What sends a result."""
-    return Texts(result.values["coded"].tobytes()) if result.kind == TEXTS else ReleasedResult(result)
+    return (
+        Texts(np.asarray(result.values["coded"], np.uint8).tobytes())
+        if result.kind == TEXTS
+        else ReleasedResult(result)
+    )
 
 
 @dataclass
@@ -104,9 +110,7 @@ class Door:
             if known is not None:
                 return self._repeat(writer, known, payer)
             shown = (question.run, _pack(evidence)) if restricted else None
-            return self._charge(
-                writer, body_of(result), payer, restricted=restricted, key=question.key, shown=shown
-            )
+            return self._charge(writer, body_of(result), payer, restricted=restricted, key=question.key, shown=shown)
 
     def status(self, job: str, state_at: Callable[[int], JobStatus], elapsed_ms: int, payer: Payer) -> Sent:
         """The state of `job` as it was at the end of the last slot, charged once a slot however often it is asked for.

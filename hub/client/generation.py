@@ -40,7 +40,9 @@ class Generation:
 
         if self.rates is None:
             raise InvalidInput("no rates were asked for; give a score")
-        values = {name: self.rates.values[f"rates{end}"] for name, end in (("rate", ""), ("low", "_low"), ("high", "_high"))}
+        values = {
+            name: self.rates.values[f"rates{end}"] for name, end in (("rate", ""), ("low", "_low"), ("high", "_high"))
+        }
         return pd.DataFrame(values, index=["overall", *self.groups])
 
 

@@ -158,7 +158,14 @@ class Worker:
         if not isinstance(arguments, dict):
             raise InvalidInput(f"--engine is {self.engine!r}; give a JSON object")
         config = WorkerConfig(
-            model, self.lake, self.hooks, arguments, self.max_adapters, self.max_rank, self.kinds, lease_seconds=self.lease
+            model,
+            self.lake,
+            self.hooks,
+            arguments,
+            self.max_adapters,
+            self.max_rank,
+            self.kinds,
+            lease_seconds=self.lease,
         )
         work(open_queue(self.queue), config, until_empty=self.until_empty, told=lambda text: print(text, flush=True))
         return 0
