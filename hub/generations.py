@@ -89,8 +89,9 @@ def _groups(job: GenerateJob, vault: Vault, prompt: NDArray[np.int64]) -> list[N
     """Which completions are of each group, in the order of the groups' names."""
     if job.by is None or not isinstance(job.prompts, str):
         return []
-    names = np.array(vault.prompt_column(job.prompts, job.by))[prompt]
-    return [names == name for name in np.unique(names)]
+    names = vault.prompt_column(job.prompts, job.by)
+    of_completion = np.array(names, object)[prompt]
+    return [of_completion == name for name in sorted(set(names))]
 
 
 def _evidence(job: GenerateJob, clusters: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]) -> Evidence:
