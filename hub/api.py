@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from millpond.hub.body import BudgetLeft, Handles, Quote
+from millpond.hub.body import UNCAPPED, BudgetLeft, Handles, Quote
 from millpond.hub.captures import registered, send_prompts, submit_capture
 from millpond.hub.generations import submit_generation
 from millpond.hub.kinds import ADAPTER, Job, parse_job
@@ -30,8 +30,6 @@ from millpond.store.errors import InvalidInput
 from millpond.store.labels import check_label_name
 
 Wish = TypeVar("Wish", bound=BaseModel)
-UNCAPPED = (1 << 48) - 1
-"""Left of a budget without a cap."""
 _HEX = re.compile(r"[0-9a-f]{16}")
 
 

@@ -90,13 +90,25 @@ class Quote:
     bytes: int
 
 
-@dataclass(frozen=True)
+UNCAPPED = (1 << 48) - 1
+"""What `BudgetLeft` says of a week without a cap."""
+
+
+@dataclass(frozen=True, repr=False)
 class BudgetLeft:
     """Bytes left for the user's week, the project and the model's lifetime, the latter two in steps of a 64th."""
 
     user_week: int
     project_64ths: int
     lifetime_64ths: int
+
+    def __repr__(self) -> str:
+        if self.user_week == UNCAPPED:
+            return "<BudgetLeft: no cap>"
+        return (
+            f"<BudgetLeft: {self.user_week:,} bytes of the week, {self.project_64ths}/64 of the project's, "
+            f"{self.lifetime_64ths}/64 of the model's>"
+        )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ probe = mp.MassMeanProbe().fit(run[hook], run.labels["in_comment"])
 probe
 
 # %% [markdown]
-# Eight beginnings of Python files, and what counts as a match: the completion has a comment in it.
+# Eight beginnings of Python files, and what counts as a match: prose. Comments have articles and prepositions, code has not.
 
 # %%
 beginnings = [
@@ -34,9 +34,15 @@ beginnings = [
     "def __eq__(self, other):\n    return self.x == other.x\n\n",
 ]
 prompts = [{"id": f"p{number}", "text": text} for number, text in enumerate(beginnings)]
-asked = {"model": "stdlib-llama", "max_tokens": 24, "score": r"#", "n": 4, "temperature": 1.0}
+asked = {
+    "model": "stdlib-llama",
+    "max_tokens": 24,
+    "score": r"\b(the|a|an|of|to|is|are|for this)\b",
+    "n": 12,
+    "temperature": 1.0,
+}
 plain = lake.generate(prompts, **asked)
-plain
+plain.table()
 
 # %% [markdown]
 # The same with the direction added at layer 3, at generated tokens only. The probe never leaves the vault: the job names it.
@@ -45,16 +51,16 @@ plain
 steered = lake.generate(
     prompts,
     **asked,
-    interventions=[{"op": "add", "hook": hook, "vector": probe, "scale": 2.0, "positions": "generated"}],
+    interventions=[{"op": "add", "hook": hook, "vector": probe, "scale": 4.0, "positions": "generated"}],
 )
-steered
+steered.table()
 
 # %% [markdown]
 # And with everything along it taken out:
 
 # %%
 ablated = lake.generate(prompts, **asked, interventions=[{"op": "ablate", "hook": hook, "vector": probe}])
-ablated
+ablated.table()
 
 # %% [markdown]
 # Rates have intervals by prompt; eight prompts are few. The texts themselves can be asked for with `texts=True`: a reviewer reads them

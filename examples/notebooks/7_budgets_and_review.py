@@ -21,7 +21,7 @@ lake.budget()
 
 # %%
 probe = mp.LogisticProbe()
-probe.quote(train[hook], train.labels["in_comment"])
+probe.quote(train[hook], train.labels["in_comment"], test=(test[hook], test.labels["in_comment"]))
 
 # %%
 probe = probe.fit(train[hook], train.labels["in_comment"])
@@ -67,12 +67,12 @@ except mp.MillpondError as error:
 # A reviewer of the project opens the gateway's page, sees how many rows and prompts stand behind the numbers and which rule asked for
 # a review, and decides; nobody decides about their own. After that, `future.result()` gives the answer.
 #
-# Some things never leave. A cohort that is one token over and over would show an embedding, not an average:
+# Some things never leave. The mean over a single row is that row:
 
 # %%
-alone = run.select(where="position == 1 and token_id == 0")
+alone = run.select(where="prompt == 3 and position == 5")
 try:
-    mp.lazy(alone)["blocks.0.hook_resid_post"].mean().compute()
+    mp.lazy(alone)[hook].mean().compute()
 except mp.MillpondError as error:
     print(f"{type(error).__name__}: {error}")
 

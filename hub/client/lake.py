@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from millpond.hub.body import BudgetLeft, Handles, Quote
+from millpond.hub.body import UNCAPPED, BudgetLeft, Handles, Quote
 from millpond.hub.client import jobs
 from millpond.hub.client.connection import API, Connection
 from millpond.hub.client.futures import JobFuture
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from millpond.store.lake import Lake
 
 T = TypeVar("T")
-UNCAPPED = (1 << 48) - 1
-"""What the gateway sends for a budget without a cap."""
 
 
 def connect(

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from millpond.hub.body import PROGRESS_STEPS
+from millpond.hub.body import PROGRESS_STEPS, UNCAPPED
 from millpond.hub.pages.charts import number
 from millpond.hub.serving import Fixed
 from millpond.store.hooks import summarize_hooks
@@ -27,8 +27,6 @@ HEADERS = (
     ("cross-origin-opener-policy", "same-origin"),
     ("cross-origin-resource-policy", "same-origin"),
 )
-UNCAPPED = (1 << 48) - 1
-"""What `BudgetLeft` says of a week without a cap."""
 STATIC: Mapping[str, str] = {"style.css": "text/css", "live.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
