@@ -13,6 +13,7 @@ from millpond.capture.interrupts import blocked
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
 from millpond.store.capture_spec import ModelSection, RequestArgs
 from millpond.store.errors import CaptureFailed
+from millpond.store.generation import Sampling
 
 _CONFIRM_EVERY = 16  # requests a call to the worker
 
@@ -34,6 +35,28 @@ class CaptureRequest:
     def capture_id(self) -> str:
         """Unique in the engine: paired runs hold the same prompts."""
         return f"{self.run}:{self.prompt}"
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One completion of one prompt."""
+
+    job: str
+    prompt: int
+    """The prompt's number."""
+    sample: int
+    """Which of its completions."""
+    token_ids: list[int]
+    asked: RequestArgs
+    """What is changed."""
+    sampling: Sampling
+    seed: int | None
+    adapter: Adapter | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Unique in the engine."""
+        return f"{self.job}:{self.prompt}:{self.sample}"
 
 
 class CaptureEngine:
@@ -74,6 +97,8 @@ class CaptureEngine:
             "enable_prefix_caching": False,
             "enforce_eager": True,
         }
+        # vLLM 0.32 rewinds a request's generator after each part of its prompt but the last, which ends a CPU engine
+        self.takes_seeds = not current_platform.is_cpu()
         if current_platform.is_cpu():
             settings["kv_cache_memory_bytes"] = 1 << 30  # left out, vLLM takes most of the machine's memory
             device = {}
@@ -138,9 +163,66 @@ class CaptureEngine:
             if left:
                 self._forget(left)
 
+    def generate(
+        self, requests: Iterator[GenerateRequest], check: Callable[[], None]
+    ) -> Iterator[tuple[GenerateRequest, str, int]]:
+        """Yield each request with its completion and how many tokens that has; nothing is captured.
+
+        `check` is called between steps; what it raises ends the generation.
+
+        Raises:
+            CaptureFailed: the engine failed.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        waiting: dict[str, GenerateRequest] = {}
+        try:
+            while True:
+                check()
+                for request in islice(requests, 4 * self.max_num_seqs - len(waiting)):
+                    wanted = request.sampling
+                    parameters = SamplingParams(
+                        temperature=wanted.temperature,
+                        max_tokens=wanted.max_tokens,
+                        seed=request.seed,
+                        stop=list(wanted.stop),
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                        extra_args={"millpond": request.asked.model_dump(mode="json", exclude_none=True)},
+                    )
+                    waiting[request.request_id] = request
+                    self._engine.add_request(
+                        request.request_id,
+                        {"prompt_token_ids": request.token_ids},
+                        parameters,
+                        lora_request=self._lora(request.adapter),
+                    )
+                if not waiting:
+                    break
+                for output in self._engine.step():
+                    if output.finished:
+                        (made,) = output.outputs
+                        yield waiting.pop(output.request_id), made.text, len(made.token_ids)
+        except CaptureFailed:
+            raise
+        except Exception as error:
+            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+        finally:
+            if waiting:
+                self._forget(list(waiting))
+
+    def _lora(self, adapter: Adapter | None) -> Any:
+        """The request for an adapter as vLLM takes it; None for none."""
+        from vllm.lora.request import LoRARequest
+
+        if adapter is None:
+            return None
+        folder = adapter.folder.resolve()
+        number = self._adapter_numbers.setdefault(folder, len(self._adapter_numbers) + 1)
+        return LoRARequest(f"{adapter.name}-{number}", number, str(folder))
+
     def _add(self, request: CaptureRequest) -> None:
         from vllm import SamplingParams
-        from vllm.lora.request import LoRARequest
 
         assert request.asked.capture is not None
         wish = request.asked.capture.model_copy(
@@ -153,13 +235,11 @@ class CaptureEngine:
             detokenize=False,
             extra_args={"millpond": asked},
         )
-        lora = None
-        if request.adapter is not None:
-            folder = request.adapter.folder.resolve()
-            number = self._adapter_numbers.setdefault(folder, len(self._adapter_numbers) + 1)
-            lora = LoRARequest(f"{request.adapter.name}-{number}", number, str(folder))
         self._engine.add_request(
-            request.capture_id, {"prompt_token_ids": request.token_ids}, parameters, lora_request=lora
+            request.capture_id,
+            {"prompt_token_ids": request.token_ids},
+            parameters,
+            lora_request=self._lora(request.adapter),
         )
 
     def _confirm(self, finished: list[tuple[CaptureRequest, list[int]]]) -> None:

@@ -1,4 +1,4 @@
-"""`millpond worker`: a running engine that takes capture jobs from a queue, one after the other."""
+"""`millpond worker`: a running engine that takes capture and generation jobs from a queue, one after the other."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from millpond.capture.admission import model_hooks
 from millpond.capture.engine import CaptureEngine
+from millpond.capture.generation import capture_like, run_generation
 from millpond.capture.interrupts import held_back
 from millpond.capture.job import CaptureSummary, run_capture
 from millpond.capture.plan import CapturePlan, plan_capture, read_model_facts
 from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
 from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
+from millpond.store.generation import GenerationJob
 from millpond.store.hooks import summarize_hooks
 from millpond.store.lake import open_lake
 from millpond.store.logs import of_job
@@ -30,7 +32,8 @@ from millpond.store.posix import LocalStorage
 from millpond.store.queue import JobQueue, QueuedJob
 
 logger = logging.getLogger(__name__)
-KIND = "capture"
+Parsed = TypeVar("Parsed", bound=BaseModel)
+KINDS = ("capture", "generate")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class WorkerConfig:
     max_adapters: int = 0
     """LoRA adapters in one batch; 0 refuses jobs with adapters."""
     max_rank: int = 16
+    kinds: tuple[str, ...] = ("capture",)
+    """Of `KINDS`: the jobs that are taken; a queue's token must allow them."""
     lease_seconds: float = 60.0
     poll_seconds: float = 1.0
 
@@ -72,6 +77,8 @@ def work(
             "engine": config.engine,
         }
     )
+    if not config.kinds or not set(config.kinds) <= set(KINDS):
+        raise InvalidInput(f"kinds {' '.join(config.kinds)!r}: give some of {', '.join(KINDS)}")
     facts = read_model_facts(job)
     hooks = model_hooks(config.hooks, facts.n_layers, f"hooks: model {config.model.path!r} offers")
     open_lake(config.lake, create=True)
@@ -91,7 +98,7 @@ def work(
         with held_back() as check:
             while True:
                 check()
-                claimed = queue.claim(name, {KIND}, config.lease_seconds)
+                claimed = queue.claim(name, set(config.kinds), config.lease_seconds)
                 if claimed is not None:
                     with of_job(claimed.id):
                         ended += _run(queue, claimed, config, engine, told)
@@ -110,9 +117,15 @@ def _run(
     told(f"job {claimed.id}: attempt {claimed.attempts}")
     try:
         with _heartbeats(queue, claimed, config.lease_seconds) as beat:
-            plan = _plan(claimed, config, engine)
-            done = _capture(plan, engine, beat, 2 * config.lease_seconds)
-        queue.finish(claimed, {name: getattr(done, name) for name in ("prompts", "tokens", "rows", "bytes", "reused")})
+            if claimed.kind == "generate":
+                result, told_of = _generate(claimed, config, engine, beat)
+            else:
+                done = _capture(
+                    _plan(_parsed(CaptureJob, claimed), config, engine), engine, beat, 2 * config.lease_seconds
+                )
+                result = {name: getattr(done, name) for name in ("prompts", "tokens", "rows", "bytes", "reused")}
+                told_of = f"{done.rows:,} rows of {done.prompts:,} prompts in {done.seconds:.1f} s"
+        queue.finish(claimed, result)
     except LeaseLost as error:
         told(f"job {claimed.id}: {error}")
         return False
@@ -124,8 +137,22 @@ def _run(
         with suppress(LeaseLost):
             queue.fail(claimed, f"{type(error).__name__}: {reason}")
         return False
-    told(f"job {claimed.id}: finished, {done.rows:,} rows of {done.prompts:,} prompts in {done.seconds:.1f} s")
+    told(f"job {claimed.id}: finished, {told_of}")
     return True
+
+
+def _generate(
+    claimed: QueuedJob, config: WorkerConfig, engine: CaptureEngine, beat: Callable[[int], None]
+) -> tuple[dict[str, Any], str]:
+    """Complete the prompts of the claimed job: its result, and what is told of it."""
+    job, started = _parsed(GenerationJob, claimed), time.monotonic()
+    if job.sampling.temperature > 0 and job.sampling.seed is not None and not engine.takes_seeds:
+        raise InvalidInput(
+            "sampling.seed: vLLM's CPU engine cannot draw with a seed; leave it out, or temperature at 0"
+        )
+    plan = _plan(capture_like(job, engine.hooks[0]), config, engine)
+    count = run_generation(plan, job.sampling, engine, claimed.id, beat)
+    return {"completions": count}, f"{count:,} completions in {time.monotonic() - started:.1f} s"
 
 
 @contextmanager
@@ -177,16 +204,19 @@ def _capture(
             time.sleep(0.5)
 
 
-def _plan(claimed: QueuedJob, config: WorkerConfig, engine: CaptureEngine) -> CapturePlan:
-    """The claimed job, checked against this worker's engine.
+def _parsed(kind: type[Parsed], claimed: QueuedJob) -> Parsed:
+    try:
+        return kind.model_validate(claimed.spec)
+    except ValidationError as error:
+        raise InvalidInput(first_problem(error)) from error
+
+
+def _plan(job: CaptureJob, config: WorkerConfig, engine: CaptureEngine) -> CapturePlan:
+    """The job's plan, checked against this worker's engine.
 
     Raises:
         InvalidInput: it cannot be done here.
     """
-    try:
-        job = CaptureJob.model_validate(claimed.spec)
-    except ValidationError as error:
-        raise InvalidInput(first_problem(error)) from error
     if job.engine:
         raise InvalidInput(f"engine.{min(job.engine)} cannot be set for a running worker; leave [engine] out")
     if Path(job.model.path).resolve() != Path(config.model.path).resolve() or job.model.dtype != config.model.dtype:

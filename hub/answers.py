@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from millpond.hub.kinds.base import Answer
 from millpond.hub.release import Question
 from millpond.hub.rules import Evidence, Rule, Verdict
-from millpond.hub.shapes import fields_of
+from millpond.hub.shapes import TEXTS, fields_of
 from millpond.hub.tables import ANSWERS, REVIEWS
 from millpond.store.errors import InvalidInput, NotHeld, NotPermitted
 from millpond.store.result import Result
@@ -150,6 +150,8 @@ def releasable(result: Result) -> Result:
     Raises:
         InvalidInput: its kind may not leave.
     """
+    if result.kind == TEXTS:
+        return Result(TEXTS, {"coded": result.values["coded"]}, {}, {"rows": result.evidence["rows"]})
     named = [field.name for field in fields_of(result.kind)]
     sent = {f"{name}{end}" for name in named for end in ("", "_low", "_high", "_se")}
     return Result(

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millpond.hub.body import BudgetLeft, Handles, Quote
 from millpond.hub.captures import registered, send_prompts, submit_capture
+from millpond.hub.generations import submit_generation
 from millpond.hub.kinds import ADAPTER, Job, parse_job
 from millpond.hub.kinds.capture import CaptureJob, Name, Prompt
+from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.logins import LOGINS
 from millpond.hub.policy import SCOPES
 from millpond.hub.projection import project_run
@@ -148,6 +150,8 @@ def submit_job(call: Call) -> Reply:
     vault = gateway.enter(call.who, project, "run")
     if isinstance(job, CaptureJob):
         found = submit_capture(gateway, vault, job, call.who.user)
+    elif isinstance(job, GenerateJob):
+        found = submit_generation(gateway, vault, job, call.who.user, models)
     else:
         spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
         found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from millpond.hub.kinds.capture import CaptureJob
+from millpond.hub.kinds.capture import CaptureJob, Prompt
 from millpond.hub.projects import Held
 from millpond.hub.queue import ProjectJob
+from millpond.hub.settings import Weights
 from millpond.hub.vault import Vault, label_mark
 from millpond.store import capture_spec
 from millpond.store.artifacts import load_artifact
@@ -51,25 +52,14 @@ def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -
     Raises:
         InvalidInput: the installation has no such model or adapter, the project may not use it, or the name is taken.
     """
-    weights = gateway.settings.models.get(job.model)
-    if weights is None or job.model not in gateway.projects.models(vault.project):
-        raise InvalidInput(f"model {job.model!r} is none that this project can capture from")
-    if job.adapter is not None and job.adapter not in weights.adapters:
-        raise InvalidInput(f"model {job.model!r} has no adapter {job.adapter!r}")
+    weights = checked_weights(gateway, vault, job.model, job.adapter)
     for kind, handle in job.needs():
         # the run is charged to the model that it is captured from: what of another's went in would leave unpaid
         if kind != "prompts" and vault.held(kind, handle).model != job.model:
             raise InvalidInput(f"an intervention names a {kind} of another model than {job.model!r}")
     if any(held.name == job.name for held in gateway.projects.held(vault.project, "run")):
         raise InvalidInput(f"the project has a run {job.name!r}; choose another name")
-    if isinstance(job.prompts, str):
-        held = vault.held("prompts", job.prompts)
-        path, columns = held.target, tuple(held.detail["columns"])
-    else:
-        rows = [one.model_dump() for one in job.prompts]
-        if len({row["id"] for row in rows}) < len(rows):
-            raise InvalidInput("two prompts have the same id; give ids that differ")
-        path, columns = str(_write(gateway, rows)), ()
+    path, columns = prompts_file(gateway, vault, job.prompts)
     spec = capture_spec.CaptureJob.model_validate(
         {
             "model": {
@@ -81,11 +71,40 @@ def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -
             },
             "prompts": {"path": path, "metadata": columns},
             "destination": {"lake": gateway.settings.lake, "run": label_mark(vault.project) + job.name},
-            "intervene": [_intervention(vault, one) for one in job.interventions],
+            "intervene": [intervention(vault, one) for one in job.interventions],
         }
     )  # fmt: skip
     wanted = spec.model_dump(mode="json", exclude_unset=True)
     return gateway.queue.submit("capture", wanted, project=vault.project, user=user)
+
+
+def checked_weights(gateway: Gateway, vault: Vault, model: str, adapter: str | None) -> Weights:
+    """Where workers find the model that a job names.
+
+    Raises:
+        InvalidInput: the installation has no such model or adapter, or the project may not use it.
+    """
+    weights = gateway.settings.models.get(model)
+    if weights is None or model not in gateway.projects.models(vault.project):
+        raise InvalidInput(f"model {model!r} is none that this project can run")
+    if adapter is not None and adapter not in weights.adapters:
+        raise InvalidInput(f"model {model!r} has no adapter {adapter!r}")
+    return weights
+
+
+def prompts_file(gateway: Gateway, vault: Vault, prompts: str | Sequence[Prompt]) -> tuple[str, tuple[str, ...]]:
+    """The file of a job's prompts, and their further columns.
+
+    Raises:
+        InvalidInput: two of them have the same id.
+    """
+    if isinstance(prompts, str):
+        held = vault.held("prompts", prompts)
+        return held.target, tuple(held.detail["columns"])
+    rows = [one.model_dump() for one in prompts]
+    if len({row["id"] for row in rows}) < len(rows):
+        raise InvalidInput("two prompts have the same id; give ids that differ")
+    return str(_write(gateway, rows)), ()
 
 
 def registered(gateway: Gateway, job: ProjectJob) -> Held | None:
@@ -134,7 +153,7 @@ def _write(gateway: Gateway, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path.resolve()
 
 
-def _intervention(vault: Vault, one: Any) -> dict[str, Any]:
+def intervention(vault: Vault, one: Any) -> dict[str, Any]:
     """The intervention over the lake's names."""
     values: dict[str, Any] = one.model_dump(mode="json", exclude_unset=True) | {"op": one.op}
     if isinstance(one, Patch):

@@ -26,6 +26,7 @@ from millpond.analysis.passes import running
 from millpond.hub.answers import Answers, Kept, kept_answers
 from millpond.hub.database import open_database
 from millpond.hub.kinds import KINDS, Job, Outcome, parse_job
+from millpond.hub.kinds.generate import HANDED_OVER
 from millpond.hub.policy import Policy, read_policy
 from millpond.hub.projects import Projects
 from millpond.hub.queue import Limits, ProjectJob, SqlQueue
@@ -39,7 +40,7 @@ from millpond.store.logs import of_job
 
 logger = logging.getLogger(__name__)
 
-EXECUTED = frozenset(name for name, kind in KINDS.items() if kind.runs_on == "executor")
+EXECUTED = frozenset(name for name, kind in KINDS.items() if kind.runs_on == "executor") | set(HANDED_OVER.values())
 _STEPS = 16
 
 
@@ -76,7 +77,8 @@ class Workshop:
 
     def vault(self, job: ProjectJob, stop: threading.Event | None = None) -> Vault:
         """The job's project's vault, with labels as they were when it was submitted."""
-        return Vault(self.lake, self.projects, self.policy, job.project, job.id, job.spec["pins"], stop)
+        pins, dictionary = job.spec["pins"], self.settings.dictionary
+        return Vault(self.lake, self.projects, self.policy, job.project, job.id, pins, stop, dictionary)
 
     def keep(self, job: ProjectJob, parsed: Job, vault: Vault, outcome: Outcome) -> tuple[Kept, ...]:
         """The answers as they are to be written."""
@@ -263,8 +265,9 @@ def verify_release(settings: Settings, job_id: str) -> list[tuple[int, str]]:
         InvalidInput: it has not ended well, or it is a capture.
     """
     from millpond.hub.answers import pack_result
-    from millpond.hub.body import ReleasedResult, encode
+    from millpond.hub.body import encode
     from millpond.hub.ledger import Ledger
+    from millpond.hub.release import body_of
     from millpond.hub.shapes import Context
     from millpond.store.errors import InvalidInput
 
@@ -285,7 +288,7 @@ def verify_release(settings: Settings, job_id: str) -> list[tuple[int, str]]:
             found.append((kept.number, "differs"))
         elif released is not None:
             context = Context(workshop.policy.disclosure, one.evidence.prompts_are == "restricted")
-            same = encode(ReleasedResult(one.result), context) == released.body
+            same = encode(body_of(one.result), context) == released.body
             found.append((kept.number, "same" if same else "differs"))
         else:
             same = pack_result(one.result) == pack_result(kept.result)

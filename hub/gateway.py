@@ -19,13 +19,13 @@ from starlette.responses import Response
 
 from millpond.hub.answers import Answers, Kept, Review
 from millpond.hub.auth import Gatekeeper, HubTokens, Identity, TokenFile
-from millpond.hub.body import Body, ErrorCode, Failure, JobStatus, ReleasedResult, Withheld
+from millpond.hub.body import Body, ErrorCode, Failure, JobStatus, Withheld
 from millpond.hub.database import open_database
 from millpond.hub.ledger import Ledger, Payer, Sent
 from millpond.hub.policy import read_policy
 from millpond.hub.projects import RIGHTS, Projects, Right
 from millpond.hub.queue import Limits, ProjectJob, SqlQueue
-from millpond.hub.release import Door
+from millpond.hub.release import Door, body_of
 from millpond.hub.rules import Verdict
 from millpond.hub.serving import (
     Endpoint,
@@ -187,7 +187,7 @@ class Gateway:
         kept = self.answers.find(self.job(project, job).id, number)
         restricted = kept.evidence.prompts_are == "restricted"
         payer = self.payer(identity, project, kept.models)
-        return kept, self.door.send(ReleasedResult(kept.result), payer, restricted=restricted)
+        return kept, self.door.send(body_of(kept.result), payer, restricted=restricted)
 
     def decide(
         self, identity: Identity, project: str, job: str, number: int, decision: Literal["approved", "denied"]

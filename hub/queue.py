@@ -168,6 +168,15 @@ class SqlQueue:
             if also is not None:
                 also(connection)
 
+    def hand_over(self, job: QueuedJob, kind: str) -> None:
+        """Queue a claimed job again as one of `kind`, for somebody else to go on with.
+
+        Raises:
+            LeaseLost: as for `heartbeat`.
+        """
+        with self._held(job) as (connection, current):
+            self._change(connection, current, "hand over", kind=_text(kind), worker=None, lease_until=0.0)
+
     def fail(self, job: QueuedJob, error: str) -> None:
         """End a claimed job that cannot be done.
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from millpond.hub.body import Body, Closed, ErrorCode, Failure, JobStatus, ReleasedResult, Withheld, encode
+import numpy as np
+
+from millpond.hub.body import Body, Closed, ErrorCode, Failure, JobStatus, ReleasedResult, Texts, Withheld, encode
 from millpond.hub.ledger import Ledger, Payer, Sent, Writer
 from millpond.hub.rules import Earlier, Evidence, Verdict, judge
-from millpond.hub.shapes import Context
+from millpond.hub.shapes import TEXTS, Context
 from millpond.hub.slots import slot_end_ms, slot_of
 from millpond.store.errors import InvalidInput
 from millpond.store.result import Result
@@ -35,6 +37,15 @@ class Question:
         """Its key in the ledger."""
         text = json.dumps([self.run, self.specification], sort_keys=True, separators=(",", ":"))
         return f"question:{self.project}:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def body_of(result: Result) -> ReleasedResult | Texts:
+    """What sends a result."""
+    return (
+        Texts(np.asarray(result.values["coded"], np.uint8).tobytes())
+        if result.kind == TEXTS
+        else ReleasedResult(result)
+    )
 
 
 @dataclass
@@ -88,7 +99,7 @@ class Door:
                 return verdict, self._charge(writer, Withheld(verdict), payer)
             shown = (question.run, _pack(evidence)) if restricted else None
             return verdict, self._charge(
-                writer, ReleasedResult(result), payer, restricted=restricted, key=question.key, shown=shown
+                writer, body_of(result), payer, restricted=restricted, key=question.key, shown=shown
             )
 
     def approved(self, question: Question, result: Result, evidence: Evidence, payer: Payer) -> Sent:
@@ -99,9 +110,7 @@ class Door:
             if known is not None:
                 return self._repeat(writer, known, payer)
             shown = (question.run, _pack(evidence)) if restricted else None
-            return self._charge(
-                writer, ReleasedResult(result), payer, restricted=restricted, key=question.key, shown=shown
-            )
+            return self._charge(writer, body_of(result), payer, restricted=restricted, key=question.key, shown=shown)
 
     def status(self, job: str, state_at: Callable[[int], JobStatus], elapsed_ms: int, payer: Payer) -> Sent:
         """The state of `job` as it was at the end of the last slot, charged once a slot however often it is asked for.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millpond.hub.policy import Disclosure
-from millpond.hub.shapes import KINDS, fields_of, has_standard_errors
+from millpond.hub.shapes import KINDS, TEXTS, fields_of, has_standard_errors
 from millpond.store.result import Result
 
 Outcome = Literal["pass", "review", "refuse"]
@@ -44,6 +44,7 @@ class Rule(Enum):
     DIFFERENCING = 15
     LABEL_SETS = 16
     NO_STANDARD_ERROR = 17
+    TEXT = 18
 
 
 REMEDIES: Mapping[Rule, str] = {
@@ -63,6 +64,7 @@ REMEDIES: Mapping[Rule, str] = {
     Rule.DOMINANCE: "use prompts of more equal length",
     Rule.DIFFERENCING: "reuse an earlier cohort exactly, or change it by more prompts",
     Rule.LABEL_SETS: "use labels already used on this cohort",
+    Rule.TEXT: "wait for a reviewer, or ask for rates: what a model wrote leaves only if a person lets it",
     Rule.NO_STANDARD_ERROR: "ask for intervals, or wait for a reviewer",
 }
 
@@ -89,6 +91,8 @@ class Evidence:
     """Largest share of equal rows, the largest over the cohorts."""
     intervened: bool = False
     """Some rows were captured under an intervention."""
+    matched: bool = False
+    """The values are shares of completions whose text matched, and no intervention brought in stored rows or an autoencoder."""
     custom: bool = False
     """A user's graph computed the values, not only what a trusted metric measured."""
     token_only: bool = False
@@ -136,6 +140,8 @@ class _Case:
 def judge(result: Result, evidence: Evidence, earlier: Sequence[Earlier], limits: Disclosure) -> Verdict:
     """The verdict on `result`: refuse if any refusing rule applies, else review if any other does, else pass."""
     case = _Case(result, evidence, earlier, limits)
+    if result.kind == TEXTS:
+        return Verdict("review", (Rule.TEXT,))
     if result.kind not in KINDS:
         return Verdict("refuse", (Rule.UNKNOWN_KIND,))
     found = [(outcome, rule) for rule, outcome, applies in _ALWAYS if applies(case)]
@@ -146,6 +152,17 @@ def judge(result: Result, evidence: Evidence, earlier: Sequence[Earlier], limits
         if rules:
             return Verdict(outcome, rules)
     return Verdict("pass")
+
+
+def _intervened(case: _Case) -> bool:
+    """Whether values of an intervened computation are shown.
+
+    Shares of completions that match are let through on own prompts: what an added vector does reaches them only as the
+    tokens that were drawn, so that one is worth a few bits and costs its bytes. Means of what is computed under an added
+    vector would be the layer's response to any input.
+    """
+    passes = case.result.kind == "rates" and case.evidence.matched and case.evidence.prompts_are == "own"
+    return case.evidence.intervened and not passes
 
 
 def _spread(case: _Case) -> bool:
@@ -258,7 +275,7 @@ _ALWAYS: _Table = (
     ),
     (Rule.NO_VARIANCE, "refuse", _spread),
     (Rule.IDENTICAL_ROWS, "refuse", _identical),
-    (Rule.INTERVENED, "review", lambda c: c.evidence.intervened),
+    (Rule.INTERVENED, "review", _intervened),
     (Rule.CUSTOM_OUTPUT, "review", lambda c: c.evidence.custom),
     (Rule.TOKEN_ONLY, "review", lambda c: c.vector and c.evidence.token_only),
 )

@@ -268,6 +268,9 @@ KINDS: dict[str, tuple[Field, ...]] = {
 """Every kind of result that may leave, with its fields in the order sent. The place in this table is the kind's code,
 so kinds are added at the end."""
 
+TEXTS = "texts"
+"""The kind of result that is no numbers: completions, coded by `textcode.encode`, in the value `coded`. `body.Texts` sends it."""
+
 
 def write_result(out: BitWriter, result: Result, context: Context) -> None:
     """Append `result`, quantised.

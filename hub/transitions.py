@@ -26,6 +26,7 @@ TRANSITIONS = (
     Transition("heartbeat", "claimed", "claimed", "renews the lease"),
     Transition("claim", "claimed", "claimed", "the lease ran out"),
     Transition("finish", "claimed", "finished"),
+    Transition("hand over", "claimed", "queued", "a worker is done, an executor goes on"),
     Transition("fail", "claimed", "failed"),
     Transition("give up", "claimed", "failed", "the last lease ran out"),
     Transition("cancel", "queued", "cancelled"),

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millpond.hub.kinds.base import Job, Made, RowSet
+from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.policy import Policy
 from millpond.hub.projects import Held, HeldKind, Projects
 from millpond.store.errors import Cancelled, InvalidInput, LabelNotFound, NotHeld
@@ -56,6 +59,8 @@ class Vault:
     """The labels' versions when the job was submitted; the newest without."""
     stop: threading.Event | None = None
     """Set when the job was cancelled or is another executor's."""
+    dictionary: Path | None = None
+    """What texts are coded with."""
     _runs: dict[str, tuple[Held, Run]] = field(default_factory=dict)
 
     def at(self, pins: Pins) -> Vault:
@@ -208,6 +213,23 @@ class Vault:
         given = ex.Expression(run=run, reduce=ex.Mean(of=column))
         return ex.width_of(self.expression(given).reduce.of, self.run(run))
 
+    def prompts(self, prompts: str, by: str | None) -> tuple[int, int]:
+        """See `kinds.base.Facts`."""
+        count = int(self.held("prompts", prompts).detail["prompts"])
+        return count, 0 if by is None else len(set(self.prompt_column(prompts, by)))
+
+    def prompt_column(self, prompts: str, column: str) -> list[str]:
+        """A further column of the prompts of that handle, as texts.
+
+        Raises:
+            InvalidInput: they have none of that name.
+        """
+        held = self.held("prompts", prompts)
+        if column not in held.detail["columns"]:
+            raise InvalidInput(f"by: the prompts have no column {column!r}; name one that was sent with them")
+        with Path(held.target).open() as lines:
+            return [str(json.loads(line)[column]) for line in lines]
+
     def statistic(self, graph: str, d_model: int) -> int:
         """See `kinds.base.Facts`."""
         from millpond.hub.graph import MAX_STATISTIC, dry_run, parse_graph
@@ -225,7 +247,9 @@ class Vault:
         return found
 
     def subject(self, job: Job) -> str:
-        """The run whose rows the job's answers are about, by its id in the lake, which all projects share."""
+        """The run whose rows the job's answers are about, by its id in the lake, which all projects share; or a model."""
+        if isinstance(job, GenerateJob):
+            return f"model:{job.model}"
         for rows in job.row_sets():
             return self.run(rows.run).plan.spec.id
         for kind, handle in job.needs():
@@ -237,6 +261,8 @@ class Vault:
     def models(self, job: Job) -> tuple[str, ...]:
         """The models whose budgets the job's answers are charged to: those of everything that it reads."""
         found = {self.held(kind, handle).model for kind, handle in job.needs()}
+        if isinstance(job, GenerateJob):
+            found.add(job.model)
         return tuple(sorted(found - {""})) or tuple(self.policy.models)
 
     def _run(self, handle: str) -> tuple[Held, Run]:

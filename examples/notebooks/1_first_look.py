@@ -67,7 +67,7 @@ sweep.table()[["hook", "control", "auroc", "auroc_low", "auroc_high"]]
 # %%
 import matplotlib.pyplot as plt
 
-sweep.plot(plt.figure(figsize=(7, 3.5)).subplots())
+figure = sweep.plot(plt.figure(figsize=(7, 3.5)).subplots())
 # %% [markdown]
 # The picture was drawn here, from the numbers above: no image crosses.
 #

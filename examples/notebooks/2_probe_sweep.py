@@ -43,7 +43,7 @@ for label, rows in table[~table["control"].astype(bool)].groupby("label"):
 axes.axhline(0.5, color="grey", linewidth=0.8)
 axes.set_xlabel("layer")
 axes.set_ylabel("AUROC on held-out prompts")
-axes.legend(frameon=False)
+legend = axes.legend(frameon=False)
 # %% [markdown]
 # ## Several strengths at once
 #

@@ -30,7 +30,7 @@ def job_of(kind: str, parts: Mapping[str, Any]) -> Job:
     """
     makers = {
         "probe": _probe, "evaluate": _evaluate, "sweep": _sweep, "release": _release, "sae_train": _sae_train,
-        "latents": _latents, "expression": _expression,
+        "latents": _latents, "expression": _expression, "generate": _generate,
     }  # fmt: skip
     if kind not in makers:
         raise InvalidInput(f"there is no job of kind {kind!r} with these parts; kinds are {', '.join(makers)}")
@@ -50,7 +50,7 @@ def capture_job(
 ) -> Job:
     """See `RemoteLake.capture`."""
     given = getattr(prompts, "handle", None)
-    sent = given or [{"id": row["id"], "text": row["text"]} for row in prompt_rows(prompts)]
+    sent = given or _plain(prompts)
     chosen = positions if isinstance(positions, Mapping) else {"positions": positions}
     return _checked(
         {
@@ -65,6 +65,27 @@ def capture_job(
             "interventions": [_edit(one) for one in interventions],
         }
     )
+
+
+def _generate(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """See `RemoteLake.generate`."""
+    given = dict(parts)
+    prompts, score = given.pop("prompts"), given.pop("score", None)
+    sampling = {name: given.pop(name) for name in ("max_tokens", "temperature", "seed", "n", "stop") if name in given}
+    if isinstance(score, str):
+        score = {"regex": score}
+    elif isinstance(score, Sequence):
+        score = {"contains": list(score)}
+    return given | {
+        "prompts": getattr(prompts, "handle", None) or _plain(prompts),
+        "sampling": {name: value for name, value in sampling.items() if value is not None},
+        "score": score,
+        "interventions": [_edit(one) for one in given.get("interventions", ())],
+    }
+
+
+def _plain(prompts: Any) -> list[dict[str, Any]]:
+    return [{"id": row["id"], "text": row["text"]} for row in prompt_rows(prompts)]
 
 
 def graph_job(module: Any, data: Any, labels: Any = None, **options: Any) -> Job:

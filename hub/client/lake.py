@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,9 +12,11 @@ from millpond.hub.body import BudgetLeft, Handles, Quote
 from millpond.hub.client import jobs
 from millpond.hub.client.connection import API, Connection
 from millpond.hub.client.futures import JobFuture
+from millpond.hub.client.generation import Generation, finished, group_names
 from millpond.hub.client.run import RemoteRun
 from millpond.hub.client.texts import TextReader
 from millpond.hub.kinds.base import Job, RowSet
+from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.projection import RunView
 from millpond.store.errors import GatewayUnavailable, InvalidInput, RunNotFound
 from millpond.store.reprs import html_table
@@ -102,6 +104,8 @@ class RemotePrompts:
     handle: str
     name: str
     ids: tuple[str, ...]
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    """Further columns, as they were sent."""
 
 
 class RemoteLake(Mapping[str, RemoteRun]):
@@ -250,7 +254,9 @@ class RemoteLake(Mapping[str, RemoteRun]):
         """
         rows = jobs.prompt_rows(prompts)
         (handle,) = self.connection.ask(Handles, "POST", "prompts", {"name": name, "prompts": rows}).values
-        return RemotePrompts(handle.hex(), name, tuple(row["id"] for row in rows))
+        names = [column for column in rows[0] if column not in ("id", "text", "token_ids")]
+        columns = {column: tuple(row[column] for row in rows) for column in names}
+        return RemotePrompts(handle.hex(), name, tuple(row["id"] for row in rows), columns)
 
     def submit_capture(self, prompts: Any, **options: Any) -> JobFuture[RemoteRun]:
         """As `capture`, without waiting."""
@@ -273,6 +279,46 @@ class RemoteLake(Mapping[str, RemoteRun]):
                 `interventions` (of `millpond.store.interventions`, or mappings; vectors and autoencoders by handle).
         """
         return self.submit_capture(prompts, model=model, name=name, hooks=hooks, **options).result()
+
+    def submit_generate(self, prompts: Any, **options: Any) -> JobFuture[Generation]:
+        """As `generate`, without waiting."""
+        groups = group_names(prompts, options.get("by"))
+        job = jobs.job_of("generate", {"prompts": prompts, **options})
+        assert isinstance(job, GenerateJob)
+        if job.texts:
+            self.texts.check()
+        sent = prompts if isinstance(prompts, RemotePrompts) else None
+        return self.submit_job(job, lambda answers, made: finished(job, sent, groups, self.texts, answers))
+
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        model: str,
+        max_tokens: int,
+        score: Any = None,
+        by: str | None = None,
+        texts: bool = False,
+        **options: Any,
+    ) -> Generation:
+        """Let a model complete prompts in the vault; how often what it writes matches, or after a review the texts.
+
+        Args:
+            prompts: what `prompts` returned, or prompts as it takes them (ids and texts alone are kept of those).
+            model: its name in the vault.
+            max_tokens: of a completion.
+            score: what counts as a match: a regular expression (RE2's syntax), or a list of texts of which one is in it.
+            by: column of prompts that were sent: rates of its groups too.
+            texts: also ask for the texts, which a reviewer must let pass; with rates in the same job, those wait with them.
+            options: `temperature` (0), `seed`, `n` completions a prompt (1), `stop` texts, `adapter`, `interventions` as in
+                `capture`, and `text_bytes` (256), beyond which a text is cut.
+
+        Raises:
+            InvalidInput: a field cannot be used.
+            InReview: a reviewer must decide; call `result()` of the future of `submit_generate` again later.
+        """
+        given = {"model": model, "max_tokens": max_tokens, "score": score, "by": by, "texts": texts}
+        return self.submit_generate(prompts, **given, **options).result()
 
     def submit_graph(self, module: Any, data: Any, labels: Any = None, **options: Any) -> JobFuture[list[Any]]:
         """As `graph`, without waiting."""

@@ -10,6 +10,7 @@ from millpond.hub.kinds.base import Answer, Facts, Job, Made, Outcome, RowSet, S
 from millpond.hub.kinds.capture import CaptureJob
 from millpond.hub.kinds.evaluate import EvaluateJob
 from millpond.hub.kinds.expression import ExpressionJob
+from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.kinds.graph import GraphJob
 from millpond.hub.kinds.latents import LatentsJob
 from millpond.hub.kinds.probe import ProbeJob
@@ -32,7 +33,8 @@ AnyJob = Annotated[
     | SaeTrainJob
     | LatentsJob
     | GraphJob
-    | CaptureJob,
+    | CaptureJob
+    | GenerateJob,
     Field(discriminator="kind"),
 ]
 ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyJob)
@@ -40,7 +42,7 @@ KINDS: dict[str, type[Job]] = {
     model.model_fields["kind"].annotation.__args__[0]: model  # type: ignore[union-attr]
     for model in (
         ProbeJob, EvaluateJob, SweepJob, ReleaseJob, ExpressionJob,
-        StatisticsJob, SaeTrainJob, LatentsJob, GraphJob, CaptureJob,
+        StatisticsJob, SaeTrainJob, LatentsJob, GraphJob, CaptureJob, GenerateJob,
     )
 }  # fmt: skip
 

@@ -76,6 +76,10 @@ class Facts(Protocol):
         """What the artifact of that handle was kept with: `kind` and `shape`."""
         ...
 
+    def prompts(self, prompts: str, by: str | None) -> tuple[int, int]:
+        """How many prompts that handle stands for, and of how many groups of their column `by`."""
+        ...
+
     def statistic(self, graph: str, d_model: int) -> int:
         """Check a graph in every way; the most values that its output `statistic` may have, 0 if it has none."""
         ...

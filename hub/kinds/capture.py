@@ -21,6 +21,26 @@ class Prompt(Wire):
     text: str = Field(min_length=1, max_length=1 << 20)
 
 
+Edits = Annotated[
+    tuple[Annotated[Add | Ablate | Clamp | Patch | SpliceSae, Field(discriminator="op")], ...],
+    Field(max_length=64),
+]
+"""Interventions. Vectors and autoencoders are named by the handles of the project's artifacts, patches' runs by theirs."""
+
+
+def needs_of(prompts: object, edits: Edits) -> Iterator[tuple[Needed, str]]:
+    """The prompts, artifacts and runs that a job of a model names."""
+    if isinstance(prompts, str):
+        yield "prompts", prompts
+    for one in edits:
+        if isinstance(one, Patch):
+            yield "run", one.run
+        elif isinstance(one, SpliceSae):
+            yield "artifact", one.artifact
+        elif isinstance(one.vector, str):
+            yield "artifact", one.vector
+
+
 class CaptureJob(Job):
     """A capture. It has no answer: what it makes is a run, whose handle is given when it is done."""
 
@@ -37,23 +57,11 @@ class CaptureJob(Job):
     hooks: Annotated[tuple[Hook, ...], Field(min_length=1, max_length=512)]
     positions: PositionFilter = PositionFilter()
     max_new_tokens: int = Field(default=0, ge=0, le=65_536)
-    interventions: Annotated[
-        tuple[Annotated[Add | Ablate | Clamp | Patch | SpliceSae, Field(discriminator="op")], ...],
-        Field(max_length=64),
-    ] = ()
-    """Vectors and autoencoders are named by the handles of the project's artifacts, patches' runs by their handles."""
+    interventions: Edits = ()
 
     def needs(self) -> Iterator[tuple[Needed, str]]:
         """Prompts, artifacts and runs that it names."""
-        if isinstance(self.prompts, str):
-            yield "prompts", self.prompts
-        for one in self.interventions:
-            if isinstance(one, Patch):
-                yield "run", one.run
-            elif isinstance(one, SpliceSae):
-                yield "artifact", one.artifact
-            elif isinstance(one.vector, str):
-                yield "artifact", one.vector
+        return needs_of(self.prompts, self.interventions)
 
     def answers(self) -> int:
         """None."""

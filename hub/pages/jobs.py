@@ -222,4 +222,4 @@ def declared(view: View, job_id: str) -> Declared:
             job.id, job.kind, job.user, job.submitted, {"kind": "capture", "name": run} | job.spec["capture"], 0
         )
     spec = job.spec["job"]
-    return Declared(job.id, job.kind, job.user, job.submitted, spec, parse_job(spec).answers())
+    return Declared(job.id, spec["kind"], job.user, job.submitted, spec, parse_job(spec).answers())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from millpond.hub.answers import Review
-from millpond.hub.body import BudgetLeft, ReleasedResult
+from millpond.hub.body import BudgetLeft, ReleasedResult, Texts
 from millpond.hub.pages.charts import bar_chart
 from millpond.hub.pages.jobs import declared
 from millpond.hub.pages.results import Layout, lay_out
@@ -19,6 +19,8 @@ from millpond.hub.pages.view import PER_PAGE, View
 from millpond.hub.rules import REMEDIES
 from millpond.hub.serving import Fixed, NotThere
 from millpond.hub.tables import ACCOUNTS, ENTRIES
+from millpond.hub.textcode import decode
+from millpond.hub.textmodel import TextModel
 from millpond.hub.views import AuditView, EvidenceView, ReviewQueue, audit_view
 from millpond.store.errors import InvalidInput
 
@@ -49,8 +51,12 @@ def decide(view: View) -> Fixed:
     view.enter("review")
     found, act = _waiting(view), view.call.body.get("do")
     if act == "view":
-        _, sent = view.gateway.look(view.call.who, view.project, found.job, found.number)
+        kept, sent = view.gateway.look(view.call.who, view.project, found.job, found.number)
         body = view.take(sent)
+        if isinstance(body, Texts):  # decoded here: what is shown is what was charged, and the dictionary
+            assert view.gateway.dictionary is not None
+            texts = decode(body.coded, kept.result.evidence["rows"], TextModel(view.gateway.dictionary))
+            return _review(view, found, texts=texts)
         assert isinstance(body, ReleasedResult)
         return _review(view, found, result=lay_out(body.result))
     if act not in _DECISIONS:
@@ -106,7 +112,9 @@ def _waiting(view: View) -> Review:
     return found
 
 
-def _review(view: View, found: Review, *, result: Layout | None = None, done: str = "") -> Fixed:
+def _review(
+    view: View, found: Review, *, result: Layout | None = None, texts: Sequence[str] | None = None, done: str = ""
+) -> Fixed:
     kept = view.gateway.answers.find(found.job, found.number)
     seen = view.send(EvidenceView.of(kept.evidence, kept.verdict), kept.models)
     assert isinstance(seen, EvidenceView)
@@ -118,6 +126,7 @@ def _review(view: View, found: Review, *, result: Layout | None = None, done: st
         rules=[(rule.name.lower(), REMEDIES[rule]) for rule in seen.why()],
         evidence=[(name, _words(value)) for name, value in asdict(seen).items() if name != "rules"],
         result=result,
+        texts=texts,
         done=done,
         mine=found.user == view.user,
     )

@@ -128,6 +128,13 @@ def make_group(parent: str, name: str, limits: Limits, root: Path = ROOT) -> Gro
     )
 
 
+def remove_parent(parent: str, root: Path = ROOT) -> None:
+    """Remove the groups above those of workspaces, if none is left below."""
+    for place in (root / parent, *(root / controller / parent for controller in ("memory", "pids", "cpu"))):
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
 def leftovers(parent: str, root: Path = ROOT) -> list[Group]:
     """Groups that an earlier helper left behind."""
     names: dict[str, list[Path]] = {}

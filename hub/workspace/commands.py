@@ -26,6 +26,8 @@ class Up:
     """Folder of the demo."""
     tokens: int = 100_000
     """Tokens of the demo's run."""
+    worker: bool = True
+    """Of the demo: start a capture worker too; it takes about 1.5 GB."""
     listen: str = ""
     """HOST:PORT of the demo in place of 127.0.0.1:8000."""
 
@@ -45,7 +47,7 @@ class Up:
 
             if self.config is not None:
                 raise InvalidInput("give either a configuration file or --demo")
-            return demo_config(self.state.resolve(), find_example(None), self.listen)
+            return demo_config(self.state.resolve(), find_example(None), self.listen, worker=self.worker)
         from millpond.hub.workspace.up_config import read_up_config
 
         path = self.config or Path("lake.toml")
@@ -71,7 +73,7 @@ class Doctor:
         settings = (
             settings_of(read_up_config(self.config)) if self.config else Workspace(state=Path("/var/lib/millpond"))
         )
-        found = diagnose(settings)
+        found = diagnose(settings, running=settings.helper_socket.exists())
         for name, problems in found.items():
             print(f"{'ok  ' if not problems else 'FAIL'} {name}{': ' if problems else ''}{'; '.join(problems)}")  # noqa: T201
         return int(any(found.values()))

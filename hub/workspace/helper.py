@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from millpond.hub.workspace.cgroups import leftovers
+from millpond.hub.workspace.cgroups import leftovers, remove_parent
 from millpond.hub.workspace.seccomp import program
 from millpond.hub.workspace.session import Session
 from millpond.hub.workspace.settings import HUB_PORT, Workspace, is_user, read_workspace
@@ -200,6 +200,7 @@ def main() -> int:
         print(f"helper: {error}", file=sys.stderr)  # noqa: T201
         return 2
     asyncio.run(serve(settings))
+    remove_parent(settings.run.name)
     return 0
 
 

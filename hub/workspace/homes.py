@@ -18,7 +18,7 @@ def _run(*command: str | Path) -> None:
 def make_home(image: Path, quota: int, uid: int) -> bool:
     """Make the file system in `image` unless it is there, `quota` bytes large and owned by `uid`; whether it was made.
 
-    A quota that was raised grows it; a lower one is refused by `mkfs`'s absence: the file system keeps its size.
+    A quota that was raised grows it. One that was lowered does not shrink it: the check inside then fails the spawn.
     """
     made = not image.exists()
     if made:

@@ -101,7 +101,7 @@ class ProxyServer:
         if self._foreign(request):
             return web.Response(status=403, text="Another site asked for this change.\n")
         if route.user is None:
-            if not is_plain(path) and "//" not in path:
+            if not is_plain(path):
                 return web.Response(status=400, text="This address is spelled in a way that is not served.\n")
         else:
             rest = path[len(route.path) - 1 :]

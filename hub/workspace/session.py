@@ -96,6 +96,8 @@ class Session:
         made = make_home(image, self.settings.limits.home, self.uid)
         mount_home(image, self._home)
         examples = self.settings.state / "examples"
+        if made:
+            (self._home / "lost+found").rmdir()
         if made and examples.is_dir():  # nothing of the user's is on it yet, so no link of theirs can lead us astray
             shutil.copytree(examples, self._home, dirs_exist_ok=True)
             for path in (self._home, *self._home.rglob("*")):

@@ -167,7 +167,7 @@ async def run_up(config: UpConfig, *, demo_tokens: int = 0) -> None:
         await up.stop()
 
 
-def demo_config(folder: Path, example: Path, listen: str = "") -> UpConfig:
+def demo_config(folder: Path, example: Path, listen: str = "", *, worker: bool = False) -> UpConfig:
     """The demo: the example's model, which is public, a researcher and a reviewer."""
     folder.mkdir(parents=True, exist_ok=True)
     policy = folder / "policy.toml"
@@ -181,7 +181,7 @@ def demo_config(folder: Path, example: Path, listen: str = "") -> UpConfig:
             "state": str(folder),
             "policy": str(policy),
             "workers": 0,
-            "models": {"stdlib-llama": {"path": str(model)}},
+            "models": {"stdlib-llama": {"path": str(model), "worker": worker}},
             "projects": {
                 "demo": {
                     "models": ["stdlib-llama"],

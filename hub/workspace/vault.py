@@ -148,7 +148,7 @@ class Vault:
                 "--lake",
                 str(self.lake),
             ]
-            arguments += ["--engine", json.dumps(model.engine)]
+            arguments += ["--engine", json.dumps(model.engine), "--kinds", "capture", "generate"]
             worker = self.command(f"worker-{name}", python("-m", "millpond.cli", *arguments))
             environment = self.environment(**self._worker(name, tokens))
             parts.append(Part(f"worker-{name}", worker, _started, environment, awaited=False))

@@ -110,7 +110,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class Worker:
-    """Run an engine that takes capture jobs from a queue."""
+    """Run an engine that takes capture and generation jobs from a queue."""
 
     queue: str
     """Folder of the queue, made if it is missing; or http://HOST:PORT or unix:/PATH of `millpond queue serve`, with
@@ -129,6 +129,8 @@ class Worker:
     """LoRA adapters in one batch; 0 refuses jobs with adapters."""
     max_rank: int = 16
     """Largest rank of an adapter."""
+    kinds: tuple[str, ...] = ("capture",)
+    """Kinds of jobs that are taken: capture, generate or both."""
     lease: float = 60.0
     """Seconds after which a worker without a heartbeat loses its job to another."""
     until_empty: bool = False
@@ -156,7 +158,14 @@ class Worker:
         if not isinstance(arguments, dict):
             raise InvalidInput(f"--engine is {self.engine!r}; give a JSON object")
         config = WorkerConfig(
-            model, self.lake, self.hooks, arguments, self.max_adapters, self.max_rank, lease_seconds=self.lease
+            model,
+            self.lake,
+            self.hooks,
+            arguments,
+            self.max_adapters,
+            self.max_rank,
+            self.kinds,
+            lease_seconds=self.lease,
         )
         work(open_queue(self.queue), config, until_empty=self.until_empty, told=lambda text: print(text, flush=True))
         return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from millpond.hub.demo import find_example
+from millpond.hub.workspace.config import gateway_origin
 from millpond.hub.workspace.notebooks import sources
 from millpond.hub.workspace.up import Up, demo_config
 
@@ -27,7 +28,7 @@ class Demo:
     """`millpond up --demo`, in this process."""
 
     def __init__(self, folder: Path) -> None:
-        config = demo_config(folder, find_example(None), f"127.0.0.1:{free_port()}")
+        config = demo_config(folder, find_example(None), f"127.0.0.1:{free_port()}", worker=True)
         changed = {"run": Path(f"/run/mpd{os.getpid()}"), "first_uid": 56_000, "gateway": f"127.0.0.1:{free_port()}"}
         self.config = config.model_copy(update={"workspace": config.workspace.model_copy(update=changed)})
         self.loop = asyncio.new_event_loop()
@@ -176,3 +177,78 @@ async def _answers(demo):
         await listens(settings.listen)()
         and await answers(settings.gateway_socket, "/services/gateway/api/v1/version")()
     )
+
+
+CAPTURE = """
+import millpond as mp
+
+lake = mp.connect()
+prompts = [{"id": str(i), "text": f"def f(x):\\n    return x + {i}\\n"} for i in range(40)]
+run = lake.capture(prompts, model="stdlib-llama", name="mine", hooks=["blocks.3.hook_resid_post"])
+print(run)
+"""
+
+
+def test_a_notebook_captures_a_run_of_its_own(demo):
+    """By the capture worker, in the vault; the notebook gets a description."""
+    ada = demo.do(_browser(demo))
+    try:
+        said = demo.do(ada.run(demo.do(ada.kernel()), CAPTURE, 250), 280)
+        assert "prompts: 40" in said, said
+        assert "in the vault" in said
+    finally:
+        demo.do(ada.close())
+
+
+ASK = """
+import torch
+import millpond as mp
+
+class Spread(torch.nn.Module):
+    def forward(self, x):
+        return {"statistic": x.mean(dim=0)}
+
+lake = mp.connect()
+future = lake.submit_graph(Spread(), lake["stdlib-heldout"]["blocks.3.hook_resid_post"])
+try:
+    print(future.result(timeout=120))
+except mp.MillpondError as error:
+    print(type(error).__name__)
+"""
+
+
+def test_a_reviewer_approves_in_a_browser_and_the_notebook_has_it(demo):
+    """ada's own statistic waits; bob, who opened no notebook of hers, releases it on the gateway's origin."""
+    from playwright.sync_api import sync_playwright
+
+    ada = demo.do(_browser(demo))
+    try:
+        kernel = demo.do(ada.kernel())
+        said = demo.do(ada.run(kernel, ASK, 180), 200)
+        assert "InReview" in said, said
+        shots = Path(os.environ["MILLPOND_SCREENSHOTS"]) if "MILLPOND_SCREENSHOTS" in os.environ else None
+        with sync_playwright() as driver:
+            chromium = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page = chromium.new_context(viewport={"width": 1100, "height": 800}).new_page()
+            log_in(page, demo, "bob")
+            page.goto(f"{gateway_origin(demo.up.settings)}/services/gateway/p/demo/reviews")
+            page.click("a:has-text('Answer 0 of')")
+            assert "gateway--service.localhost" in page.url
+            if shots:
+                page.screenshot(path=shots / "workspace-review.png")
+            page.click("button[value=approve]")
+            page.wait_for_selector("p.notice.good")
+            chromium.close()
+        said = demo.do(ada.run(kernel, "print(future.result(timeout=60))", 90), 100)
+        assert "<Result" in said, said
+    finally:
+        demo.do(ada.close())
+
+
+async def _browser(demo):
+    browser = Browser(demo.up.settings.origin, "ada", demo.up.passwords["ada"])
+    await browser.login()
+    running, message = await browser.spawn()
+    assert running, message
+    await browser.open()
+    return browser

@@ -1,0 +1,116 @@
+"""`generate`: let a model write, and answer with how often what it wrote matches; or, after a review, with the texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from millpond.hub.kinds.base import Facts, Handle, Job, Needed, Outcome, Progress, Wire
+from millpond.hub.kinds.capture import Edits, Prompt, needs_of
+from millpond.hub.shapes import result_bytes
+from millpond.hub.textcode import MAX_TEXT, most_bytes
+from millpond.store.errors import InvalidInput
+from millpond.store.generation import Sampling
+
+if TYPE_CHECKING:
+    from millpond.hub.vault import Vault
+
+HANDED_OVER = {"generate": "generated"}
+"""Kinds that a worker begins and an executor ends, and what they are called in the queue in between."""
+WORK = "work"
+"""Where such a job's specification holds the worker's part."""
+MOST_COMPLETIONS = 200_000
+MOST_GROUPS = 1000
+
+
+class Regex(Wire):
+    """A completion matches if the expression is found in it."""
+
+    regex: str = Field(min_length=1, max_length=1000)
+    """In the syntax of RE2, whose time is linear in the text whatever the expression."""
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, given: str) -> str:
+        from millpond.hub.rates import compiled
+
+        compiled(given)
+        return given
+
+
+class Contains(Wire):
+    """A completion matches if it contains one of the texts, in the same case."""
+
+    contains: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...], Field(min_length=1, max_length=100)
+    ]
+
+
+class GenerateJob(Job):
+    """Completions of prompts. They stay in the vault; what leaves are rates, and texts only if a reviewer lets them."""
+
+    kind: Literal["generate"]
+    runs_on = "worker"
+    model: str = Field(min_length=1, max_length=200)
+    """Its name in the policy file."""
+    adapter: str | None = Field(default=None, max_length=200)
+    """Name of an adapter that the installation has for the model."""
+    prompts: Handle | Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=100_000)]
+    """A handle that sending prompts gave, or the prompts."""
+    interventions: Edits = ()
+    sampling: Sampling
+    score: Regex | Contains | None = None
+    """What counts as a match; the answer is the share of completions that match."""
+    by: str | None = Field(default=None, max_length=120)
+    """Column of the prompts that were sent: rates of its groups, in the order of their names, follow the overall one."""
+    texts: bool = False
+    """Also ask for the texts. A reviewer decides, always."""
+    text_bytes: int = Field(default=256, ge=1, le=65_536)
+    """UTF-8 bytes of a completion that are sent; longer ones are cut."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> GenerateJob:
+        if self.score is None and not self.texts:
+            raise ValueError("neither score nor texts is given, so there is nothing to answer; give one")
+        if self.by is not None and (self.score is None or not isinstance(self.prompts, str)):
+            raise ValueError("by needs a score, and prompts that were sent with their columns; name them by handle")
+        return self
+
+    def needs(self) -> Iterator[tuple[Needed, str]]:
+        """Prompts, artifacts and runs that it names."""
+        return needs_of(self.prompts, self.interventions)
+
+    def answers(self) -> int:
+        """Rates, then texts, as asked."""
+        return (self.score is not None) + self.texts
+
+    def answer_bytes(self, facts: Facts) -> int:
+        """See the base class."""
+        if isinstance(self.prompts, str):
+            prompts, groups = facts.prompts(self.prompts, self.by)
+        else:
+            prompts, groups = len(self.prompts), 0
+        count = prompts * self.sampling.n
+        if count > MOST_COMPLETIONS or groups > MOST_GROUPS:
+            raise InvalidInput(
+                f"{count:,} completions of {groups:,} groups are asked for; at most {MOST_COMPLETIONS:,} of "
+                f"{MOST_GROUPS:,} are possible: send fewer prompts, or lower sampling.n"
+            )
+        found = 0
+        if self.score is not None:
+            found += result_bytes("rates", {"rates": (1 + groups,)})
+        if self.texts:
+            if count * self.text_bytes > MAX_TEXT:
+                raise InvalidInput(
+                    f"{count:,} texts of {self.text_bytes:,} bytes are over {MAX_TEXT:,}; lower text_bytes, or ask in parts"
+                )
+            found += 1 + most_bytes([bytes(self.text_bytes)] * count)
+        return found
+
+    def run(self, vault: Vault, progress: Progress) -> Outcome:
+        """See the base class. A worker has written the completions; here they are scored and coded."""
+        from millpond.hub.generations import answers_of
+
+        return Outcome(answers_of(self, vault, progress))

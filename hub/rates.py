@@ -1,0 +1,66 @@
+"""Shares of completions that match, with intervals that count prompts, not completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from millpond.hub.shapes import Z95
+from millpond.store.errors import InvalidInput
+
+_MOST_MEMORY = 8 << 20
+
+
+@lru_cache(maxsize=16)
+def compiled(pattern: str) -> Any:
+    """The expression as RE2 runs it, without backtracking: a client's own expression cannot hang the vault.
+
+    Raises:
+        InvalidInput: it is none, or needs what RE2 does not have (such as lookahead) or too much memory.
+    """
+    import re2
+
+    options = re2.Options()
+    options.max_mem = _MOST_MEMORY
+    options.log_errors = False
+    try:
+        return re2.compile(pattern, options=options)
+    except re2.error as error:
+        reason = error.args[0].decode() if error.args and isinstance(error.args[0], bytes) else str(error)
+        raise InvalidInput(f"regex: {reason}; give an expression in the syntax of RE2") from error
+
+
+def matches(texts: Sequence[str], *, regex: str | None = None, contains: Sequence[str] = ()) -> NDArray[np.bool_]:
+    """Which texts hold a match of the expression, or one of the texts `contains`."""
+    if regex is not None:
+        found = compiled(regex)
+        return np.array([found.search(text) is not None for text in texts], bool)
+    return np.array([any(one in text for one in contains) for text in texts], bool)
+
+
+def rate(matched: NDArray[np.bool_], prompts: NDArray[Any]) -> tuple[float, float, float]:
+    """The share of matches and its 95 % interval.
+
+    Wilson's (1927) with the effective number of completions: p(1-p) over the variance of a ratio estimator whose units are
+    prompts (Kish, 1965). At 0 and 1, where that variance says nothing, it is the number of prompts.
+
+    Args:
+        matched: of each completion.
+        prompts: whose it is; near-duplicates have one number.
+    """
+    _, of = np.unique(prompts, return_inverse=True)
+    hits, sizes = np.bincount(of, weights=matched), np.bincount(of)
+    count, n = len(sizes), float(sizes.sum())
+    p = float(hits.sum() / n)
+    effective = float(count)
+    if 0 < p < 1 and count > 1:
+        variance = count / (count - 1) * float(np.square(hits - p * sizes).sum()) / n**2
+        effective = min(n, p * (1 - p) / variance) if variance > 0 else n
+    z2 = Z95**2 / effective
+    middle = (p + z2 / 2) / (1 + z2)
+    half = Z95 / (1 + z2) * float(np.sqrt(p * (1 - p) / effective + z2 / (4 * effective)))
+    return p, max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,247 @@
+"""Generation through a real gateway, queue server, worker and executor: rates by default, texts after a review."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tests.hub.gatehouse import Gatehouse
+from tests.queue_serving import serving
+
+import millpond as mp
+from millpond.hub.body import ErrorCode, Failure, Texts, decode
+from millpond.hub.executor import Executor, verify_release
+from millpond.hub.policy import Disclosure
+from millpond.hub.queue import SqlQueue
+from millpond.hub.queue_api import create_queue_app, new_worker
+from millpond.hub.rates import matches, rate
+from millpond.hub.rules import Evidence, Rule, judge
+from millpond.hub.settings import Weights
+from millpond.hub.shapes import TEXTS
+from millpond.store.errors import GatewayRefused, InReview, InvalidInput, NotReleased
+from millpond.store.generation import read_completions
+from millpond.store.result import Result
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "examples" / "stdlib_llama" / "model"
+HOOK = "blocks.2.hook_resid_post"
+FILES = sorted((ROOT / "store").glob("*.py"), key=lambda path: -path.stat().st_size)[:24]
+PROMPTS = [
+    {"id": path.stem, "text": path.read_text()[-600:-400], "kind": ("read", "write", "load", "check")[number % 4]}
+    for number, path in enumerate(FILES)
+]
+PATTERN = r"\b(return|if|self)\b"
+STEER = {"op": "add", "hook": HOOK, "vector": [40.0 * (-1) ** n for n in range(256)]}
+P = "/api/v1/p/one"
+
+
+def test_a_rate_counts_prompts_and_not_completions():
+    matched = np.array([True] * 10 + [False] * 10)
+    p, low, high = rate(matched, np.repeat(np.arange(4), 5))
+    # a ratio estimator's variance of 1/12: as good as three completions
+    half = 1.959964 / (1 + 3.841459 / 3) * (0.25 / 3 + 3.841459 / 36) ** 0.5
+    assert (p, low, high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-6)
+    none = rate(np.zeros(20, bool), np.repeat(np.arange(4), 5))
+    assert none == pytest.approx((0.0, 0.0, 3.841459 / (4 + 3.841459)), abs=1e-6)  # of four prompts, not of twenty
+    assert rate(matched, np.arange(20))[2] < high
+
+
+def test_an_expression_cannot_hang_the_vault():
+    started = time.process_time()
+    assert matches(["a" * 100_000 + "b"], regex="(a+)+$").tolist() == [False]
+    assert time.process_time() - started < 5
+    assert matches(["xay", "XAY", ""], contains=("a", "q")).tolist() == [True, False, False]
+
+
+def test_rates_of_added_vectors_pass_on_own_prompts_only_and_texts_never():
+    limits = Disclosure()
+    rates = Result("rates", {"rates": np.array([0.5]), "rates_low": np.array([0.4]), "rates_high": np.array([0.6])}, {})
+    steered = {"rows": 400, "prompts": 200, "intervened": True, "top_prompt_share": 0.01, "top_two_share": 0.02}
+    assert judge(rates, Evidence("own", matched=True, **steered), (), limits).outcome == "pass"
+    assert judge(rates, Evidence("own", matched=False, **steered), (), limits).rules == (Rule.INTERVENED,)
+    restricted = Evidence("restricted", matched=True, cohorts=({n: n for n in range(200)},), **steered)
+    assert judge(rates, restricted, (), limits).rules == (Rule.INTERVENED,)
+    summary = Result("summary", {"mean": 1.0}, {})
+    assert judge(summary, Evidence("own", matched=True, **steered), (), limits).rules == (Rule.INTERVENED,)
+    texts = Result(TEXTS, {"coded": np.zeros(3, np.uint8)}, {})
+    assert judge(texts, Evidence("own", rows=400, prompts=200), (), limits).rules == (Rule.TEXT,)
+
+
+class Worker:
+    def __init__(self, folder, address, token):
+        # fmt: off
+        command = [
+            sys.executable, "-m", "millpond.cli", "worker", "--queue", address, "--model", str(MODEL),
+            "--lake", str(folder / "lake"), "--hooks", HOOK, "--lease", "4", "--kinds", "capture", "generate",
+            "--engine", json.dumps({"kv_cache_memory_bytes": 1 << 27, "max_num_batched_tokens": 512}),
+        ]
+        # fmt: on
+        self.log = folder / "worker.log"
+        with self.log.open("ab") as log:
+            environment = os.environ | {"MILLPOND_WORKER_TOKEN": token}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+    def end(self, number):
+        os.killpg(self.process.pid, number)
+        self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The gateway and what stands behind it; the first worker was killed in the middle of a job."""
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "words.txt").write_bytes((ROOT / "store" / "lake.py").read_bytes())
+    gate = Gatehouse(folder, dictionary="words.txt")
+    gate.settings = gate.settings.model_copy(update={"models": {"m": Weights(path=str(MODEL))}})
+    sql = SqlQueue(gate.settings.database)
+    token, credential = new_worker("gpu", ["capture", "generate"])
+    executor = Executor(gate.settings, told=lambda _: None)
+    thread = threading.Thread(target=executor.run)
+    with gate, serving(create_queue_app(sql, [credential])) as address:
+        worker = Worker(folder, address, token)
+        thread.start()
+        lake = mp.connect(gate.origin, gate.tokens["ada"], "one", dictionary=folder / "words.txt")
+        prompts = lake.prompts("functions", PROMPTS)
+        sampling = {"max_tokens": 100, "n": 40, "temperature": 1.0}
+        killed = lake.submit_generate(prompts, model="m", score=PATTERN, by="kind", **sampling)
+        end = time.monotonic() + 120
+        while sql.get(killed.handle).progress.get("prompts", 0) < 20:
+            assert worker.process.poll() is None, worker.log.read_text()[-3000:]
+            assert time.monotonic() < end, (sql.get(killed.handle), worker.log.read_text()[-3000:])
+            time.sleep(0.05)
+        worker.end(signal.SIGKILL)
+        worker = Worker(folder, address, token)
+        try:
+            yield SimpleNamespace(gate=gate, sql=sql, lake=lake, prompts=prompts, killed=killed, worker=worker)
+        finally:
+            worker.end(signal.SIGTERM)
+            executor.stop()
+            thread.join()
+            executor.workshop.engine.dispose()
+            sql.engine.dispose()
+            lake.close()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_job_once_and_the_rates_are_of_what_it_wrote(place):
+    made = place.killed.result(timeout=180)
+    table = read_completions(place.gate.lake.storage, place.killed.handle)
+    assert table.groupby("prompt").size().tolist() == [40] * len(PROMPTS)
+    matched = table["text"].map(lambda text: re.search(PATTERN, text) is not None)
+    kinds = table["prompt"].map(lambda n: PROMPTS[n]["kind"])
+    assert made.groups == ("check", "load", "read", "write")
+    expected = [matched.mean(), *(matched[kinds == kind].mean() for kind in made.groups)]
+    (kept,) = place.gate.app.state.gateway.answers.of(place.killed.handle)
+    assert kept.result.values["rates"].tolist() == pytest.approx(expected)
+    steps = (made.table()["high"] - made.table()["low"]) / 2  # a released one is rounded to its standard error
+    assert (abs(made.table()["rate"] - expected) < steps).all()
+    assert (made.table()["low"] <= made.table()["rate"]).all()
+    assert made.table().index.tolist() == ["overall", *made.groups]
+    assert made.rates.values["rows"] == len(table)
+    events = [event.event for event in place.sql.history(place.killed.handle) if event.event != "heartbeat"]
+    assert events == ["submit", "claim", "claim", "hand over", "claim", "finish"]
+    assert verify_release(place.gate.settings, place.killed.handle) == [(0, "same")]
+
+
+@pytest.mark.slow
+def test_steering_changes_how_often_the_model_writes_what_matches(place):
+    before = place.gate.spent()
+    options = {"model": "m", "score": PATTERN, "max_tokens": 40}
+    quoted = place.lake.quote("generate", {"prompts": place.prompts, **options})
+    plain = place.lake.generate(place.prompts, **options)
+    steered = place.lake.generate(place.prompts, interventions=[STEER], **options)
+    assert plain.table().loc["overall", "low"] > steered.table().loc["overall", "high"]
+    assert quoted == 1 + -(-(8 + 1 + 17 + 40 + 2 * 41) // 8) + 16  # one rate with its interval, two counts
+    assert place.gate.spent() - before < 2 * quoted + 400
+
+
+@pytest.mark.slow
+def test_texts_leave_after_a_review_only_and_are_what_is_in_the_vault(place):
+    options = {"model": "m", "max_tokens": 30, "texts": True, "n": 2, "temperature": 0.8}
+    prompts = PROMPTS[:3]
+    future = place.lake.submit_generate(prompts, **options)
+    with pytest.raises(InReview):
+        future.result(timeout=120)
+    browser, csrf = place.gate.browser("rex")
+    rex = place.gate.spent("rex")
+    seen = browser.post(f"/p/one/reviews/{future.handle}/0", data={"do": "view", "csrf_token": csrf})
+    table = read_completions(place.gate.lake.storage, future.handle)
+    assert seen.text.count("Completion ") == 6
+    assert place.gate.spent("rex") > rex + 30
+    before = place.gate.spent()
+    path = f"{P}/reviews/{future.handle}/0"
+    browser.post(path, json={"decision": "approved"}, headers={"X-CSRF-Token": csrf})
+    time.sleep(0.5)
+    made = future.result(timeout=30)
+    assert [list(one) for one in made.texts] == table.groupby("prompt")["text"].apply(list).tolist()
+    assert made.rates is None
+    plain = sum(len(text.encode()) for text in table["text"])
+    assert 16 < place.gate.spent() - before < plain
+    answer = decode(place.gate.client("ada").get(f"{P}/jobs/{future.handle}/answers/0").content)
+    assert isinstance(answer, Texts)
+
+
+@pytest.mark.slow
+def test_a_refused_review_sends_nothing(place):
+    future = place.lake.submit_generate(PROMPTS[:2], model="m", max_tokens=10, texts=True)
+    with pytest.raises(InReview):
+        future.result(timeout=120)
+    browser, csrf = place.gate.browser("rex")
+    path = f"{P}/reviews/{future.handle}/0"
+    browser.post(path, json={"decision": "denied"}, headers={"X-CSRF-Token": csrf})
+    time.sleep(0.5)
+    with pytest.raises(NotReleased, match="text") as error:
+        future.result(timeout=30)
+    assert not isinstance(error.value, InReview)
+    before = place.gate.spent()
+    sent = place.gate.client("ada").get(f"{P}/jobs/{future.handle}/answers/0").content
+    assert len(sent) < 6
+    assert place.gate.spent() - before == len(sent) + 16
+
+
+@pytest.mark.slow
+def test_a_seed_on_a_cpu_engine_fails_the_job_and_not_the_worker(place):
+    with pytest.raises(GatewayRefused):
+        place.lake.generate(PROMPTS, model="m", max_tokens=5, score="a", temperature=1.0, seed=1)
+    assert place.worker.process.poll() is None
+
+
+@pytest.mark.slow
+def test_what_cannot_be_done_is_refused_before_it_is_queued(place):
+    jobs = len(place.sql.jobs())
+    good = {"model": "m", "max_tokens": 5, "score": "a"}
+    for field, wrong in (
+        ("regex", {"score": "(a"}),
+        ("regex", {"score": "(?=a)b"}),
+        ("max_tokens", {"max_tokens": 5000}),
+        ("temperature", {"temperature": -1}),
+        ("score", {"score": []}),
+        ("by", {"by": "kind"}),
+        ("texts", {"score": None}),
+    ):
+        with pytest.raises(InvalidInput, match=field):
+            place.lake.generate(PROMPTS, **good | wrong)
+    client = place.gate.client("ada")
+    job = {"kind": "generate", "model": "m", "prompts": [{"id": "a", "text": "x"}], "sampling": {"max_tokens": 5}}
+    job["score"] = {"contains": ["a"]}
+    unknown = {"op": "add", "hook": HOOK, "vector": "0" * 16}
+    for code, wrong in (
+        (ErrorCode.NOT_FOUND, {"interventions": [unknown]}),
+        (ErrorCode.BAD_REQUEST, {"model": "other"}),
+        (ErrorCode.BAD_REQUEST, {"adapter": "none"}),
+        (ErrorCode.NOT_FOUND, {"prompts": "0" * 16}),
+        (ErrorCode.BAD_REQUEST, {"prompts": place.prompts.handle, "by": "nothing"}),
+        (ErrorCode.BAD_REQUEST, {"texts": True, "text_bytes": 65_536, "sampling": {"max_tokens": 5, "n": 64}}),
+    ):
+        assert decode(client.post(f"{P}/jobs", json={"job": job | wrong}).content) == Failure(code), wrong
+    assert len(place.sql.jobs()) == jobs
