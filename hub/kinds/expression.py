@@ -76,7 +76,7 @@ class ExpressionJob(Job):
         from millpond.hub.evidence import Part, group_codes, measure
         from millpond.hub.kinds.base import Answer
         from millpond.hub.probing import rows_of
-        from millpond.hub.summaries import answer_expression, mixes
+        from millpond.hub.summaries import answer_expression, crosses, mixes
 
         part = rows_of(vault, self.rows)
         expression = vault.expression(self.expression)
@@ -88,6 +88,6 @@ class ExpressionJob(Job):
         labels = tuple(part.view.labels[name].values for name in expression.labels)
         seen = measure(
             (part,), hooks=expression.hooks, labels=labels, target="label" if labels else "none",
-            custom=mixes(expression.reduce),
+            custom=mixes(expression.reduce) or (part.restricted and crosses(expression.reduce)),
         )  # fmt: skip
         return Outcome((Answer(result, seen),))

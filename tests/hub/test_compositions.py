@@ -81,3 +81,18 @@ def test_a_short_condition_cannot_fill_the_memory_with_text():
     )
     done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 50_000  # KiB
+
+
+def test_a_correlation_with_a_mark_on_one_row_is_a_reviewers_on_restricted_prompts(gate):
+    gate.lake["shared"].labels.add(label_mark("one") + "mark", np.arange(PROMPTS * 20) == 77)
+    reduce = {
+        "op": "correlation", "of": {"op": "norm", "of": {"op": "activations", "hook": HOOK}},
+        "other": {"op": "label", "name": "mark"},
+    }  # fmt: skip
+    job = {
+        "kind": "expression", "rows": rows(gate.restricted), "expression": {"run": gate.restricted, "reduce": reduce},
+    }  # fmt: skip
+    client = gate.client("ben")
+    found = gate.answer(client, gate.do(client, job))
+    assert isinstance(found, Withheld)
+    assert Rule.CUSTOM_OUTPUT in found.verdict.rules
