@@ -53,6 +53,10 @@ def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -
         InvalidInput: the installation has no such model or adapter, the project may not use it, or the name is taken.
     """
     weights = checked_weights(gateway, vault, job.model, job.adapter)
+    for kind, handle in job.needs():
+        # the run is charged to the model that it is captured from: what of another's went in would leave unpaid
+        if kind != "prompts" and vault.held(kind, handle).model != job.model:
+            raise InvalidInput(f"an intervention names a {kind} of another model than {job.model!r}")
     if any(held.name == job.name for held in gateway.projects.held(vault.project, "run")):
         raise InvalidInput(f"the project has a run {job.name!r}; choose another name")
     path, columns = prompts_file(gateway, vault, job.prompts)
@@ -117,7 +121,7 @@ def registered(gateway: Gateway, job: ProjectJob) -> Held | None:
         pass
     if job.state != "finished" or target not in gateway.lake:
         return None
-    model = next((name for name, one in gateway.settings.models.items() if one.path == spec.model.path), None)
+    model = _model_of(gateway, job.project, spec)
     if model is None:
         raise InvalidInput(f"the settings no longer have the model in {spec.model.path!r}")
     # whose prompts they are decides which rules hold: these were sent by the project's own members
@@ -126,6 +130,19 @@ def registered(gateway: Gateway, job: ProjectJob) -> Held | None:
         return gateway.projects.hold(job.project, "run", name, target, model=model, detail=detail)
     except InvalidInput:
         return gateway.projects.named(job.project, "run", name)
+
+
+def _model_of(gateway: Gateway, project: str, spec: capture_spec.CaptureJob) -> str | None:
+    """The policy's name of the captured model; of several with the same weights a capped one, which pays."""
+    adapter, allowed = spec.model.adapter, gateway.projects.models(project)
+    found = [
+        name
+        for name, one in gateway.settings.models.items()
+        if one.path == spec.model.path and (adapter is None or adapter in one.adapters.values())
+    ]
+    capped = [name for name in found if name in gateway.policy.models and not gateway.policy.models[name].public]
+    mine = [name for name in capped if name in allowed] or [name for name in found if name in allowed]
+    return next(iter([*mine, *capped, *found]), None)
 
 
 def _write(gateway: Gateway, rows: Sequence[Mapping[str, Any]]) -> Path:

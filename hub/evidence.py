@@ -50,6 +50,18 @@ def class_codes(values: NDArray[Any]) -> NDArray[np.int64] | None:
     return codes.astype(np.int64)
 
 
+def group_codes(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Group of each row, whatever the values are: each group is shown, so each is measured.
+
+    Raises:
+        InvalidInput: there are too many to measure.
+    """
+    found, codes = np.unique(values, return_inverse=True)
+    if len(found) > MAX_CLASSES:
+        raise InvalidInput(f"the label has {len(found):,} values; group by one of at most {MAX_CLASSES:,}")
+    return codes.astype(np.int64)
+
+
 def measure(
     parts: Sequence[Part],
     *,
@@ -89,7 +101,8 @@ def measure(
         top_two_share=max(one.two for one in seen),
         intervened=any(_intervened(part) for part in parts),
         custom=custom,
-        token_only=any(hook in TOKEN_HOOKS for hook in hooks),
+        # a glob may name the hook too, so what it selects is looked at
+        token_only=any(name in TOKEN_HOOKS for part in parts for hook in hooks for name in part.whole.match(hook)),
         cohorts=tuple(one for part in seen for one in part.cohorts) if restricted else (),
         label_set=_digest(labels) if labels else None,
     )

@@ -82,6 +82,14 @@ def mixes(node: Any) -> bool:
     return any(mixes(one) for one in below if isinstance(one, ex.Arithmetic | ex.Compare))
 
 
+def crosses(reduce: Any) -> bool:
+    """Whether activations are correlated with labels or positions, which weigh them: a mark on one row shows that row."""
+    sides = [[one, *ex.columns_of(one)] for one in (reduce.of, getattr(reduce, "other", None)) if one is not None]
+    reads = [any(isinstance(one, ex.Activations) for one in side) for side in sides]
+    weighs = [any(isinstance(one, ex.Label | ex.Position) for one in side) for side in sides]
+    return len(sides) == 2 and any(reads) and any(weighs)
+
+
 def _places(found: Result, view: Run, n: int, counts: dict[str, int]) -> Result:
     """The strongest rows: prompt numbers in the order of `run.prompts`, positions and values."""
     from millpond.hub.probing import _filled

@@ -121,7 +121,11 @@ class Expression:
             case ast.UnaryOp(operand=part):
                 return ~_boolean(self._value(part, columns))
             case ast.BinOp(left=left, op=op, right=right):
-                return _ARITHMETIC[type(op)](self._value(left, columns), self._value(right, columns))
+                sides = self._value(left, columns), self._value(right, columns)
+                # text takes % and * too, and both make strings of any length from a short condition
+                if any(np.asarray(side).dtype.kind not in "biuf" for side in sides):
+                    raise TypeError("arithmetic needs numbers")
+                return _ARITHMETIC[type(op)](*sides)
             case ast.Compare(left=left, ops=ops, comparators=others):
                 held = self._value(left, columns)
                 results = []

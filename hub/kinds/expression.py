@@ -73,10 +73,10 @@ class ExpressionJob(Job):
 
     def run(self, vault: Vault, progress: Progress) -> Outcome:
         """See the base class."""
-        from millpond.hub.evidence import Part, class_codes, measure
+        from millpond.hub.evidence import Part, group_codes, measure
         from millpond.hub.kinds.base import Answer
         from millpond.hub.probing import rows_of
-        from millpond.hub.summaries import answer_expression, mixes
+        from millpond.hub.summaries import answer_expression, crosses, mixes
 
         part = rows_of(vault, self.rows)
         expression = vault.expression(self.expression)
@@ -84,10 +84,10 @@ class ExpressionJob(Job):
         progress(0.5)
         by = expression.reduce.by
         if by is not None:
-            part = Part(part.held, part.whole, part.view, class_codes(part.view.labels[by].values))
+            part = Part(part.held, part.whole, part.view, group_codes(part.view.labels[by].values))
         labels = tuple(part.view.labels[name].values for name in expression.labels)
         seen = measure(
             (part,), hooks=expression.hooks, labels=labels, target="label" if labels else "none",
-            custom=mixes(expression.reduce),
+            custom=mixes(expression.reduce) or (part.restricted and crosses(expression.reduce)),
         )  # fmt: skip
         return Outcome((Answer(result, seen),))
