@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from millpond.hub.serving import (
 from millpond.hub.settings import Settings
 from millpond.hub.states import settled_at, state_at
 from millpond.hub.vault import Vault
-from millpond.store.errors import InvalidInput, JobNotFound
+from millpond.store.errors import InvalidInput, JobNotFound, MillpondError
 from millpond.store.lake import open_lake
 
 logger = logging.getLogger(__name__)
@@ -83,11 +83,21 @@ class Gateway:
             assert settings.tokens is not None
             self.gatekeeper = Gatekeeper(TokenFile(settings.tokens), settings.origin)
         self.limiter = anyio.CapacityLimiter(THREADS)
+        self.bulk: dict[str, anyio.CapacityLimiter] = {}
+        """Who is sending large bodies."""
 
     def close(self) -> None:
         """Close the connections."""
         self.ledger.close()
         self.engine.dispose()
+
+    def user(self, headers: Mapping[str, str], cookies: Mapping[str, str]) -> str | None:
+        """Who asks; None for somebody unknown, or while that cannot be told."""
+        try:
+            identity = self.gatekeeper.identify(headers, cookies)
+        except MillpondError:
+            return None
+        return None if identity is None else identity.user
 
     def enter(self, identity: Identity, project: str, right: Right) -> Vault:
         """The project's vault, for a member whose role has `right`.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 MAX_BODY = 1 << 20
 MAX_BULK = 64 << 20
 """Bytes of a request's body: of most, and of those that carry prompts, labels or a graph."""
+BULK_AT_ONCE = 2
+"""Of the latter that are read for one user; further ones wait."""
 MAX_DEPTH = 48
 STATUS_CODES = {
     ErrorCode.BAD_REQUEST: 400, ErrorCode.NOT_FOUND: 404, ErrorCode.NOT_ALLOWED: 403, ErrorCode.TOO_LARGE: 413,
@@ -146,14 +149,31 @@ class EndpointRoute(Route):
 async def answer(endpoint: Endpoint, gateway: Gateway, request: Request) -> Response:
     """Let the request in or not, call the handler in a thread, and send what it gives."""
     headers = {name.lower(): value for name, value in request.headers.items()}
-    try:
-        data, refused = await _read(endpoint, request)
-    except ClientDisconnect:
-        return Response(status_code=400)
-    reply = await anyio.to_thread.run_sync(
-        _reply, endpoint, gateway, request, headers, data, refused, limiter=gateway.limiter
-    )
+    async with _room(endpoint, gateway, request, headers) as known:
+        try:
+            data, refused = await _read(endpoint, request) if known else (b"", False)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        reply = await anyio.to_thread.run_sync(
+            _reply, endpoint, gateway, request, headers, data, refused, limiter=gateway.limiter
+        )
     return response(reply)
+
+
+@asynccontextmanager
+async def _room(
+    endpoint: Endpoint, gateway: Gateway, request: Request, headers: Mapping[str, str]
+) -> AsyncIterator[bool]:
+    """Whether the body may be read: a large one only of somebody who is known, and of each two at a time."""
+    if endpoint.takes not in ("bulk", "bulk form"):
+        yield True
+        return
+    user = await anyio.to_thread.run_sync(gateway.user, headers, request.cookies, limiter=gateway.limiter)
+    if user is None:
+        yield False
+        return
+    async with gateway.bulk.setdefault(user, anyio.CapacityLimiter(BULK_AT_ONCE)):
+        yield True
 
 
 def response(reply: Reply) -> Response:

@@ -216,6 +216,26 @@ def test_what_is_too_large_is_not_read(gate):
         assert raw.recv(4096).startswith(b"HTTP/1.1 413")
 
 
+def test_large_bodies_are_read_of_somebody_known_and_two_at_a_time(gate):
+    def send(token):
+        raw = socket.create_connection(("127.0.0.1", gate.port))
+        raw.settimeout(10)
+        head = f"POST {P}/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 60000000\r\n\r\n"
+        raw.sendall(head.encode() + b"{")
+        return raw
+
+    with send("nobody's") as raw:  # answered although almost nothing of its body was sent
+        assert raw.recv(4096).startswith(b"HTTP/1.1 403")
+    slow = [send(gate.tokens["ada"]) for _ in range(4)]  # more than two of hers at once
+    try:
+        assert gate.client("ben").post(f"{P}/quote", json={"job": {}}).status_code == 400  # keep nobody else waiting
+        assert gate.client("ada").get(f"{P}/runs").status_code == 200  # nor her own small requests
+    finally:
+        for raw in slow:
+            raw.close()
+    assert gate.client("ada").post(f"{P}/quote", json={"job": {}}).status_code == 400  # room again
+
+
 def test_a_job_is_priced_done_charged_and_repeated_for_the_fixed_amount(gate):
     ada = gate.client("ada")
     job = probe(gate.run, name="LogisticProbe", C=0.5)
