@@ -6,6 +6,7 @@ import asyncio
 import html
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from millpond.hub.body import PROGRESS_STEPS, Handles, JobStatus, ReleasedResult, Texts
@@ -21,7 +22,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _MARGIN = 0.005
 _BUDGET_AGE = 3600.0
-_MAKERS = ("probe", "sae_train", "capture")
+_EARLIER = "job"
+_MAKERS = ("probe", "sae_train", "capture", _EARLIER)
+
+
+@dataclass(frozen=True)
+class EarlierJob:
+    """A job of which only the handle is known."""
+
+    count: int
+    """Of its answers."""
+    kind: str = _EARLIER
+
+    def answers(self) -> int:
+        """How many answers it has."""
+        return self.count
 
 
 class JobFuture(Generic[T]):
@@ -30,7 +45,7 @@ class JobFuture(Generic[T]):
     def __init__(
         self,
         lake: RemoteLake,
-        job: Job,
+        job: Job | EarlierJob,
         handle: bytes,
         finish: Callable[[Sequence[Any], Sequence[bytes]], T],
         *,

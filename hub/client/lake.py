@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from millpond.hub.body import UNCAPPED, BudgetLeft, Handles, Quote
 from millpond.hub.client import jobs
 from millpond.hub.client.connection import API, Connection
-from millpond.hub.client.futures import JobFuture
+from millpond.hub.client.futures import EarlierJob, JobFuture
 from millpond.hub.client.generation import Generation, finished, group_names
 from millpond.hub.client.run import RemoteRun
 from millpond.hub.client.texts import TextReader
@@ -229,6 +230,23 @@ class RemoteLake(Mapping[str, RemoteRun]):
     def jobs(self) -> list[str]:
         """The handles of your jobs in the project."""
         return [handle.hex() for handle in self.connection.ask(Handles, "GET", "jobs").values]
+
+    def job(self, handle: str, *, answers: int = 1) -> JobFuture[tuple[list[Any], list[Artifact]]]:
+        """A job of the project that was submitted before, in another session too.
+
+        Its result is what it answered, and the artifacts or the run that it made, by their handles.
+
+        Args:
+            handle: from a future's `handle`, or from `jobs`.
+            answers: how many answers to ask for: a sweep has one a label, most other jobs one, a capture none.
+        """
+        if not re.fullmatch(r"[0-9a-f]{16}", handle):
+            raise InvalidInput(f"handle is {handle!r}; give 16 hexadecimal digits, as future.handle and lake.jobs() do")
+
+        def take(found: Sequence[Any], made: Sequence[bytes]) -> tuple[list[Any], list[Artifact]]:
+            return list(found), [Artifact(self, one.hex()) for one in made]
+
+        return JobFuture(self, EarlierJob(answers), bytes.fromhex(handle), take)
 
     def budget(self) -> BudgetLeft:
         """What is left now: bytes of your week, and 64ths of the project's and the model's lifetime budget."""

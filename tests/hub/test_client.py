@@ -365,6 +365,23 @@ def test_results_arrive_although_the_gateway_is_killed_meanwhile(vault, lake):
     assert sae.evaluate(run[HOOK])["rows"] == run.n_rows
 
 
+def test_a_job_is_found_again_by_its_handle(vault, lake):
+    """As after the notebook's server was started anew."""
+    run = lake["deception"]
+    train, _ = run.split(test=0.2, seed=4)
+    probe = mp.LogisticProbe(progress=False)
+    future = probe.submit_fit(train[HOOK], train.labels["deceptive"])
+    with mp.connect(vault.url, token=vault.token, project="probing") as again:
+        assert future.handle in again.jobs()
+        answers, made = again.job(future.handle, answers=0).result(timeout=60)
+        assert answers == []
+        (artifact,) = made
+    future.result(timeout=60)
+    assert probe.remote_.handle == artifact.handle
+    with pytest.raises(InvalidInput, match="16 hexadecimal digits"):
+        lake.job("no handle")
+
+
 def test_a_twin_takes_the_same_lines_and_costs_nothing(vault, lake):
     run = lake["deception"]
     before = spent(vault)

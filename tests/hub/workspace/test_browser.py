@@ -200,6 +200,30 @@ def test_a_notebook_captures_a_run_of_its_own(demo):
         demo.do(ada.close())
 
 
+SUBMIT = """
+import millpond as mp
+
+run = mp.connect()["stdlib-heldout"]
+probe = mp.LogisticProbe()
+print(probe.submit_fit(run["blocks.3.hook_resid_post"], run.labels["is_keyword"]).handle)
+"""
+
+
+def test_a_server_that_is_started_anew_finds_the_job_that_ran_meanwhile(demo):
+    ada = demo.do(_browser(demo))
+    try:
+        handle = demo.do(ada.run(demo.do(ada.kernel()), SUBMIT, 120), 130).split()[-1]
+        demo.do(ada.stop())
+        running, message = demo.do(ada.spawn())
+        assert running, message
+        demo.do(ada.open())
+        again = f"import millpond as mp; print(mp.connect().job({handle!r}, answers=0).result(timeout=120))"
+        said = demo.do(ada.run(demo.do(ada.kernel()), again, 150), 160)
+        assert "<Artifact" in said, said
+    finally:
+        demo.do(ada.close())
+
+
 ASK = """
 import torch
 import millpond as mp
