@@ -8,11 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from copy import copy
-from functools import wraps
 from typing import Any
 
 from millpond.capture.frontend import Admitted, CaptureFrontend
-from millpond.capture.serving import served_facts
+from millpond.capture.serving import served_facts, wrap_method
 from millpond.store.errors import CaptureFailed, InvalidInput
 
 _CONFIRM_EVERY = 16  # requests a call to the workers
@@ -24,18 +23,7 @@ def install() -> None:
     if module is None or getattr(module.OfflineInferenceMixin._add_request, "_millpond", False):
         return
     for around in (_add_request, _render_and_add_requests, _run_engine):
-        _wrap(module.OfflineInferenceMixin, around.__name__, around)
-
-
-def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
-
-    @wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    method._millpond = True  # type: ignore[attr-defined]
-    setattr(owner, name, method)
+        wrap_method(module.OfflineInferenceMixin, around.__name__, around)
 
 
 class _Captures:

@@ -30,8 +30,8 @@ def install() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     if not getattr(AsyncLLM.generate, "_millpond", False):
-        _wrap(AsyncLLM, "__init__", _build_frontend)
-        _wrap(AsyncLLM, "generate", _generate)
+        wrap_method(AsyncLLM, "__init__", _build_frontend)
+        wrap_method(AsyncLLM, "generate", _generate)
 
 
 def _install_endpoints() -> None:
@@ -43,13 +43,13 @@ def _install_endpoints() -> None:
     if getattr(OpenAIServingChat.chat_completion_stream_generator, "_millpond", False):
         return
     for request in (CompletionRequest, ChatCompletionRequest):
-        _wrap(request, "to_beam_search_params", _refuse_beams)
-    _wrap(OpenAIServingCompletion, "completion_stream_generator", _stream_completion)
-    _wrap(OpenAIServingCompletion, "request_output_to_completion_response", _completion_response)
-    _wrap(OpenAIServingChat, "chat_completion_stream_generator", _stream_chat)
+        wrap_method(request, "to_beam_search_params", _refuse_beams)
+    wrap_method(OpenAIServingCompletion, "completion_stream_generator", _stream_completion)
+    wrap_method(OpenAIServingCompletion, "request_output_to_completion_response", _completion_response)
+    wrap_method(OpenAIServingChat, "chat_completion_stream_generator", _stream_chat)
 
 
-def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+def wrap_method(owner: type, name: str, around: Callable[..., Any]) -> None:
     """Replace a method by `around(original, self, ...)`."""
     original = getattr(owner, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -225,14 +226,14 @@ class RemoteRun:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class _Column:
+class _Column(ABC):
     """Values of rows in the vault; nothing turns them into an array here."""
 
     run: RemoteRun
 
     @property
-    def _what(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _what(self) -> str: ...
 
     def millpond_backend(self) -> RemoteLake:
         """Who holds the rows."""
