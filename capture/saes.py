@@ -60,6 +60,13 @@ class StoredSae:
         indices, values = self._largest(hidden)
         return torch.zeros_like(hidden).scatter_(1, indices, values)
 
+    def dense(self, x: Tensor) -> Tensor:
+        """The same before a top-k SAE keeps its k largest."""
+        if self.architecture != "topk":
+            return self.encode(x)
+        hidden = (x - self.b_dec if self._subtract else x) @ self.W_enc + self._tensors["b_enc"]
+        return torch.relu(hidden * self.W_dec.norm(dim=1) if self._rescale else hidden)
+
     def codes(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The `k` largest latents of activations (n, d_in): indices and values (n, k), largest first, and of how many (n,)."""
         if self.architecture == "topk":
