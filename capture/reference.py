@@ -219,7 +219,7 @@ def _sample(run: Run, n_prompts: int, seed: int) -> list[_Sample]:
     part = run.select(marks)
     coordinates = part.tokens.compute()
     values = {hook: part[hook].values for hook in run.hooks}
-    reads = {name: {key: array.values for key, array in part.reads[name].data_vars.items()} for name in part.reads}
+    reads = {name: {str(key): array.values for key, array in part.reads[name].data_vars.items()} for name in part.reads}
     from_file = _prompt_file(run)
     taken = []
     end = 0

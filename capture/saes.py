@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,25 @@ class StoredSae:
         self.k = int(config["k"]) if self.architecture == "topk" else None
         """Active latents a row, where the architecture fixes them."""
         self._rescale = bool(config.get("rescale_acts_by_decoder_norm", False))
+
+    def to(self, device: torch.device) -> StoredSae:
+        """The same on another device."""
+        moved = copy(self)
+        moved._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+        moved.W_enc, moved.W_dec, moved.b_dec = (moved._tensors[name] for name in ("W_enc", "W_dec", "b_dec"))
+        return moved
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def directions(self) -> Tensor:
+        """What one unit of each latent adds to a reconstruction, (d_sae, d_in)."""
+        if self.architecture == "topk" and self._rescale:
+            unit: Tensor = self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
+            return unit
+        return self.W_dec
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (n, d_sae) of activations (n, d_in)."""

@@ -54,7 +54,7 @@ class Server:
         with self.log.open("ab") as log:
             environment = os.environ | dict(environment or {})
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while True:
             try:
                 if httpx.get(f"{self.url}/health", verify=False).status_code == 200:  # loading certificates is slow
