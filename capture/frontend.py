@@ -62,6 +62,11 @@ class Admitted:
     """Why each sample ended."""
     started: bool = False
 
+    @property
+    def failed(self) -> str:
+        """How a message begins that says why."""
+        return f"capture of {self.id!r} into run {self.run.spec.name!r} failed"
+
 
 class CaptureFrontend:
     """Admits the requests of one engine, or of several equal ones, and reports on them; lives in a process that talks to clients.
@@ -216,7 +221,7 @@ class CaptureFrontend:
                 engines.add(result.engine)
         if failures:
             kept = f"; of its samples, {', '.join(rows)} are stored" if rows else ""
-            raise CaptureFailed(f"capture failed: {failures[0]}{kept}")
+            raise CaptureFailed(f"{admitted.failed}: {failures[0]}{kept}")
         told = {
             "id": admitted.id,
             "run": admitted.run.spec.name,
@@ -284,6 +289,11 @@ class CaptureFrontend:
         run = lake[name]
         if run.state == "sealed":
             raise InvalidInput(f"millpond.capture.run: run {name!r} is sealed and cannot grow; name another run")
+        if "fingerprint" in run.provenance:
+            raise InvalidInput(
+                f"millpond.capture.run: run {name!r} was made by a capture job, which counts its rows and seals it; name "
+                "another run"
+            )
         ids = {*run.prompts["id"], *run.dropped["id"]}
         return ServedRun(self.facts.run_spec(name), ids, Allowance(lake, name))
 

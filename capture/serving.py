@@ -140,18 +140,23 @@ def _generate(
     if not isinstance(admitted, Admitted):
         return outputs
     deltas = sampling_params.output_kind == RequestOutputKind.DELTA
-    followed = _in_vllms_words(frontend.follow(admitted, outputs, deltas=deltas))
+    followed = _in_vllms_words(admitted, frontend.follow(admitted, outputs, deltas=deltas))
     weakref.finalize(followed, frontend.release_unstarted, admitted)
     return followed
 
 
-async def _in_vllms_words(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+async def _in_vllms_words(admitted: Admitted, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
     try:
         async with aclosing(outputs) as stream:
             async for output in stream:
                 yield output
     except CaptureFailed as error:
         raise _failure(str(error)) from error
+    except (EngineDeadError, EngineGenerateError) as error:  # vLLM ends the server when it sees these
+        error.args = (f"{admitted.failed}, and nothing of it is stored: {error}",)
+        raise
 
 
 def _failure(reason: str) -> Exception:

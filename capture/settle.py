@@ -75,7 +75,10 @@ class Settler:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             for capture_id in list(self._waiting):
-                self._fail(capture_id, f"the engine failed before the rows were durable: {reason}")
+                self._fail(
+                    capture_id,
+                    f"the engine failed before it said whether the rows are durable; the run may hold them: {reason}",
+                )
             self._drops.clear()
 
     async def _step(self) -> None:

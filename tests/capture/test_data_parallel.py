@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,6 +32,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(tmp_path_factory.mktemp("ranks"), *ranks, environment=BOTH)
     yield running
     running.stop()
+
+
+def processes(group: int, title: str) -> Iterator[int]:
+    """Ids of the processes of a group that are called so."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.getpgid(int(folder.name)) == group and title in (folder / "cmdline").read_text():
+                yield int(folder.name)
 
 
 def ask(server: Server, bodies: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[httpx.Response]:
@@ -100,3 +113,36 @@ def test_samples_are_claimed_where_their_request_is_and_given_back() -> None:
     claims.keep("c4")
     claims.release("c4")  # stored: it stays taken
     assert not claims.take("c5", "run", "p")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_engine_that_dies_fails_its_requests_by_name(server: Server) -> None:
+    """The last test of this server: vLLM ends all of it when one engine is gone."""
+    workers = list(processes(server.process.pid, "VLLM::Worker"))
+    assert len(workers) == 2
+    answers: dict[str, httpx.Response | httpx.TransportError] = {}
+
+    def one(number: int) -> None:
+        body = {"prompt": f"x = {number}", "max_tokens": 400, "ignore_eos": True}
+        try:
+            answers[f"d{number}"] = server.post(body, millpond={"id": f"d{number}"})
+        except httpx.TransportError as error:
+            answers[f"d{number}"] = error
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    os.kill(workers[0], signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    held = set(mp.open(server.lake)["live"].prompts["id"])
+    named = 0
+    for name, answer in answers.items():
+        if isinstance(answer, httpx.Response) and answer.status_code == 200:
+            assert told(answer)["id"] in held
+        elif isinstance(answer, httpx.Response) and f"capture of '{name}' into run 'live' failed, and" in answer.text:
+            assert (answer.status_code, name in held) == (500, False)
+            named += 1
+    assert named > 0, answers
