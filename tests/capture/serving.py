@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from millpond.capture.params import capture_params
 from tests.capture.conftest import MODEL
 
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2])}
+"""One core for each of an engine's, or a data-parallel group's, two workers."""
 CHAT_TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 

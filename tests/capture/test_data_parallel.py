@@ -20,16 +20,14 @@ import millpond as mp
 from millpond.capture.claims import PromptClaims, engine_of
 from millpond.store.verify import verify_run
 from tests.capture.conftest import Reference
-from tests.capture.serving import Server
+from tests.capture.serving import TWO_CORES, Server
 from tests.capture.test_serving import assert_rows, prompt_rows, told
-
-BOTH = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2])}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ranks = ["--data-parallel-size", "2", "--api-server-count", "2", "--max-num-batched-tokens", "64"]
-    running = Server(tmp_path_factory.mktemp("ranks"), *ranks, environment=BOTH)
+    running = Server(tmp_path_factory.mktemp("ranks"), *ranks, environment=TWO_CORES)
     yield running
     running.stop()
 

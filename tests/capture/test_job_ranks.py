@@ -16,6 +16,7 @@ from millpond.store.lake import open_lake
 from millpond.store.verify import verify_run
 from tests.capture.artifacts import INTERCEPT, coefficients
 from tests.capture.conftest import D_MODEL, HOOK, MODEL, N_LAYERS, Reference
+from tests.capture.serving import TWO_CORES
 from tests.capture.test_serving import assert_rows, prompt_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -40,9 +41,8 @@ def test_a_job_of_two_ranks_is_hugging_faces(
         reads = [{{read = "probe", artifact = "p", hook = "{HOOK.format(N_LAYERS - 1)}"}}]
         max_new_tokens = 4
     """)
-    both = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2])}
     command = [sys.executable, "-m", "millpond.cli", "capture", str(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | both, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | TWO_CORES, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     run = mp.open(tmp_path / "lake")["run"]
     assert (run.state, verify_run(run).problems) == ("sealed", [])
