@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 
 from millpond.capture.admission import EngineFacts
+from millpond.capture.vllm_cli import serve_command
 from millpond.store.capture_spec import RequestArgs
 from millpond.store.errors import InvalidInput
 from millpond.store.lake import open_lake
 from tests.capture.artifacts import save_small_sae
+from tests.capture.conftest import MODEL
 
 HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(4))
 SAE = {"op": "sae", "hook": HOOKS[1], "artifact": "s"}
@@ -86,3 +89,18 @@ def test_saes_of_another_form_are_refused(saes: list[Any]) -> None:
 def test_a_setting_that_is_no_number_is_refused() -> None:
     with pytest.raises(InvalidInput, match="staging_rows"):
         facts(staging_rows="many")
+
+
+@pytest.mark.slow  # it asks for vLLM's version
+def test_serve_hands_saes_to_the_engine(tmp_path: Path) -> None:
+    def settings(*saes: str) -> Any:
+        command = serve_command(
+            str(MODEL), lake=str(tmp_path / "lake"), hooks=HOOKS, run=None, commit_seconds=1.0, arguments=(), saes=saes
+        )
+        return json.loads(command[command.index("--additional-config") + 1])["millpond"]
+
+    assert settings(f"{HOOKS[1]}=s")["saes"] == [{"hook": HOOKS[1], "artifact": "s"}]
+    assert "saes" not in settings()
+    for wrong in (HOOKS[1], "=s", f"{HOOKS[1]}="):
+        with pytest.raises(InvalidInput, match="give HOOK=ARTIFACT"):
+            settings(wrong)
