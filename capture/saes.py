@@ -57,10 +57,10 @@ class StoredSae:
 
     def directions(self) -> Tensor:
         """What one unit of each latent adds to a reconstruction, (d_sae, d_in)."""
+        directions: Tensor = self.W_dec
         if self.architecture == "topk" and self._rescale:
-            unit: Tensor = self.W_dec / self.W_dec.norm(dim=1, keepdim=True)
-            return unit
-        return self.W_dec
+            directions = directions / directions.norm(dim=1, keepdim=True)
+        return directions
 
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (n, d_sae) of activations (n, d_in)."""
