@@ -154,9 +154,10 @@ async def _in_vllms_words(admitted: Admitted, outputs: AsyncGenerator[Any, None]
                 yield output
     except CaptureFailed as error:
         raise _failure(str(error)) from error
-    except (EngineDeadError, EngineGenerateError) as error:  # vLLM ends the server when it sees these
-        error.args = (f"{admitted.failed}, and nothing of it is stored: {error}",)
-        raise
+    except (EngineDeadError, EngineGenerateError) as error:
+        failure = type(error)()  # vLLM gives all requests one object, and ends the server where it sees this class
+        failure.args = (f"{admitted.failed}, and nothing of it is stored: {error}",)
+        raise failure from error
 
 
 def _failure(reason: str) -> Exception:

@@ -264,7 +264,7 @@ class Verify(VerifyStored):
     """Check every byte, count and value of a lake's runs against their manifests."""
 
     reference: bool = False
-    """Recompute the rows of some prompts with Hugging Face too, and print how far the stored ones are from them."""
+    """Recompute rows and reads of some prompts with Hugging Face too, and print how far the stored ones are from them."""
     model: Path | None = None
     """With --reference: the model's folder, where it is not where the run says."""
     adapter: Path | None = None

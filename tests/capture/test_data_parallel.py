@@ -142,5 +142,6 @@ def test_an_engine_that_dies_fails_its_requests_by_name(server: Server) -> None:
             assert told(answer)["id"] in held
         elif isinstance(answer, httpx.Response) and f"capture of '{name}' into run 'live' failed, and" in answer.text:
             assert (answer.status_code, name in held) == (500, False)
+            assert answer.text.count("capture of") == 1  # nothing of other requests
             named += 1
     assert named > 0, answers
