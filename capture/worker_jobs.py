@@ -25,6 +25,7 @@ from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
 from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
 from millpond.store.generation import GenerationJob
 from millpond.store.hooks import summarize_hooks
+from millpond.store.interventions import SpliceSae
 from millpond.store.lake import open_lake
 from millpond.store.logs import of_job
 from millpond.store.objects import open_storage
@@ -231,6 +232,10 @@ def _plan(job: CaptureJob, config: WorkerConfig, engine: CaptureEngine) -> Captu
     if missing:
         raise InvalidInput(
             f"capture.hooks: this worker has no tap at {missing[0]}, only at {summarize_hooks(engine.hooks)}"
+        )
+    if engine.on_device and any(isinstance(one, SpliceSae) for one in job.intervene):
+        raise InvalidInput(
+            "intervene: this worker's CUDA graphs hold no SAE; run the job with millpond capture, whose engine is made for it"
         )
     for target in plan.targets:
         if target.adapter is not None and target.adapter.rank > engine.max_rank:
