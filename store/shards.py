@@ -165,7 +165,7 @@ class ArrayWriter:
 
 
 GATHER_BYTES = 1 << 20
-"""Small pieces are written together once they have so many bytes."""
+"""Smaller pieces are written together, so many bytes at once."""
 
 
 class _ShardWriter:
@@ -178,7 +178,7 @@ class _ShardWriter:
         self._crc = 0
         self._bytes = 0
         self._index = np.full((spec.chunks_per_shard, 2), np.iinfo(np.uint64).max, "<u8")
-        self._gathered: list[Array] = []
+        self._gathered: Array | None = None
         self._gathered_bytes = 0
         self._encoder = None if spec.codec == "none" else encoder(spec.codec)
         shape = (spec.chunk_rows,) if spec.columns is None else (spec.chunk_rows, spec.columns)
@@ -209,21 +209,22 @@ class _ShardWriter:
         self._write(data)
 
     def _write(self, data: Array) -> None:
-        """Bytes of the shard; kept until there are enough of them."""
+        """Bytes of the shard; small pieces are gathered until there are enough of them."""
         self._bytes += len(data)
-        if len(data) < GATHER_BYTES:
-            self._gathered.append(data.copy())
-            self._gathered_bytes += len(data)
-            if self._gathered_bytes >= GATHER_BYTES:
-                self._flush()
+        if len(data) >= GATHER_BYTES:
+            self._flush()
+            self._put(data)
             return
-        self._flush()
-        self._put(data)
+        if self._gathered_bytes + len(data) > GATHER_BYTES:
+            self._flush()
+        if self._gathered is None:
+            self._gathered = np.empty(GATHER_BYTES, np.uint8)
+        self._gathered[self._gathered_bytes : self._gathered_bytes + len(data)] = data
+        self._gathered_bytes += len(data)
 
     def _flush(self) -> None:
-        if self._gathered:
-            self._put(np.concatenate(self._gathered))
-            self._gathered.clear()
+        if self._gathered is not None and self._gathered_bytes:
+            self._put(self._gathered[: self._gathered_bytes])
             self._gathered_bytes = 0
 
     def _put(self, data: Array) -> None:
