@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from millpond.store.errors import StorageFailed
 from millpond.store.objects import Buffer, Entry, Storage, StreamWriter
+from millpond.store.system_calls import begin_writeback, read_to_rows
 
-_MOST_TARGETS = 1024
-"""Linux's IOV_MAX."""
 WRITEBACK_BYTES = 16 << 20
 """The disk is told to begin with a file's bytes whenever it has so many more."""
-_SYNC_FILE_RANGE_WRITE = 2
-"""Of `linux/fs.h`."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -89,15 +87,12 @@ class LocalStorage(Storage):
             finally:
                 os.close(descriptor)
 
-    def read_scattered(self, path: str, start: int, targets: Sequence[memoryview]) -> int:  # noqa: D102
+    def read_to_rows(self, path: str, start: int, out: NDArray[np.uint8], place: NDArray[np.int64]) -> int:  # noqa: D102
         file = self.path / path
         with _named_errors(file):
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                done = 0
-                for first in range(0, len(targets), _MOST_TARGETS):
-                    done += _fill(descriptor, targets[first : first + _MOST_TARGETS], start + done)
-                return done
+                return read_to_rows(descriptor, start, out, place)
             finally:
                 os.close(descriptor)
 
@@ -206,7 +201,7 @@ class _FileWriter(StreamWriter):
             _write_all(self._descriptor, data)
         self._written += memoryview(data).nbytes
         if self._written - self._begun >= WRITEBACK_BYTES:
-            _begin_writeback(self._descriptor, self._begun, self._written - self._begun)
+            begin_writeback(self._descriptor, self._begun, self._written - self._begun)
             self._begun = self._written
 
     def finish(self) -> None:
@@ -224,20 +219,6 @@ class _FileWriter(StreamWriter):
             self._temporary.unlink(missing_ok=True)
 
 
-def _fill(descriptor: int, targets: Sequence[memoryview], start: int) -> int:
-    """Bytes read into the targets, one after the other; fewer than they hold only at the end of the file."""
-    wanted, done = sum(map(len, targets)), 0
-    left = list(targets)
-    while left and (count := os.preadv(descriptor, left, start + done)):
-        done += count
-        if done == wanted:
-            break
-        while count >= len(left[0]):  # the system may stop in the middle of a target
-            count -= len(left.pop(0))
-        left[0] = left[0][count:]
-    return done
-
-
 def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
@@ -246,25 +227,6 @@ def _write_all(descriptor: int, data: Buffer) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _begin_writeback(descriptor: int, start: int, length: int) -> None:
-    """Let the disk begin with bytes that `fsync` would otherwise only begin with at the end, while the next are made.
-
-    Nothing depends on it, so it may fail: file systems that cannot do it say so, and `fsync` reports bad disks.
-    """
-    begin = _sync_file_range()
-    if begin is not None:
-        begin(descriptor, start, length, _SYNC_FILE_RANGE_WRITE)
-
-
-@cache
-def _sync_file_range() -> Any:
-    """The system's call, which Python does not have; None where there is none."""
-    found = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if found is not None:
-        found.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return found
 
 
 def _make_folder(folder: Path) -> None:

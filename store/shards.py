@@ -294,17 +294,16 @@ def read_rows_to(folder: Storage, spec: ArraySpec, start: int, out: Array, place
     if spec.codec != "none" or spec.row_bytes < SCATTERED_BYTES:
         out[place] = read_rows(folder, spec, start, stop)
         return
-    whole = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    rows = out.reshape(len(out), -1).view(np.uint8)
     size = spec.row_bytes
     for shard in range(start // spec.shard_rows, spec.n_shards(stop) if len(place) else 0):
         first, last = max(start, shard * spec.shard_rows), min(stop, (shard + 1) * spec.shard_rows)
-        at = (place[first - start : last - start] * size).tolist()
-        path, begin = spec.shard_path(shard), (first - shard * spec.shard_rows) * size
+        path, there = spec.shard_path(shard), place[first - start : last - start]
         try:
-            got = folder.read_scattered(path, begin, [whole[byte : byte + size] for byte in at])
+            got = folder.read_to_rows(path, (first - shard * spec.shard_rows) * size, rows, there)
         except FileNotFoundError:
             raise LakeCorrupt(f"{folder.url}/{path} is missing; run millpond verify") from None
-        _check_length(folder, path, got, len(at) * size)
+        _check_length(folder, path, got, len(there) * size)
 
 
 def _check_length(folder: Storage, path: str, got: int, wanted: int) -> None:
