@@ -194,8 +194,8 @@ class ActivationStream(Iterator[Any]):
             filled = 0
             try:
                 while ahead:
-                    held = ahead.result()
-                    ahead = loader.submit(next(groups, None))
+                    held, ahead = ahead.result(), None
+                    wanted = True
                     at = held.skip
                     while at < held.count:
                         take = min(self.batch_rows - filled, held.count - at)
@@ -213,8 +213,16 @@ class ActivationStream(Iterator[Any]):
                             if filled:
                                 continue
                             parts, batch = batch, {}
+                        # the next group is begun when the batch before this group's first was given back, so that it can
+                        # have the memory of the group before
+                        if wanted and at == held.count:
+                            ahead, wanted = loader.submit(next(groups, None)), False
                         yield self._as_asked(parts)
                         del parts
+                        if wanted:
+                            ahead, wanted = loader.submit(next(groups, None)), False
+                    if wanted:  # no batch ended in it
+                        ahead = loader.submit(next(groups, None))
                     del held  # its memory is used again when no batch of it is left
             finally:
                 if ahead:
