@@ -91,9 +91,12 @@ def test_of_many_creations_one_wins(storage):
 
 def test_a_stream_appears_whole_or_not_at_all(storage):
     pieces = np.random.default_rng(0).integers(0, 256, (5, 5 << 20), dtype=np.uint8)
+    held = np.empty(5 << 20, np.uint8)
     with storage.stream_writer("s/whole") as writer:
         for piece in pieces:
-            writer.write(piece.data)
+            held[:] = piece
+            writer.write(held.data)
+            held[:] = 0  # its memory is the caller's again
         assert not storage.exists("s/whole")
     assert storage.get("s/whole") == pieces.tobytes()
     assert bytes(storage.get_range("s/whole", 3, 5 << 20)) == pieces.tobytes()[3 : 3 + (5 << 20)]
