@@ -114,7 +114,9 @@ def add_prompts(call: Call) -> Reply:
     project, wish = call.params["project"], _wish(PromptsWish, call.body)
     call.gateway.enter(call.who, project, "run")
     rows = [one.model_dump(mode="json") for one in wish.prompts]
-    return _handles(call, [send_prompts(call.gateway, project, wish.name, rows).handle])
+    with call.gateway.uploads.taking(project, call.who.user, call.size):
+        held = send_prompts(call.gateway, project, wish.name, rows)
+    return _handles(call, [held.handle])
 
 
 def add_labels(call: Call) -> Reply:
@@ -127,7 +129,8 @@ def add_labels(call: Call) -> Reply:
     if any(lists) != (wish.by == "token") or any(lists) != all(lists):
         raise InvalidInput("values: give one for each prompt, or a list of one a token for each")
     run = vault.run(handle)
-    run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")
+    with call.gateway.uploads.taking(project, call.who.user, call.size):
+        run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")
     return _handles(call, [])
 
 
@@ -146,13 +149,14 @@ def submit_job(call: Call) -> Reply:
     if refused is not None:
         return refused
     vault = gateway.enter(call.who, project, "run")
-    if isinstance(job, CaptureJob):
-        found = submit_capture(gateway, vault, job, call.who.user)
-    elif isinstance(job, GenerateJob):
-        found = submit_generation(gateway, vault, job, call.who.user, models)
-    else:
-        spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
-        found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)
+    with gateway.uploads.taking(project, call.who.user, call.size):
+        if isinstance(job, CaptureJob):
+            found = submit_capture(gateway, vault, job, call.who.user)
+        elif isinstance(job, GenerateJob):
+            found = submit_generation(gateway, vault, job, call.who.user, models)
+        else:
+            spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
+            found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)
     return _handles(call, [bytes.fromhex(found)])
 
 

@@ -37,6 +37,8 @@ class ErrorCode(Enum):
     UNAVAILABLE = 10
     VERSION = 11
     OVER_BUDGET = 12
+    TIME_LIMIT = 13
+    DISK_QUOTA = 14
 
 
 JOB_STATES = ("queued", "running", "done", "failed", "refused", "in_review", "cancelled")

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import signal
 import socket
 import threading
 import time
@@ -29,7 +28,7 @@ from millpond.hub.kinds import KINDS, Job, Outcome, parse_job
 from millpond.hub.kinds.generate import HANDED_OVER
 from millpond.hub.policy import Policy, read_policy
 from millpond.hub.projects import Projects
-from millpond.hub.queue import Limits, ProjectJob, SqlQueue
+from millpond.hub.queue import ProjectJob, SqlQueue, job_limits
 from millpond.hub.rules import judge
 from millpond.hub.settings import Settings
 from millpond.hub.vault import Vault
@@ -59,8 +58,7 @@ class Workshop:
     def __post_init__(self) -> None:
         self.policy = read_policy(self.settings.policy)
         self.engine = open_database(self.settings.database)
-        limits = Limits(self.settings.max_queued, self.settings.max_running)
-        self.queue = SqlQueue(self.engine, limits=limits)
+        self.queue = SqlQueue(self.engine, limits=job_limits(self.settings, self.policy))
         self.projects = Projects(self.engine)
         self.answers = Answers(self.engine)
         self.lake = open_lake(self.settings.lake)
@@ -105,6 +103,10 @@ class Executor:
         self.settings = settings
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.told = told
+        self.took: Callable[[ProjectJob], None] = lambda _: None
+        """Told of each job that is begun."""
+        self.gave: Callable[[bool], None] = lambda _: None
+        """Told whether it ended well."""
         self._stopped = threading.Event()
 
     def run(self, *, until_empty: bool = False) -> int:
@@ -115,8 +117,11 @@ class Executor:
             while not self._stopped.is_set():
                 claimed = queue.claim(self.name, EXECUTED, settings.lease_seconds)
                 if claimed is not None:
+                    self.took(claimed)
                     with of_job(claimed.id):
-                        ended += self._run(claimed, client)
+                        well = self._run(claimed, client)
+                    self.gave(well)
+                    ended += well
                 elif until_empty:
                     break
                 else:
@@ -135,7 +140,7 @@ class Executor:
                 outcome, kept = self._do(claimed, client, stop, progress)
             self._finish(claimed, outcome, kept)
         except (Cancelled, LeaseLost):
-            self.told(f"job {claimed.id}: cancelled, or another executor's; stopped")
+            self.told(f"job {claimed.id}: cancelled, another executor's, or out of time; stopped")
             return False
         except Exception as error:  # whatever a job raises ends that job alone; its text stays in the vault
             if not isinstance(error, MillpondError):
@@ -185,13 +190,15 @@ class Executor:
             last = time.monotonic()
             while not ended.is_set():
                 moved.wait(min(lease / 4, 1.0))
-                if ended.is_set() or (not moved.is_set() and time.monotonic() - last < lease / 4):
-                    if not ended.is_set() and self._cancelled(claimed):
-                        stop.set()
-                        return
-                    continue
-                moved.clear()
+                if ended.is_set():
+                    return
                 try:
+                    if not moved.is_set() and time.monotonic() - last < lease / 4:
+                        if not queue.holds(claimed):
+                            stop.set()
+                            return
+                        continue
+                    moved.clear()
                     queue.heartbeat(claimed, lease, {"share": progress.step / _STEPS})
                     last = time.monotonic()
                 except LeaseLost:
@@ -208,9 +215,6 @@ class Executor:
             ended.set()
             moved.set()
             thread.join()
-
-    def _cancelled(self, claimed: ProjectJob) -> bool:
-        return self.workshop.queue.get(claimed.id).state != "claimed"
 
 
 class Progress:
@@ -240,19 +244,6 @@ class Progress:
         if step > self.step:
             self.step = step
             self._moved()
-
-
-def run_executor(settings: Settings, *, until_empty: bool = False, told: Callable[[str], None] = print) -> int:
-    """Run an executor until it is interrupted (after the job under way), or until there are no jobs.
-
-    Raises:
-        InvalidInput: a setting cannot be used.
-    """
-    executor = Executor(settings, told=told)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: executor.stop())
-    told(f"executor {executor.name} is ready")
-    return executor.run(until_empty=until_empty)
 
 
 def verify_release(settings: Settings, job_id: str) -> list[tuple[int, str]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,8 +23,9 @@ from millpond.hub.database import open_database
 from millpond.hub.ledger import Ledger, Payer, Sent
 from millpond.hub.policy import read_policy
 from millpond.hub.projects import RIGHTS, Projects, Right
-from millpond.hub.queue import Limits, ProjectJob, SqlQueue
+from millpond.hub.queue import ProjectJob, SqlQueue, job_limits
 from millpond.hub.release import Door, body_of
+from millpond.hub.room import Room
 from millpond.hub.rules import Verdict
 from millpond.hub.serving import (
     Endpoint,
@@ -40,16 +40,15 @@ from millpond.hub.serving import (
 )
 from millpond.hub.settings import Settings
 from millpond.hub.states import settled_at, state_at
+from millpond.hub.uploads import Uploads
 from millpond.hub.vault import Vault
-from millpond.store.errors import InvalidInput, JobNotFound, MillpondError
+from millpond.store.errors import InvalidInput, JobNotFound
 from millpond.store.lake import open_lake
 
 logger = logging.getLogger(__name__)
 
 NOBODYS = "~"
 """Pays for answers to members of no project; no project can be called so."""
-THREADS = 12
-"""Fewer than connections in the database's pool."""
 
 
 class Gateway:
@@ -69,7 +68,8 @@ class Gateway:
         self.ledger = Ledger(settings.database, self.policy)
         self.door = Door(self.ledger)
         self.projects = Projects(self.engine)
-        self.queue = SqlQueue(self.engine, limits=Limits(settings.max_queued, settings.max_running))
+        self.queue = SqlQueue(self.engine, limits=job_limits(settings, self.policy))
+        self.uploads = Uploads(self.engine, per_user=settings.max_user_bytes, per_project=settings.max_project_bytes)
         self.answers = Answers(self.engine)
         self.lake = open_lake(settings.lake)
         self.dictionary = None if settings.dictionary is None else Path(settings.dictionary).read_bytes()
@@ -82,22 +82,12 @@ class Gateway:
         else:
             assert settings.tokens is not None
             self.gatekeeper = Gatekeeper(TokenFile(settings.tokens), settings.origin)
-        self.limiter = anyio.CapacityLimiter(THREADS)
-        self.bulk: dict[str, anyio.CapacityLimiter] = {}
-        """Who is sending large bodies."""
+        self.room = Room()
 
     def close(self) -> None:
         """Close the connections."""
         self.ledger.close()
         self.engine.dispose()
-
-    def user(self, headers: Mapping[str, str], cookies: Mapping[str, str]) -> str | None:
-        """Who asks; None for somebody unknown, or while that cannot be told."""
-        try:
-            identity = self.gatekeeper.identify(headers, cookies)
-        except MillpondError:
-            return None
-        return None if identity is None else identity.user
 
     def enter(self, identity: Identity, project: str, right: Right) -> Vault:
         """The project's vault, for a member whose role has `right`.
@@ -172,7 +162,8 @@ class Gateway:
         if state in ("queued", "running"):
             raise NotYet("the job has not ended")
         if state in ("failed", "cancelled"):
-            return self.send(Failure(ErrorCode.JOB_FAILED), identity, job.project)
+            late = any(event.event == "time out" for event in self.queue.history(job.id))
+            return self.send(Failure(ErrorCode.TIME_LIMIT if late else ErrorCode.JOB_FAILED), identity, job.project)
         kept = self.answers.find(job.id, number)
         payer = self.payer(identity, job.project, kept.models)
         review = self.answers.review(job.id, number)

@@ -12,7 +12,7 @@ MillpondError
 │   ├── JobNotFound       the queue holds no job of that id
 │   ├── NotHeld           the project holds nothing of that handle, whether or not another one does
 │   ├── NotPermitted      the caller's role does not allow it
-│   ├── TooMany           the user has as many jobs waiting as are allowed
+│   ├── TooMany           the user or project has as many jobs waiting as are allowed
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
 │   ├── ClusterUnavailable a Dask cluster cannot be started or reached, or has no workers
 │   ├── OneClass          labels hold one class where two are needed
@@ -21,7 +21,7 @@ MillpondError
 │   ├── OverlappingGroups training and test part share prompts or groups
 │   ├── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
 │   ├── PromptTooLong     a prompt does not fit the model's context
-│   ├── QuotaExceeded     the lake's configuration does not allow so many bytes
+│   ├── QuotaExceeded     the lake's configuration, or a user's or project's quota, does not allow so many bytes
 │   └── UnsafeStore       the store cannot keep the promises that several writers need
 ├── ActivationsStayInVault  only the vault may hold what was asked for; also an AttributeError
 ├── BudgetSpent           more bytes would leave than a cap allows; none did

@@ -43,6 +43,11 @@ _ERRORS: dict[ErrorCode, tuple[type[MillpondError], str]] = {
         "not allowed: the token is unknown, expired or lacks the scope; get a new one and set MILLPOND_TOKEN",
     ),
     ErrorCode.TOO_LARGE: (QuotaExceeded, "the request is too large; send it in parts"),
+    ErrorCode.TIME_LIMIT: (GatewayRefused, "the job ran longer than a job may, and was ended; ask for less at once"),
+    ErrorCode.DISK_QUOTA: (
+        QuotaExceeded,
+        "what you or the project has sent takes all the room there is; reuse handles of prompts, or ask an operator",
+    ),
     ErrorCode.TOO_MANY: (QuotaExceeded, "too many jobs of yours are waiting; let some finish, or cancel them"),
     ErrorCode.JOB_FAILED: (
         GatewayRefused,
