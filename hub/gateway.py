@@ -26,7 +26,7 @@ from millpond.hub.projects import RIGHTS, Projects, Right
 from millpond.hub.queue import ProjectJob, SqlQueue, job_limits
 from millpond.hub.release import Door, body_of
 from millpond.hub.room import Room
-from millpond.hub.rules import Verdict
+from millpond.hub.rules import Rule, Verdict
 from millpond.hub.serving import (
     Endpoint,
     EndpointRoute,
@@ -42,7 +42,7 @@ from millpond.hub.settings import Settings
 from millpond.hub.states import settled_at, state_at
 from millpond.hub.uploads import Uploads
 from millpond.hub.vault import Vault
-from millpond.store.errors import InvalidInput, JobNotFound
+from millpond.store.errors import InvalidInput, JobNotFound, TooFewPrompts
 from millpond.store.lake import open_lake
 
 logger = logging.getLogger(__name__)
@@ -162,6 +162,9 @@ class Gateway:
         if state in ("queued", "running"):
             raise NotYet("the job has not ended")
         if state in ("failed", "cancelled"):
+            if (job.error or "").startswith(TooFewPrompts.__name__):
+                withheld = Withheld(Verdict("refuse", (Rule.TOO_FEW_PROMPTS,)))
+                return self.send(withheld, identity, job.project)
             late = any(event.event == "time out" for event in self.queue.history(job.id))
             return self.send(Failure(ErrorCode.TIME_LIMIT if late else ErrorCode.JOB_FAILED), identity, job.project)
         kept = self.answers.find(job.id, number)

@@ -13,6 +13,7 @@ MillpondError
 │   ├── NotHeld           the project holds nothing of that handle, whether or not another one does
 │   ├── NotPermitted      the caller's role does not allow it
 │   ├── TooMany           the user or project has as many jobs waiting as are allowed
+│   ├── TooFewPrompts     fewer restricted prompts are selected than a result may show, or none
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
 │   ├── ClusterUnavailable a Dask cluster cannot be started or reached, or has no workers
 │   ├── OneClass          labels hold one class where two are needed
@@ -104,6 +105,10 @@ class NotPermitted(InvalidInput):
 
 class TooMany(InvalidInput):
     """The user has as many jobs waiting as are allowed; nothing was queued."""
+
+
+class TooFewPrompts(InvalidInput):
+    """Fewer restricted prompts are selected than a result may show, or none: it is not told which."""
 
 
 class MemoryTooSmall(InvalidInput):

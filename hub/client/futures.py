@@ -150,7 +150,7 @@ class JobFuture(Generic[T]):
         ask = self.lake.connection.open
         count = self.job.answers()
         if self.status.state == "failed":
-            ask("GET", f"jobs/{self.handle}/answers/0")  # says why
+            check_released([ask("GET", f"jobs/{self.handle}/answers/0")])  # says why
             raise GatewayRefused(
                 f"job {self.handle} failed; run the same lines on lake.twin(run), which shows errors in full"
             )

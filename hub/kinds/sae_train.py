@@ -63,12 +63,12 @@ class SaeTrainJob(Job):
             saved = sae.save(folder)
             config = json.loads((Path(saved) / "cfg.json").read_text())
             data = (Path(saved) / "sae_weights.safetensors").read_bytes()
-        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae), self.rows.run),)
+        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae), self, self.rows.run),)
         if self.test is None:
             return Outcome((), made)
         test = rows_of(vault, self.test)
         result = sae_evaluation(sae.evaluate(test.view[hook]), test)
-        return Outcome((Answer(result, measure((test,))),), made)
+        return Outcome((Answer(result, measure((test,), behind=(part,))),), made)
 
     def _batches(self, vault: Vault, view: Run, hook: str, rows: int, progress: Progress) -> Iterator[Any]:
         """Shuffled batches without end, looking up between them."""
