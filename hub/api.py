@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,6 +47,7 @@ class SentPrompt(Prompt):
     """A prompt; further fields are kept as columns."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Scalar | None]
 
 
 class PromptsWish(_Wish):
@@ -56,7 +57,8 @@ class PromptsWish(_Wish):
     prompts: tuple[SentPrompt, ...] = Field(min_length=1, max_length=200_000)
 
 
-Scalar = bool | int | float | str
+Scalar = bool | int | float | Annotated[str, Field(max_length=200)]
+"""A label's value. Text takes as much memory for every row as the longest does."""
 
 
 class LabelsWish(_Wish):

@@ -39,16 +39,18 @@ from millpond.hub.serving import (
     response,
 )
 from millpond.hub.settings import Settings
-from millpond.hub.states import settled_at, state_at
+from millpond.hub.states import selects_too_few, settled_at, state_at
 from millpond.hub.uploads import Uploads
 from millpond.hub.vault import Vault
-from millpond.store.errors import InvalidInput, JobNotFound, TooFewPrompts
+from millpond.store.errors import InvalidInput, JobNotFound
 from millpond.store.lake import open_lake
 
 logger = logging.getLogger(__name__)
 
 NOBODYS = "~"
 """Pays for answers to members of no project; no project can be called so."""
+KEEP_SECONDS = 120
+"""How long an idle connection is kept."""
 
 
 class Gateway:
@@ -161,10 +163,9 @@ class Gateway:
         state = self.seen(job).state
         if state in ("queued", "running"):
             raise NotYet("the job has not ended")
+        if selects_too_few(job):
+            return self.send(Withheld(Verdict("refuse", (Rule.TOO_FEW_PROMPTS,))), identity, job.project)
         if state in ("failed", "cancelled"):
-            if (job.error or "").startswith(TooFewPrompts.__name__):
-                withheld = Withheld(Verdict("refuse", (Rule.TOO_FEW_PROMPTS,)))
-                return self.send(withheld, identity, job.project)
             late = any(event.event == "time out" for event in self.queue.history(job.id))
             return self.send(Failure(ErrorCode.TIME_LIMIT if late else ErrorCode.JOB_FAILED), identity, job.project)
         kept = self.answers.find(job.id, number)
@@ -241,9 +242,9 @@ def create_app(settings: Settings, endpoints: Sequence[Endpoint] | None = None) 
         yield
         gateway.close()
 
-    async def refused(_: Request, error: Exception) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
         known = isinstance(error, HTTPException) and error.status_code in (404, 405)
-        return response(constant(ErrorCode.NOT_FOUND if known else error_code(error)))
+        return response(constant(ErrorCode.NOT_FOUND if known else error_code(error)), request.headers)
 
     app = Starlette(
         routes=[EndpointRoute(endpoint, gateway, gateway.prefix) for endpoint in every],
@@ -256,13 +257,18 @@ def create_app(settings: Settings, endpoints: Sequence[Endpoint] | None = None) 
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
-    """Uvicorn's options: no header that says when or by what, no reading of forwarded addresses, no log of requests."""
+    """Uvicorn's options: no header that says when or by what, no reading of forwarded addresses, no log of requests.
+
+    Connections are kept: each new one costs the meter's budget a TLS handshake.
+    """
+    from millpond.hub.one_write import OneWrite
     from millpond.hub.queue_commands import listen_at, serve_tls
 
     return {
         **listen_at(settings.listen), **serve_tls(settings.certificate, settings.key),
         "log_level": "warning", "access_log": False, "server_header": False,
         "date_header": False, "proxy_headers": False, "ws": "none",
+        "http": OneWrite, "timeout_keep_alive": KEEP_SECONDS,
     }  # fmt: skip
 
 

@@ -157,7 +157,7 @@ async def answer(endpoint: Endpoint, gateway: Gateway, request: Request) -> Resp
         identity = await run(gateway.gatekeeper.identify, headers, request.cookies, limiter=room.doors)
     except MillpondError:
         logger.exception("who asks cannot be told")
-        return response(constant(ErrorCode.UNAVAILABLE))
+        return response(constant(ErrorCode.UNAVAILABLE), headers)
     user = "" if identity is None else identity.user
     large = endpoint.takes in ("bulk", "bulk form")
     async with room.reading(user, large=large):
@@ -165,16 +165,20 @@ async def answer(endpoint: Endpoint, gateway: Gateway, request: Request) -> Resp
             with anyio.fail_after(READ_SECONDS):
                 data, refused = await _read(endpoint, request) if user or not large else (b"", False)
         except (ClientDisconnect, TimeoutError):
-            return response(constant(ErrorCode.BAD_REQUEST))
+            return response(constant(ErrorCode.BAD_REQUEST), headers)
         async with room.working(user):
             reply = await run(
                 _reply, endpoint, gateway, identity, request, headers, data, refused, limiter=room.threads
             )
-    return response(reply)
+    return response(reply, headers)
 
 
-def response(reply: Reply) -> Response:
-    """The only place where a response is made."""
+def response(reply: Reply, asked: Mapping[str, str]) -> Response:
+    """The only place where a response is made; `asked` are the request's headers.
+
+    Programs get two headers. The two that keep a browser from guessing types and from keeping answers are 58 bytes: a request
+    with `Authorization` comes from no page and no address bar, and no shared cache may keep its answer (RFC 9111, 3.5).
+    """
     if isinstance(reply, Sent):
         out = Response(reply.body, status_of(reply.body), media_type=_OCTETS)
     elif isinstance(reply, Fixed):
@@ -183,8 +187,9 @@ def response(reply: Reply) -> Response:
         out = Response(b"", 303, headers={"location": reply.to})
     for name, value in () if isinstance(reply, Sent) else reply.headers:
         out.headers.append(name, value)
-    out.headers.setdefault("cache-control", "no-store")
-    out.headers["x-content-type-options"] = "nosniff"
+    if "authorization" not in asked:
+        out.headers.setdefault("cache-control", "no-store")
+        out.headers["x-content-type-options"] = "nosniff"
     return out
 
 

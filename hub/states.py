@@ -9,6 +9,12 @@ from millpond.hub.body import PROGRESS_STEPS, JobStatus
 from millpond.hub.policy import Charges
 from millpond.hub.queue import Event, ProjectJob
 from millpond.hub.slots import slot_end_ms, slot_of
+from millpond.store.errors import TooFewPrompts
+
+
+def selects_too_few(job: ProjectJob) -> bool:
+    """Whether it failed because it selects fewer restricted prompts than a result may show, or none."""
+    return (job.error or "").startswith(f"{TooFewPrompts.__name__}:")
 
 
 def state_at(job: ProjectJob, history: Sequence[Event], reviews: Sequence[Review], ms: int) -> JobStatus:
@@ -25,6 +31,8 @@ def state_at(job: ProjectJob, history: Sequence[Event], reviews: Sequence[Review
         share = last.progress.get("share", 0)
         step = int(share * PROGRESS_STEPS) if isinstance(share, (int, float)) else 0
         return JobStatus("running", min(max(step, 0), PROGRESS_STEPS - 1))
+    if last.state == "failed" and selects_too_few(job):
+        return JobStatus("refused")
     if last.state != "finished":
         return JobStatus(last.state)
     if any(review.decided is None or review.decided > now for review in reviews):

@@ -26,6 +26,8 @@ from millpond.store.errors import (
 API = 1
 MEDIA_TYPE = "application/octet-stream"
 _ATTEMPTS = 5
+_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=60.0)
+"""A connection outlives the longest pause between looks at a job: the meter counts each handshake."""
 _FIRST_WAIT = 0.2
 T = TypeVar("T", bound=Body)
 
@@ -89,7 +91,9 @@ class Connection:
         headers = {"Accept": MEDIA_TYPE} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         if self.url.startswith("unix:"):
             path = self.url.removeprefix("unix:").replace("//", "/")
-            transport = httpx.HTTPTransport(uds=path, verify=False)  # no TLS on a socket, so no certificates to load
+            transport = httpx.HTTPTransport(
+                uds=path, verify=False, limits=_LIMITS
+            )  # no TLS on a socket, so no certificates to load
             self._http = httpx.Client(
                 transport=transport,
                 base_url="http://millpond",
@@ -99,7 +103,9 @@ class Connection:
                 verify=False,  # noqa: S501
             )
         elif self.url.startswith(("http://", "https://")):
-            self._http = httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout)
+            self._http = httpx.Client(
+                base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout, limits=_LIMITS
+            )
         else:
             raise InvalidInput(f"the gateway's address is {self.url!r}; give http://, https:// or unix:PATH")
 

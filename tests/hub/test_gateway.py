@@ -74,15 +74,46 @@ def test_a_route_without_a_scope_cannot_be_made(gate):
 
 def test_a_response_says_nothing_beside_its_body(gate):
     ada = gate.client("ada")
-    names = {"content-type", "content-length", "cache-control", "x-content-type-options"}
+    names = {"content-type", "content-length"}
     for method, path in (
         ("GET", f"{P}/runs"), ("GET", f"{P}/runs/{NOBODY}"), ("GET", "/api/v1/version"), ("GET", "/nowhere"),
         ("POST", f"{P}/jobs"), ("PUT", f"{P}/jobs"), ("HEAD", f"{P}/runs"), ("TRACE", "/"), ("GET", f"{P}/runs/"),
     ):  # fmt: skip
         reply = ada.request(method, path, headers={"Accept-Encoding": "gzip", "X-Forwarded-For": "1.2.3.4"})
         assert set(reply.headers) == names, (method, path)
-        assert reply.headers["cache-control"] == "no-store"
     assert ada.head(f"{P}/runs").status_code == 404
+    browser, _ = gate.browser("ada")  # it guesses types and keeps answers, unless it is told not to
+    for path in (f"{P}/runs", f"{P}/runs/{NOBODY}", "/nowhere", "/api/v1/version", "/"):
+        headers = browser.get(path).headers
+        assert names | {"cache-control", "x-content-type-options"} <= set(headers)
+        assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
+
+
+def test_a_response_is_one_piece_and_the_connection_is_kept(gate):
+    """The meter charges 16 bytes a piece, TLS a record; a new connection costs a handshake."""
+    request = (
+        f"GET {P}/jobs/{NOBODY} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gate.tokens['ada']}\r\n\r\n"
+    ).encode()
+    with socket.create_connection(("127.0.0.1", gate.port), timeout=10) as wire:
+        for _ in range(5):
+            wire.sendall(request)
+            whole = wire.recv(65536)
+            head, _, body = whole.partition(b"\r\n\r\n")
+            assert decode(body) == Failure(ErrorCode.NOT_FOUND)
+            assert len(whole) <= 90, head
+
+
+def test_a_labels_text_cannot_fill_the_memory(gate):
+    """Text takes the longest value's room for every row: one of 100 kB for 1,200 rows took 480 MB."""
+    ada = gate.client("ada")
+    for value in ("x" * 201, "x" * 100_000, ["x" * 300] * 20):
+        by = "token" if isinstance(value, list) else "prompt"
+        values = {f"p{number}": value for number in range(PROMPTS)}
+        reply = ada.post(f"{P}/runs/{gate.run}/labels", json={"name": "long", "by": by, "values": values})
+        assert code(reply) == ErrorCode.BAD_REQUEST
+    for column in ("x" * 201, {"a": 1}, [1, 2]):
+        sent = {"name": "long", "prompts": [{"id": "a", "text": "b", "column": column}]}
+        assert code(ada.post(f"{P}/prompts", json=sent)) == ErrorCode.BAD_REQUEST
 
 
 def test_constants_are_the_same_for_everybody(gate):
