@@ -172,7 +172,7 @@ class Gateway:
         payer = self.payer(identity, job.project, kept.models)
         review = self.answers.review(job.id, number)
         if review is not None and review.state == "approved":
-            return self.door.approved(kept.question, kept.result, kept.evidence, payer)
+            return self.door.release(kept.question, kept.result, kept.evidence, payer, approved=True)[1]
         if review is not None:
             outcome: Literal["review", "refuse"] = "review" if review.state == "waiting" else "refuse"
             return self.door.send(Withheld(Verdict(outcome, review.rules)), payer)

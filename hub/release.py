@@ -82,8 +82,13 @@ class Door:
             known = writer.known(question.key)
             return None if known is None else self._repeat(writer, known, payer)
 
-    def release(self, question: Question, result: Result, evidence: Evidence, payer: Payer) -> tuple[Verdict, Sent]:
+    def release(
+        self, question: Question, result: Result, evidence: Evidence, payer: Payer, *, approved: bool = False
+    ) -> tuple[Verdict, Sent]:
         """Judge `result` and send it, or the rules that hold it back.
+
+        A reviewer who has `approved` it answers the rules that ask for one. Those that refuse hold as before: what has been
+        released since it was asked may single somebody out together with it.
 
         Judging, charging and noting what was shown are one transaction: of two releases that together would single
         somebody out, one is refused.
@@ -95,22 +100,12 @@ class Door:
                 return Verdict("pass"), self._repeat(writer, known, payer)
             earlier = [_unpack(data) for data in writer.earlier(question.run)] if restricted else []
             verdict = judge(result, evidence, earlier, self.ledger.policy.disclosure)
-            if verdict.outcome != "pass":
+            if verdict.outcome == "refuse" or (verdict.outcome == "review" and not approved):
                 return verdict, self._charge(writer, Withheld(verdict), payer)
             shown = (question.run, _pack(evidence)) if restricted else None
             return verdict, self._charge(
                 writer, body_of(result), payer, restricted=restricted, key=question.key, shown=shown
             )
-
-    def approved(self, question: Question, result: Result, evidence: Evidence, payer: Payer) -> Sent:
-        """Send a result that a reviewer let pass."""
-        restricted = evidence.prompts_are == "restricted"
-        with self.ledger.writing() as writer:
-            known = writer.known(question.key)
-            if known is not None:
-                return self._repeat(writer, known, payer)
-            shown = (question.run, _pack(evidence)) if restricted else None
-            return self._charge(writer, body_of(result), payer, restricted=restricted, key=question.key, shown=shown)
 
     def status(self, job: str, state_at: Callable[[int], JobStatus], elapsed_ms: int, payer: Payer) -> Sent:
         """The state of `job` as it was at the end of the last slot, charged once a slot however often it is asked for.
