@@ -175,6 +175,11 @@ def read_job(call: Call) -> Reply:
     return call.gateway.status(call.who, _job(call, "read"))
 
 
+def read_curve(call: Call) -> Reply:
+    """How a job's training does, at the end of the last slot."""
+    return call.gateway.curve(call.who, _job(call, "read"))
+
+
 def cancel_job(call: Call) -> Reply:
     """Stop a job; the answer is its state at the end of the last slot."""
     job = _job(call, "run")
@@ -254,6 +259,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", f"{_P}/jobs", "read", list_jobs),
     Endpoint("GET", f"{_P}/jobs/{{job}}", "read", read_job),
     Endpoint("DELETE", f"{_P}/jobs/{{job}}", "run", cancel_job),
+    Endpoint("GET", f"{_P}/jobs/{{job}}/curve", "read", read_curve),
     Endpoint("GET", f"{_P}/jobs/{{job}}/answers/{{number}}", "read", read_answer),
     Endpoint("GET", f"{_P}/jobs/{{job}}/made", "read", read_made),
     Endpoint("GET", f"{_P}/budget", "read", read_budget),

@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from millpond.analysis.cluster import lake_cluster, with_workers
 from millpond.analysis.passes import running
 from millpond.hub.answers import Answers, Kept, kept_answers
+from millpond.hub.body import curve_code
 from millpond.hub.database import open_database
 from millpond.hub.kinds import KINDS, Job, Outcome, parse_job
 from millpond.hub.kinds.generate import HANDED_OVER
@@ -158,7 +159,12 @@ class Executor:
     ) -> tuple[Outcome, tuple[Kept, ...]]:
         parsed = parse_job(claimed.spec["job"])
         vault = self.workshop.vault(claimed, stop)
-        with running(client, in_process=client is None, cancel=stop, on_progress=progress.passes):
+
+        def figure(share: float, value: float) -> None:
+            if vault.figures:
+                progress.figure(share, value)
+
+        with running(client, in_process=client is None, cancel=stop, on_progress=progress.passes, on_figure=figure):
             outcome = parsed.run(vault, progress)
             vault.check()
         return outcome, self.workshop.keep(claimed, parsed, vault, outcome)
@@ -199,7 +205,8 @@ class Executor:
                             return
                         continue
                     moved.clear()
-                    queue.heartbeat(claimed, lease, {"share": progress.step / _STEPS})
+                    told = {"share": progress.step / _STEPS} | ({"curve": progress.curve} if progress.curve else {})
+                    queue.heartbeat(claimed, lease, told)
                     last = time.monotonic()
                 except LeaseLost:
                     stop.set()
@@ -222,6 +229,8 @@ class Progress:
 
     def __init__(self, moved: Callable[[], None]) -> None:
         self.step = 0
+        self.curve: list[int] = []
+        """What a training has reached in each sixteenth of its work, as `body.TrainingCurve` codes it."""
         self._moved = moved
         self._share = 0.0
         self._floor = 0.0
@@ -237,6 +246,13 @@ class Progress:
         if done >= total:
             self._floor += (1 - self._floor) / 7
         self._see(self._floor + (1 - self._floor) / 7 * (done / total if total and done < total else 0))
+
+    def figure(self, share: float, value: float) -> None:
+        """A training's FVU; the first of each sixteenth is kept."""
+        place = min(_STEPS - 1, math.floor(share * _STEPS))
+        if place >= len(self.curve):
+            self.curve = [*self.curve, *[curve_code(value)] * (place + 1 - len(self.curve))]
+            self._moved()
 
     def _see(self, share: float) -> None:
         self._share = max(self._share, min(share, 1.0))

@@ -39,7 +39,7 @@ from millpond.hub.serving import (
     response,
 )
 from millpond.hub.settings import Settings
-from millpond.hub.states import selects_too_few, settled_at, state_at
+from millpond.hub.states import curve_at, selects_too_few, settled_at, state_at
 from millpond.hub.uploads import Uploads
 from millpond.hub.vault import Vault
 from millpond.store.errors import InvalidInput, JobNotFound
@@ -147,6 +147,12 @@ class Gateway:
             self._elapsed_ms(job),
             self.payer(identity, job.project),
         )
+
+    def curve(self, identity: Identity, job: ProjectJob) -> Sent:
+        """How the job's training did up to the end of the last slot."""
+        history = self.queue.history(job.id)
+        payer = self.payer(identity, job.project, tuple(job.spec.get("models", ())))
+        return self.door.curve(job.id, lambda ms: curve_at(job, history, ms), self._elapsed_ms(job), payer)
 
     def seen(self, job: ProjectJob) -> JobStatus:
         """The state that a client may know of: that at the end of the last slot."""

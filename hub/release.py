@@ -13,7 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from millpond.hub.body import Body, Closed, ErrorCode, Failure, JobStatus, ReleasedResult, Texts, Withheld, encode
+from millpond.hub.body import (
+    Body,
+    Closed,
+    ErrorCode,
+    Failure,
+    JobStatus,
+    ReleasedResult,
+    Texts,
+    TrainingCurve,
+    Withheld,
+    encode,
+)
 from millpond.hub.ledger import Ledger, Payer, Sent, Writer
 from millpond.hub.rules import Earlier, Evidence, Verdict, judge
 from millpond.hub.shapes import TEXTS, Context
@@ -123,6 +134,20 @@ class Door:
         with self.ledger.writing() as writer:
             body = encode(at_end, self._plain)
             sent = writer.known(key) or writer.charge(payer, len(body), what="JobStatus", body=body, key=key)
+            return sent or self._closed()
+
+    def curve(self, job: str, curve_at: Callable[[int], TrainingCurve], elapsed_ms: int, payer: Payer) -> Sent:
+        """The training curve of `job` as it was at the end of the last slot: charged as a body, once a slot."""
+        charges = self.ledger.policy.charges
+        slot = slot_of(elapsed_ms, charges)
+        key = f"curve:{job}:{slot}"
+        known = self.ledger.known(key)
+        if known is not None:
+            return known
+        with self.ledger.writing() as writer:
+            body = encode(curve_at(slot_end_ms(slot, charges)), self._plain)
+            count = len(body) + charges.response_bytes
+            sent = writer.known(key) or writer.charge(payer, count, what="TrainingCurve", body=body, key=key)
             return sent or self._closed()
 
     def _charge(

@@ -61,6 +61,8 @@ class Vault:
     """Set when the job was cancelled or is another executor's."""
     dictionary: Path | None = None
     """What texts are coded with."""
+    figures: bool = False
+    """Whether those who may see the job may see how its training does; the job says so, by the rules."""
     _runs: dict[str, tuple[Held, Run]] = field(default_factory=dict)
 
     def at(self, pins: Pins) -> Vault:
