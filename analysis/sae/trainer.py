@@ -100,7 +100,7 @@ class Trainer:
         w_dec = self.parameters["w_dec"]
         if self.arch.unit_norm:  # only directions across a decoder row matter: rows are kept at norm 1
             gradient = batch.gradients["w_dec"]
-            gradient -= torch.linalg.vecdot(gradient, w_dec)[:, None] * w_dec
+            gradient.addcmul_(torch.linalg.vecdot(gradient, w_dec)[:, None], w_dec, value=-1)
         lr = self._update(batch.gradients)
         self.idle += seen
         self.idle[counts > 0] = 0
