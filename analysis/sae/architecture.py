@@ -111,7 +111,7 @@ class SparseArchitecture(Architecture):
 
     def exact(self, flat: Tensor, centred: sparse.Columns) -> sparse.Active:
         """The entries with these flat indices, their pre-activations computed in float32."""
-        return sparse.entries(flat, centred, sparse.Columns(self.parameters["w_enc"]), self.parameters["b_enc"])
+        return sparse.entries(flat, centred.whole, self.parameters["w_enc"], self.parameters["b_enc"])
 
     @torch.no_grad()
     def gradients(self, x: Tensor, y: Tensor) -> BatchGradients:
@@ -129,7 +129,9 @@ class SparseArchitecture(Architecture):
             crow = torch.zeros(len(levels) * n + 1, dtype=torch.long, device=col.device)
             crow[1:] = torch.bincount(place, minlength=len(levels) * n).cumsum(0)
         w_dec = sparse.Columns(own["w_dec"])
-        target = y - x @ own["w_skip"] if "w_skip" in own else y
+        target = centred.whole if self.tied else y - own["b_dec"]
+        if "w_skip" in own:
+            target -= x @ own["w_skip"]
         errors, first = sparse.decode(crow, col, values, w_dec), 0
         for part in errors.parts:
             here = slice(first, first + part.shape[1])
@@ -137,7 +139,7 @@ class SparseArchitecture(Architecture):
             by_level = part.view(len(levels), n, -1)
             if len(levels) > 1:
                 by_level.cumsum_(0)
-            by_level.sub_(target[:, here]).add_(own["b_dec"][here])
+            by_level.sub_(target[:, here])
         variance = spread(y)
         squared = torch.stack([sum_of_squares(part[-n:]) for part in errors.parts]).sum()
         loss = squared / variance
@@ -151,7 +153,7 @@ class SparseArchitecture(Architecture):
                 by_level.copy_(by_level.flip(0).cumsum_(0).flip(0))
         total = torch.cat([part[:n].sum(0) for part in errors.parts])
         slopes = sparse.sampled(crow, col, errors, w_dec)
-        by_latent = sparse.order_by_latent(col, d_sae)
+        by_latent = sparse.order_by(col, d_sae)
         counts = torch.bincount(col, minlength=d_sae)
         starts = torch.zeros(d_sae + 1, dtype=torch.long, device=col.device)
         starts[1:] = counts.cumsum(0)

@@ -28,7 +28,7 @@ class BatchTopK(SparseArchitecture):
                 products += bias
                 bias = torch.zeros_like(bias)
                 limits = floor - bias
-            flat = sparse.above(products, limits, self.scratch)
+            flat = sparse.above(products, limits)
             if len(flat) >= wanted or floor == 0:
                 break
             floor = 0.9 * floor if floor > 1e-3 else 0.0

@@ -7,6 +7,7 @@ the survivors' values are computed again in float32, so ties of bfloat16 decide 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch.nn.functional as nn
 from numpy.typing import NDArray
 from torch import Tensor
 
-_CACHED_ROWS, _CACHED_COLUMNS = 8192, 64
+_CACHED_ROWS, _CACHED_COLUMNS, _CACHED_BYTES = 8192, 64, 1 << 20
+_MARKED_ROWS = 128
+_NONE = torch.empty(0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Active:
 
     def keep(self, mask: Tensor) -> Active:
         """The entries that `mask` marks."""
-        places = marked(mask)
+        places = mask.nonzero().view(-1) if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
         crow = torch.searchsorted(places, self.crow)
         return Active(crow, self.col.index_select(0, places), self.values.index_select(0, places))
 
@@ -98,13 +101,35 @@ def decode(crow: Tensor, col: Tensor, values: Tensor, table: Columns) -> Columns
     )
 
 
-def entries(flat: Tensor, centred: Columns, w_enc: Columns, b_enc: Tensor) -> Active:
+def products(row: Tensor, col: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The entries of `left @ right.T` at these places, by tiles of `right` that stay in a core's cache.
+
+    They are the gradients that an embedding bag has by the weights of its samples.
+    """
+    size = len(right) if right.is_cuda else max(1, _CACHED_BYTES // (4 * right.shape[1]), -(-len(right) // 256))
+    tile = torch.div(col, size, rounding_mode="floor")
+    order = order_by(tile, -(-len(right) // size))
+    row, col, counts = row.index_select(0, order), col.index_select(0, order), torch.bincount(tile)
+    found, first = torch.empty(len(col), device=col.device), 0
+    for number, count in enumerate(counts.tolist()):
+        here = slice(first, first + count)
+        first, start = here.stop, number * size
+        found[here] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            left, right[start : start + size], col[here] - start, _NONE, row[here], 0
+        )
+    values = torch.empty_like(found)
+    values[order] = found
+    return values
+
+
+def entries(flat: Tensor, centred: Tensor, w_enc: Tensor, b_enc: Tensor) -> Active:
     """The entries with these ascending flat indices, their pre-activations computed in float32."""
     d_sae = len(w_enc)
     starts = torch.arange(len(centred) + 1, device=flat.device) * d_sae
     crow = torch.searchsorted(flat, starts)
-    col = flat - torch.repeat_interleave(starts[:-1], crow.diff())
-    values = sampled(crow, col, centred, w_enc)
+    row = torch.repeat_interleave(torch.arange(len(centred), device=flat.device), crow.diff())
+    col = flat - row * d_sae
+    values = products(row, col, centred, w_enc)
     values += b_enc.index_select(0, col)
     return Active(crow, col, values)
 
@@ -123,41 +148,46 @@ class Scratch:
         return held
 
 
-def above(pre: Tensor, limits: Tensor, scratch: Scratch) -> Tensor:
+def above(pre: Tensor, limits: Tensor) -> Tensor:
     """Flat indices, ascending, of the entries above the limit of their latent, (d_sae,), which is not negative."""
     limits = limits.to(pre.dtype)
     if pre.is_cuda:
-        return marked(pre > limits)
-    if pre.dtype == torch.bfloat16:  # not negative floats sort like their bits, and negative ones have the sign bit set
-        pre, limits = pre.view(torch.int16), limits.view(torch.int16)
-    mask = scratch.like("mask", tuple(pre.shape), torch.bool, pre.device)
-    np.greater(pre.numpy(), limits.numpy(), out=mask.numpy())
-    return marked(mask)
+        return (pre > limits).view(-1).nonzero().view(-1)
+    # not negative floats sort like their bits, and negative ones have the sign bit set
+    ordered, cut = (_bits(pre), _bits(limits)) if pre.dtype == torch.bfloat16 else (pre.numpy(), limits.numpy())
+    return _marked(part > cut for part in _slices(ordered))
 
 
-def marked(mask: Tensor) -> Tensor:
-    """Flat indices of the marked places; on a CPU by bytes of eight, eight times as fast as Tensor.nonzero if they are few."""
-    if mask.is_cuda:
-        return mask.view(-1).nonzero().view(-1)
-    packed = np.packbits(mask.numpy().reshape(-1))
-    some = np.flatnonzero(packed.view(np.bool_))  # NumPy skips what is 0 in the bytes of truth values only
-    found = np.flatnonzero(np.unpackbits(packed[some]).view(np.bool_))
-    return torch.from_numpy((some[found >> 3] << 3) + (found & 7))
-
-
-def largest_of_rows(pre: Tensor, count: int, scratch: Scratch) -> Tensor:
+def largest_of_rows(pre: Tensor, count: int) -> Tensor:
     """Flat indices, ascending, of at least the `count` largest entries of each row, of those above 0."""
     d_sae = pre.shape[1]
     if pre.is_cuda:
         cut = pre.topk(count, dim=1).values[:, -1:]
-        return marked((pre >= cut) & (pre > 0))
-    array = pre.view(torch.int16).numpy() if pre.dtype == torch.bfloat16 else pre.numpy()
+        return ((pre >= cut) & (pre > 0)).view(-1).nonzero().view(-1)
     # among negative bfloat16 values the order of the bits is reversed, but those are left out anyway
-    lowest = np.partition(array, d_sae - count, axis=1)[:, d_sae - count, None]
-    smallest = array.dtype.type(1) if array.dtype == np.int16 else np.nextafter(np.float32(0), np.float32(1))
-    mask = scratch.like("mask", tuple(pre.shape), torch.bool, pre.device)
-    np.greater_equal(array, np.maximum(lowest, smallest), out=mask.numpy())
-    return marked(mask)
+    ordered = _bits(pre) if pre.dtype == torch.bfloat16 else pre.numpy()
+    smallest = ordered.dtype.type(1) if ordered.dtype == np.int16 else np.nextafter(np.float32(0), np.float32(1))
+    place = d_sae - count
+    return _marked(
+        part >= np.maximum(np.partition(part, place, axis=1)[:, place, None], smallest) for part in _slices(ordered)
+    )
+
+
+def _bits(x: Tensor) -> NDArray[Any]:
+    return np.asarray(x.view(torch.int16).numpy())
+
+
+def _slices(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Of so many rows that what is made of them stays in the cache, and their entries fill whole bytes of bits."""
+    return (array[start : start + _MARKED_ROWS] for start in range(0, len(array), _MARKED_ROWS))
+
+
+def _marked(masks: Iterable[NDArray[np.bool_]]) -> Tensor:
+    """Flat indices of the marked places of masks that follow each other; eight times as fast as Tensor.nonzero for a few."""
+    packed = np.concatenate([np.packbits(mask.reshape(-1)) for mask in masks])
+    some = np.flatnonzero(packed.view(np.bool_))  # NumPy skips zeros in the bytes of truth values only
+    found = np.flatnonzero(np.unpackbits(packed[some]).view(np.bool_))
+    return torch.from_numpy((some[found >> 3] << 3) + (found & 7))
 
 
 def trim_rows(active: Active, k: int) -> Active:
@@ -202,11 +232,11 @@ def _trim(active: Active, cut: Tensor, limit: Tensor, segment: Tensor | None, st
     return active.keep(greater | (ties & (rank < room[of])))
 
 
-def order_by_latent(col: Tensor, d_sae: int) -> Tensor:
-    """Places of the entries in ascending order of their latents, those of a latent as they lie."""
-    if not col.is_cuda and d_sae <= 1 << 16:
-        return torch.from_numpy(np.argsort(col.numpy().astype(np.uint16), kind="stable"))  # a radix sort
-    return torch.sort(col.to(torch.int32), stable=True)[1]
+def order_by(keys: Tensor, n_keys: int) -> Tensor:
+    """Places of the keys, which are below `n_keys`, in ascending order; of equal ones as they lie."""
+    if not keys.is_cuda and n_keys <= 1 << 16:  # a radix sort
+        return torch.from_numpy(np.argsort(keys.numpy().astype(np.uint8 if n_keys <= 1 << 8 else np.uint16), kind="stable"))
+    return torch.sort(keys.to(torch.int32), stable=True)[1]
 
 
 def has_bfloat16(device: torch.device) -> bool:

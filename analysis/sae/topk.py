@@ -16,7 +16,7 @@ class TopK(SparseArchitecture):
         pre = self.products(centred.whole)
         pre += self.parameters["b_enc"]
         spare = k // 8 + 2 if self.bf16 else 0
-        flat = sparse.largest_of_rows(pre, min(k + spare, pre.shape[1]), self.scratch)
+        flat = sparse.largest_of_rows(pre, min(k + spare, pre.shape[1]))
         active = self.exact(flat, centred)
         active = sparse.trim_rows(active, k)
         return active.keep(active.values > 0)
