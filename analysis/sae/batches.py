@@ -102,9 +102,7 @@ class ShuffledBatches:
         rest: Batch = tuple(np.empty((0, width), np.float32) for width in self.widths)
         for group, order in self._groups(step * self.batch_size):
 
-            def taken(
-                first: int, stop: int, group: list[DrawnRows] = group, order: NDArray[np.int64] = order
-            ) -> Batch:
+            def taken(first: int, stop: int, group: list[DrawnRows] = group, order: NDArray[np.int64] = order) -> Batch:
                 return tuple(rows.draw(order[first:stop]) for rows in group)
 
             start, count = 0, len(order)

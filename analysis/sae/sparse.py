@@ -235,7 +235,9 @@ def _trim(active: Active, cut: Tensor, limit: Tensor, segment: Tensor | None, st
 def order_by(keys: Tensor, n_keys: int) -> Tensor:
     """Places of the keys, which are below `n_keys`, in ascending order; of equal ones as they lie."""
     if not keys.is_cuda and n_keys <= 1 << 16:  # a radix sort
-        return torch.from_numpy(np.argsort(keys.numpy().astype(np.uint8 if n_keys <= 1 << 8 else np.uint16), kind="stable"))
+        return torch.from_numpy(
+            np.argsort(keys.numpy().astype(np.uint8 if n_keys <= 1 << 8 else np.uint16), kind="stable")
+        )
     return torch.sort(keys.to(torch.int32), stable=True)[1]
 
 
