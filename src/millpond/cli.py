@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import tyro
 
 from millpond.analysis.jobs import ProbeJob, read_probe_job
-from millpond.analysis.sae.commands import SaeCommand
 from millpond.hub.gateway_commands import (
     Executor,
     Gateway,
@@ -24,6 +23,7 @@ from millpond.hub.gateway_commands import (
     TokenNew,
 )
 from millpond.hub.queue_commands import QueueServe, QueueToken
+from millpond.hub.sae_commands import SaeCommand
 from millpond.hub.workspace.commands import Doctor, Up
 from millpond.store.commands import COMMANDS, one_line
 from millpond.store.commands import Metrics as MetricsOfLake
