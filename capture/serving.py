@@ -18,6 +18,7 @@ from typing import Any
 
 from millpond.capture.admission import EngineFacts
 from millpond.capture.frontend import Admitted, CaptureFrontend
+from millpond.capture.metrics import offer_to_prometheus
 from millpond.capture.provenance import model_provenance
 from millpond.store.errors import CaptureFailed, InvalidInput, StorageFailed
 from millpond.store.lake import open_lake
@@ -97,6 +98,8 @@ def _build_frontend(original: Callable[..., None], self: Any, vllm_config: Any, 
         return answers
 
     self._millpond_frontend = None if served is None else CaptureFrontend(*served, rpc)
+    if served is not None:
+        offer_to_prometheus()
 
 
 def _generate(

@@ -7,15 +7,19 @@ An answer is given through `importlib.metadata`'s own extension point: no instal
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from millpond.capture.metrics import FOLDER
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
 from millpond.store.errors import InvalidInput
 from millpond.store.lake import open_lake
+from millpond.store.logs import log_to
 from millpond.store.manifest import check_run_name
 
 _SET_BY_MILLPOND = ("--worker-cls", "--worker-extension-cls", "--additional-config", "--model")
@@ -107,10 +111,13 @@ def main() -> None:
     check_vllm_version()
     set_environment()
     name_the_cpu_wheel_vllm()
+    log_to()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"
-    vllm_main()
+    with TemporaryDirectory(prefix="millpond-metrics-") as folder:
+        os.environ.setdefault(FOLDER, folder)  # the engine's processes write there, and /metrics shows it
+        vllm_main()
 
 
 if __name__ == "__main__":
