@@ -58,6 +58,7 @@ class Settings(_Section):
     prompts: Path = Path("prompts")
     """Folder for the prompts that clients send; capture workers must see it."""
     models: dict[str, Weights] = {}
+    """By their names in the policy file."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Dask workers that the executor starts; 0 runs passes in its own process."""
     lease_seconds: float = Field(default=60.0, ge=1, le=3600)

@@ -74,7 +74,9 @@ class DestinationSection(_Section):
     run: str
     """Name of the new run."""
     chunk_rows: int = Field(default=512, gt=0)
+    """Rows of a Zarr chunk: what is compressed and checked together."""
     shard_rows: int = Field(default=32_768, gt=0, le=1 << 24)
+    """Rows of an object; a multiple of `chunk_rows`."""
     reuse: tuple[str, ...] = ()
     """Runs of the lake whose rows are taken, not computed again, for prompts that they hold with the same computation."""
     consumed_by: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")], ...] = ()
