@@ -51,7 +51,7 @@ class PromptsSection(_Section):
     """Where the prompts come from and which of their columns are kept."""
 
     path: str
-    """A `.jsonl`, `.parquet` or `.txt` file (text: one prompt a line)."""
+    """A `.jsonl`, `.parquet` or `.txt` file (text: one prompt a line), also as `s3://bucket/prefix/file.jsonl`."""
     id: str = "id"
     """Column with a unique id; missing, prompts are numbered."""
     text: str = "text"
@@ -126,7 +126,9 @@ class RequestArgs(_Section):
     """What `SamplingParams.extra_args["millpond"]` of one request says."""
 
     capture: CaptureWish | None = None
+    """What is kept; nothing by default."""
     intervene: tuple[Intervention, ...] = ()
+    """What is done to the activations, in this order."""
 
     @property
     def salt(self) -> str | None:
