@@ -78,7 +78,7 @@ def log_as_parent() -> JsonLines | None:
 def log_once() -> JsonLines:
     """`log_to` on standard error, unless this process has called it before; returns the formatter."""
     held = [handler.formatter for handler in logging.getLogger("millpond").handlers]
-    formatter = next((one for one in held if isinstance(one, JsonLines)), None)
+    formatter: logging.Formatter | None = next((one for one in held if isinstance(one, JsonLines)), None)
     if formatter is None:  # on a descriptor of its own: vLLM writes a prefix before every line of sys.stderr's
         formatter = log_to(os.fdopen(os.dup(2), "w", buffering=1)).formatter
     assert isinstance(formatter, JsonLines)
