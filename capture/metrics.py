@@ -155,16 +155,27 @@ class MetricsFile:
 
 
 def offer_to_prometheus() -> None:
-    """Let this process's Prometheus registry, which vLLM serves at `/metrics`, show the files of its engine's processes.
+    """Let the registry that this process's vLLM serves at `/metrics` show the files of its engines' processes.
 
-    With several API servers vLLM serves another registry, of its own counters only; the files are there all the same.
+    With one API server that is prometheus_client's own; with several, one that vLLM makes of all servers' counters.
     """
     folder = os.environ.get(FOLDER)
-    if folder:
-        from prometheus_client import REGISTRY
+    if not folder:
+        return
+    from vllm.entrypoints.serve.instrumentator import metrics as endpoint
 
+    original = endpoint.get_prometheus_registry
+    if getattr(original, "_millpond", False):
+        return
+
+    def get_prometheus_registry() -> Any:
+        registry = original()
         with suppress(ValueError):  # registered already
-            REGISTRY.register(_Files(Path(folder)))
+            registry.register(_Files(Path(folder)))
+        return registry
+
+    get_prometheus_registry._millpond = True  # type: ignore[attr-defined]
+    endpoint.get_prometheus_registry = get_prometheus_registry
 
 
 class _Files:

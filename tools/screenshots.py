@@ -46,7 +46,9 @@ class Camera:
         image = Image.open(io.BytesIO(base64.b64decode(found["data"]))).convert("RGB")
         image.quantize(128, dither=Image.Dither.NONE).save(reduced_, "PNG", optimize=True)
         if reduced_.tell() > MOST_BYTES:
-            raise SystemExit(f"screenshots: {name}.png has {reduced_.tell():,} bytes; at most {MOST_BYTES:,}: take less of it")
+            raise SystemExit(
+                f"screenshots: {name}.png has {reduced_.tell():,} bytes; at most {MOST_BYTES:,}: take less of it"
+            )
         (self.folder / f"{name}.png").write_bytes(reduced_.getvalue())
         print(f"{name}.png {reduced_.tell():,} bytes", flush=True)
 

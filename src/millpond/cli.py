@@ -56,7 +56,7 @@ class Capture:
     resume: bool = False
     """Go on with the open run that an interrupted capture of the same job left."""
     metrics: Path | None = None
-    """Folder for the engine's capture metrics in Prometheus' text format; docs/metrics.md describes them."""
+    """Folder for the engine's capture metrics in Prometheus' text format; the handbook describes them."""
 
     def run(self) -> int:
         """Run the job."""

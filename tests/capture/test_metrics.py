@@ -76,9 +76,15 @@ def test_what_a_sink_did_and_has_before_it_is_told(tmp_path: Path) -> None:
     }
 
 
-def test_vllms_registry_shows_the_files_of_living_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("servers", ["one", "several"])
+def test_vllms_registry_shows_the_files_of_living_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, servers: str
+) -> None:
     from prometheus_client import REGISTRY, generate_latest
+    from vllm.entrypoints.serve.instrumentator import metrics as endpoint
 
+    if servers == "several":
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     old = tmp_path / f"millpond_capture_{dead.pid}.prom"
@@ -89,25 +95,27 @@ def test_vllms_registry_shows_the_files_of_living_processes(tmp_path: Path, monk
         return capture_metrics(0, {"steps": steps}, ["live"], {}, None)
 
     monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr(endpoint, "get_prometheus_registry", endpoint.get_prometheus_registry)  # put back at the end
     before = set(REGISTRY._collector_to_names)
     offer_to_prometheus()
     offer_to_prometheus()  # once is enough
-    (ours,) = set(REGISTRY._collector_to_names) - before
+    registry = endpoint.get_prometheus_registry()
+    assert (registry is REGISTRY) == (servers == "one")
     try:
-        assert "millpond_capture_steps_total 7" not in generate_latest().decode()
+        assert "millpond_capture_steps_total 7" not in generate_latest(registry).decode()
         file = MetricsFile(tmp_path, text, seconds=0.05)
         assert not old.exists()
         steps = 5
         file.close()
-        (second := tmp_path / f"millpond_capture_{os.getppid()}.prom").write_text(
+        (tmp_path / f"millpond_capture_{os.getppid()}.prom").write_text(  # another process of the engine
             file.path.read_text().replace('rank="0"', 'rank="1"')
         )
-        shown = generate_latest().decode()
+        shown = generate_latest(registry).decode()
         for rank in (0, 1):
             assert f'millpond_capture_steps_total{{pid="{os.getpid()}",rank="{rank}"}} 5.0' in shown
             assert f'millpond_capture_open_requests{{pid="{os.getpid()}",rank="{rank}",run="live"}} 1.0' in shown
         assert shown.count("# TYPE millpond_capture_steps_total counter") == 1
         assert shown.count(HELP["millpond_capture_open_requests"]) == 1
-        second.unlink()
     finally:
-        REGISTRY.unregister(ours)
+        for one in set(REGISTRY._collector_to_names) - before:
+            REGISTRY.unregister(one)

@@ -299,7 +299,7 @@ def test_the_doctor_finds_nothing_on_any_host(installed):
         "--queue", f"https://{installed.at['gateway']}:8911",
     )  # fmt: skip
     assert "knows the token" in told
-    assert "holds for 29 days" in installed.millpond(
+    assert "holds for 30 days" in installed.millpond(
         "notebook", "doctor", "--meter", f"https://{installed.at['meter']}:8443"
     )
 

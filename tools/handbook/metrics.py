@@ -21,8 +21,7 @@ environment of any engine: `FOLDER/millpond_capture_PID.prom`, renewed every 2 s
 | lake | `millpond metrics LAKE > FOLDER/lake.prom`, from a timer |
 | jobs, gate and budgets | `millpond metrics LAKE --config gateway.toml` |
 
-`/metrics` of an engine is as open as its API: keep both inside the vault's network, as the NetworkPolicies of `examples/deploy` do. With
-several API servers it has vLLM's counters only: give a folder too.
+`/metrics` of an engine is as open as its API: keep both inside the vault's network, as the NetworkPolicies of `examples/deploy` do.
 
 Those of capture have the labels `pid` and `rank`, of the engine's process (of a pipeline, the first stage writes for all), and `run`
 where it says "of a run". A counter begins at 0 with its process.
