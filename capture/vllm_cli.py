@@ -106,6 +106,16 @@ def serve_command(
     ]
 
 
+def memory_arguments(arguments: Sequence[str]) -> list[str]:
+    """Room for keys and values where none is given and there is no GPU: vLLM would take nearly all of the machine's memory."""
+    from vllm.platforms import current_platform
+
+    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    if names & {"--kv-cache-memory-bytes", "--gpu-memory-utilization"} or not current_platform.is_cpu():
+        return []
+    return ["--kv-cache-memory-bytes", str(1 << 30)]
+
+
 def main() -> None:
     """Run vLLM's command line with this process's arguments."""
     check_vllm_version()
@@ -115,6 +125,8 @@ def main() -> None:
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"
+    if sys.argv[1:2] == ["serve"]:
+        sys.argv += memory_arguments(sys.argv[2:])
     with TemporaryDirectory(prefix="millpond-metrics-") as folder:
         os.environ.setdefault(FOLDER, folder)  # the engine's processes write there, and /metrics shows it
         vllm_main()

@@ -18,6 +18,7 @@ import torch
 
 import millpond as mp
 from millpond.capture.metrics import SECONDS
+from millpond.capture.vllm_cli import memory_arguments
 from millpond.cli import main
 from millpond.store.errors import InvalidInput
 from millpond.store.run import Run
@@ -296,6 +297,12 @@ def test_adapters_and_the_base_share_batches_and_keep_their_rows(
     assert difference.min() > 0.1  # the adapters matter, in every layer
     wrong = server.post({"model": "first", "prompt": "x"}, millpond={"run": "lora-second"})
     assert (wrong.status_code, "adapter" in wrong.text) == (400, True)
+
+
+def test_without_a_gpu_a_server_leaves_memory_to_others() -> None:
+    assert memory_arguments(["model", "--port", "1"]) == ["--kv-cache-memory-bytes", str(2**30)]
+    assert memory_arguments(["model", "--kv_cache_memory_bytes=5"]) == []
+    assert memory_arguments(["model", "--gpu-memory-utilization", "0.5"]) == []
 
 
 def test_parameters_are_checked_where_they_are_built() -> None:
