@@ -55,9 +55,12 @@ class Capture:
     """Check everything and print tokens, bytes and an estimate of the time; write nothing."""
     resume: bool = False
     """Go on with the open run that an interrupted capture of the same job left."""
+    metrics: Path | None = None
+    """Folder for the engine's capture metrics in Prometheus' text format; the handbook describes them."""
 
     def run(self) -> int:
         """Run the job."""
+        _write_metrics(self.metrics)
         from millpond.capture.job import run_capture
         from millpond.capture.plan import plan_capture
         from millpond.store.capture_spec import read_job
@@ -94,9 +97,12 @@ class Serve:
     """Rows are committed at most this long after their request has ended."""
     saes: tuple[str, ...] = ()
     """HOOK=ARTIFACT of each SAE that requests may splice in; needed on a GPU, where it is part of CUDA graphs."""
+    metrics: Path | None = None
+    """Folder for the capture metrics, which are part of `/metrics` anyway."""
 
     def run(self) -> int:
         """Become `vllm serve`."""
+        _write_metrics(self.metrics)
         from millpond.capture.vllm_cli import serve_command
 
         command = serve_command(
@@ -138,9 +144,12 @@ class Worker:
     """Seconds after which a worker without a heartbeat loses its job to another."""
     until_empty: bool = False
     """End when the queue is empty."""
+    metrics: Path | None = None
+    """Folder for the engine's capture metrics in Prometheus' text format, for node_exporter's textfile collector."""
 
     def run(self) -> int:
         """Take jobs."""
+        _write_metrics(self.metrics)
         import json
 
         from pydantic import ValidationError
@@ -470,6 +479,14 @@ class BudgetApprove(_LedgerAt):
             ledger.approve_cap(self.seq, by=_system_user())
         print("in force")
         return 0
+
+
+def _write_metrics(folder: Path | None) -> None:
+    """Let the engines that this process starts write their metrics there."""
+    if folder is not None:
+        from millpond.capture.metrics import FOLDER
+
+        os.environ[FOLDER] = str(folder.resolve())
 
 
 def _system_user() -> str:
