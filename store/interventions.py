@@ -28,6 +28,7 @@ class _Intervention(PositionFilter):
 
 class _Directed(_Intervention):
     vector: Vector
+    """Name of a vector of the lake, or its numbers."""
 
     @model_validator(mode="after")
     def _finite(self) -> _Directed:
@@ -45,6 +46,7 @@ class Add(_Directed):
 
     op: Literal["add"] = "add"
     scale: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of the vector."""
 
 
 class Ablate(_Directed):
@@ -58,7 +60,9 @@ class Clamp(_Directed):
 
     op: Literal["clamp"] = "clamp"
     min: float | None = Field(default=None, allow_inf_nan=False)
+    """Lower end; none by default."""
     max: float | None = Field(default=None, allow_inf_nan=False)
+    """Upper end; none by default."""
 
     @model_validator(mode="after")
     def _interval(self) -> Clamp:

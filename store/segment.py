@@ -282,7 +282,8 @@ class RunWriter:
         opened = self._open_segment()
         opened.check(request)
         waiting = sum(rows for rows, _ in self._packer.waiting)
-        self._allowance.check((opened.rows + waiting + len(request.positions)) * self._row_bytes)
+        rows = opened.rows + waiting + len(request.positions)
+        self._allowance.check(rows * self._row_bytes, f"segments/{opened.id}")
         if any(request.id == held.id for _, held in self._packer.waiting):
             raise InvalidInput(
                 f"request {request.id!r} of run {self.spec.name!r} was appended before; give it another id"
