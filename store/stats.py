@@ -188,8 +188,9 @@ class HookStatistics:
 
     def _centred_sketch(self) -> Float64:
         """The sketch of the rows less their mean: another centre changes it by the rows' weights times the difference."""
-        centred = np.outer(self._weights, self._origin - self._mean)
-        return np.add(centred, self._sketch, out=centred)
+        centred: Float64 = np.outer(self._weights, self._origin - self._mean).astype(np.float64, copy=False)
+        centred += self._sketch
+        return centred
 
     def merge(self, other: HookStatistics) -> None:
         """Take in everything `other` holds; the order of merging matters only to rounding."""
