@@ -35,6 +35,12 @@ def source_of(array: Any) -> dict[str, Any]:
     return {key: value for key, value in getattr(array, "attrs", {}).items() if key in wanted}
 
 
+def check_one_hook(X: Any) -> None:
+    """Raises InvalidInput if `X` is a run, or stands in for one."""
+    if hasattr(X, "hooks") and hasattr(X, "labels"):
+        raise InvalidInput("X is a run; give the rows of one of its hooks, run[hook]")
+
+
 def check_sealed(X: Any) -> None:
     """Raises RunOpen if `X` says that its run may still grow."""
     attributes = getattr(X, "attrs", {})
