@@ -61,6 +61,8 @@ class PcaReducer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         if n < 2:
             raise InvalidInput(f"X has {n} row; give at least 2")
         _, mean, covariance = covariance_of(found)
+        if not np.isfinite(covariance).all():
+            raise InvalidInput("some rows are so large that float32 does not hold their squares; scale X down")
         first = width - self.n_components
         values, vectors = scipy.linalg.eigh(covariance, subset_by_index=[first, width - 1])
         components = vectors[:, ::-1].T

@@ -72,9 +72,11 @@ def class_codes(labels: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[
 
     Raises:
         OneClass: there is only one.
-        InvalidInput: there are more than `MAX_CLASSES`.
+        InvalidInput: there is no row, or there are more than `MAX_CLASSES`.
     """
     classes, codes = np.unique(labels, return_inverse=True)
+    if len(classes) == 0:
+        raise InvalidInput(f"{name} has 0 rows; give at least one of each class")
     if len(classes) < 2:
         raise OneClass(
             f"{name} holds one class ({classes[0]}) in {len(labels):,} rows. a probe needs rows of more than one class"

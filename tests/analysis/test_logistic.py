@@ -331,6 +331,7 @@ def with_nan(x):
         (lambda x, y: (da.from_array(with_nan(x), chunks=(50, -1)), y), "1 of 200 rows hold NaN"),
         (lambda x, y: (lazy(x, y, 50)[0], lazy(x, y, 40)[1].data.astype(int)[:-1]), "rows"),
         (lambda x, y: (lazy(x, y, 50)[0][:, 0], y), "1 dimensions"),
+        (lambda x, y: (da.zeros((0, 4), dtype="float32"), y[:0]), "y has 0 rows; give at least one of each class"),
         (lambda x, y: (x, "in_string"), "y is 'in_string'; give one label a row"),
     ],
 )
