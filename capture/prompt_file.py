@@ -163,6 +163,13 @@ def _read_jsonl(path: str) -> pd.DataFrame:
                 continue
             try:
                 row = json.loads(line)
+                if "\\ud" in line.lower():  # only an escape can make half of a surrogate pair, which is no text
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise InvalidInput(
+                    f"{path}:{number}: {half!r} is half of a surrogate pair, which is no text; write the whole character"
+                ) from None
             except (ValueError, RecursionError) as error:
                 raise InvalidInput(f"{path}:{number}: not JSON ({error}); give one object a line") from None
             if not isinstance(row, dict):

@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 
 from millpond.store.positions import PositionFilter
 
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""Interventions are computed in float32."""
 Vector = Annotated[str, Field(min_length=1)] | Annotated[tuple[float, ...], Field(min_length=1)]
 """The name of a vector kept in the lake, or its d_model numbers."""
 
@@ -34,8 +36,8 @@ class _Directed(_Intervention):
     def _finite(self) -> _Directed:
         if isinstance(self.vector, tuple):
             norm = math.hypot(*self.vector)
-            if not math.isfinite(norm):
-                raise ValueError("vector holds a value that is not finite")
+            if not norm <= FLOAT32_MAX:
+                raise ValueError("vector holds a value that is not finite, or its length is none in float32")
             if norm == 0 and not isinstance(self, Add):
                 raise ValueError("vector is zero, which is no direction")
         return self
@@ -45,7 +47,7 @@ class Add(_Directed):
     """x + scale * vector."""
 
     op: Literal["add"] = "add"
-    scale: float = Field(default=1.0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=-FLOAT32_MAX, le=FLOAT32_MAX)
     """Factor of the vector."""
 
 

@@ -552,6 +552,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MillpondError as error:
         print(f"millpond: {one_line(error)}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "millpond":
+            raise
+        print(
+            f"millpond: this command needs {error.name!r}, which is not installed: pip install 'millpond[{_extra(command, group)}]'",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -561,6 +569,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     return code
+
+
+def _extra(command: object, group: str | None) -> str:
+    """The extra of the distribution that holds what a command needs."""
+    home = type(command).__module__.split(".")
+    if group is not None or "hub" in home:
+        return "workspace" if "workspace" in home else "hub"
+    return "analysis" if "analysis" in home or isinstance(command, Probe) else "capture"
 
 
 def _json(value: dict[str, object]) -> str:

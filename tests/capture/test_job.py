@@ -185,6 +185,8 @@ def test_malformed_jsonl_names_the_line(
     path = tmp_path / "broken.jsonl"
     path.write_text('{"id": "a", "token_ids": [1]}\n\n{"id": "b", \n')
     refused(write_job(path), capsys, "broken.jsonl:3")
+    path.write_text('{"id": "a", "text": "\\ud83d\\ude00"}\n{"id": "b", "text": "\\ud83d"}\n')
+    refused(write_job(path), capsys, "broken.jsonl:2", "'\\ud83d' is half of a surrogate pair")
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
