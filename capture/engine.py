@@ -49,10 +49,12 @@ class GenerateRequest:
     """Which of its completions."""
     token_ids: list[int]
     asked: RequestArgs
-    """What is changed."""
+    """What is changed, and what is kept under the request's id."""
     sampling: Sampling
     seed: int | None
     adapter: Adapter | None = None
+    allowed: tuple[int, ...] | None = None
+    """Token ids of which alone are drawn."""
 
     @property
     def request_id(self) -> str:
@@ -159,7 +161,7 @@ class CaptureEngine:
                         generated = output.outputs[0].token_ids if request.max_new_tokens else []
                         finished.append((request, [*request.token_ids, *generated]))
                 if len(finished) >= _CONFIRM_EVERY or (finished and not waiting):
-                    self._confirm(finished)
+                    self._confirm([(request.capture_id, len(tokens)) for request, tokens in finished])
                     yield from finished
                     finished = []
         except CaptureFailed:
@@ -173,18 +175,19 @@ class CaptureEngine:
 
     def generate(
         self, requests: Iterator[GenerateRequest], check: Callable[[], None]
-    ) -> Iterator[tuple[GenerateRequest, str, int]]:
-        """Yield each request with its completion and how many tokens that has; nothing is captured.
+    ) -> Iterator[tuple[GenerateRequest, str, list[int]]]:
+        """Yield each request with its completion and the tokens of that.
 
-        `check` is called between steps; what it raises ends the generation.
+        `check` is called between steps; what it raises ends the generation. What requests keep is durable after `commit`.
 
         Raises:
-            CaptureFailed: the engine failed.
+            CaptureFailed: the engine, the worker or the lake failed.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         waiting: dict[str, GenerateRequest] = {}
+        unconfirmed: list[tuple[str, int]] = []
         try:
             while True:
                 check()
@@ -195,6 +198,7 @@ class CaptureEngine:
                         max_tokens=wanted.max_tokens,
                         seed=request.seed,
                         stop=list(wanted.stop),
+                        allowed_token_ids=None if request.allowed is None else list(request.allowed),
                         output_kind=RequestOutputKind.FINAL_ONLY,
                         extra_args={"millpond": request.asked.model_dump(mode="json", exclude_none=True)},
                     )
@@ -210,14 +214,21 @@ class CaptureEngine:
                 for output in self._engine.step():
                     if output.finished:
                         (made,) = output.outputs
-                        yield waiting.pop(output.request_id), made.text, len(made.token_ids)
+                        request = waiting.pop(output.request_id)
+                        if request.asked.capture is not None:
+                            unconfirmed.append((request.request_id, len(request.token_ids) + len(made.token_ids)))
+                        yield request, made.text, list(made.token_ids)
+                if len(unconfirmed) >= _CONFIRM_EVERY or (unconfirmed and not waiting):
+                    self._confirm(unconfirmed)
+                    unconfirmed = []
         except CaptureFailed:
             raise
         except Exception as error:
             raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
         finally:
-            if waiting:
-                self._forget(list(waiting))
+            left = [*waiting, *(name for name, _ in unconfirmed)]
+            if left:
+                self._forget(left)
 
     def _lora(self, adapter: Adapter | None) -> Any:
         """The request for an adapter as vLLM takes it; None for none."""
@@ -250,8 +261,8 @@ class CaptureEngine:
             lora_request=self._lora(request.adapter),
         )
 
-    def _confirm(self, finished: list[tuple[CaptureRequest, list[int]]]) -> None:
-        pairs = [(request.capture_id, len(tokens)) for request, tokens in finished]
+    def _confirm(self, pairs: list[tuple[str, int]]) -> None:
+        """Tell the worker of ended requests: the capture id of each, and how many tokens it has."""
         answers: dict[str, dict[str, Any]] = {}
         for answer in self._engine.collective_rpc("millpond_confirm", args=(pairs,)):
             answers |= answer
@@ -284,14 +295,25 @@ class CaptureEngine:
         before, self._committed = self._committed, (rows, prompts)
         return rows - before[0], prompts - before[1]
 
+    def tell_job(self, job: str) -> None:
+        """Let the engine's processes write the id of the job that they work on into their logs.
+
+        Raises:
+            CaptureFailed: the engine died.
+        """
+        self._call("millpond_tell_job", job)
+
     def check_alive(self) -> None:
         """Check that the engine answers.
 
         Raises:
             CaptureFailed: it does not.
         """
+        self._call("millpond_poll")
+
+    def _call(self, method: str, *arguments: Any) -> None:
         try:
-            self._engine.collective_rpc("millpond_poll")
+            self._engine.collective_rpc(method, args=arguments)
         except Exception as error:
             raise CaptureFailed(f"the engine died: {_reason(error)}") from error
 
