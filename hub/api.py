@@ -24,6 +24,7 @@ from millpond.hub.policy import SCOPES
 from millpond.hub.projection import project_run
 from millpond.hub.queue import ProjectJob
 from millpond.hub.serving import Call, Endpoint, Fixed, NotThere, Reply
+from millpond.hub.textmodel import VERSION
 from millpond.hub.vault import label_mark, visible_labels
 from millpond.store.capture_spec import first_problem
 from millpond.store.errors import InvalidInput
@@ -79,7 +80,9 @@ def read_version(call: Call) -> Reply:
     """What both sides compare when they connect: constants of the installation."""
     given = call.gateway.dictionary
     digest = None if given is None else hashlib.sha256(given).hexdigest()
-    return _fixed({"version": version("millpond"), "api": 1, "dictionary_sha256": digest})
+    return _fixed(
+        {"version": version("millpond"), "api": 1, "dictionary_sha256": digest, "text_model": VERSION},
+    )
 
 
 def read_openapi(_: Call) -> Reply:

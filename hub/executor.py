@@ -26,7 +26,7 @@ from millpond.hub.answers import Answers, Kept, kept_answers
 from millpond.hub.body import curve_code
 from millpond.hub.database import open_database
 from millpond.hub.kinds import KINDS, Job, Outcome, parse_job
-from millpond.hub.kinds.generate import HANDED_OVER
+from millpond.hub.kinds.generate import GENERATED
 from millpond.hub.policy import Policy, read_policy
 from millpond.hub.projects import Projects
 from millpond.hub.queue import ProjectJob, SqlQueue, job_limits
@@ -40,7 +40,7 @@ from millpond.store.logs import of_job
 
 logger = logging.getLogger(__name__)
 
-EXECUTED = frozenset(name for name, kind in KINDS.items() if kind.runs_on == "executor") | set(HANDED_OVER.values())
+EXECUTED = frozenset(name for name, kind in KINDS.items() if kind.runs_on == "executor") | {GENERATED}
 _STEPS = 16
 
 

@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from starlette.applications import Starlette
@@ -44,6 +45,9 @@ from millpond.hub.uploads import Uploads
 from millpond.hub.vault import Vault
 from millpond.store.errors import InvalidInput, JobNotFound
 from millpond.store.lake import open_lake
+
+if TYPE_CHECKING:
+    from millpond.hub.textmodel import TextModel
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +89,19 @@ class Gateway:
             assert settings.tokens is not None
             self.gatekeeper = Gatekeeper(TokenFile(settings.tokens), settings.origin)
         self.room = Room()
+
+    @cached_property
+    def text_model(self) -> TextModel:
+        """What completions are coded with; made when a reviewer first looks at some.
+
+        Raises:
+            InvalidInput: the settings have no dictionary.
+        """
+        from millpond.hub.textmodel import TextModel
+
+        if self.dictionary is None:
+            raise InvalidInput("the settings have no dictionary, so no text can be read")
+        return TextModel(self.dictionary)
 
     def close(self) -> None:
         """Close the connections."""

@@ -278,7 +278,7 @@ class Vault:
         """The models whose budgets the job's answers are charged to: those of everything that it reads."""
         found = {self.held(kind, handle).model for kind, handle in job.needs()}
         if isinstance(job, GenerateJob):
-            found.add(job.model)
+            found |= {job.model, job.judging_model() or job.model}
         return tuple(sorted(found - {""})) or tuple(self.policy.models)
 
     def _run(self, handle: str) -> tuple[Held, Run]:

@@ -22,6 +22,7 @@ MillpondError
 │   ├── OverlappingGroups training and test part share prompts or groups
 │   ├── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
 │   ├── PromptTooLong     a prompt does not fit the model's context
+│   ├── TextVersionUnknown texts are coded under another version of the model than this side has
 │   ├── QuotaExceeded     the lake's configuration, or a user's or project's quota, does not allow so many bytes
 │   └── UnsafeStore       the store cannot keep the promises that several writers need
 ├── ActivationsStayInVault  only the vault may hold what was asked for; also an AttributeError
@@ -145,6 +146,10 @@ class Cancelled(MillpondError):
 
 class UnsafeStore(InvalidInput):
     """The store cannot keep the promises that several writers need."""
+
+
+class TextVersionUnknown(InvalidInput):
+    """Texts are coded under another version of the model than this side has."""
 
 
 class QuotaExceeded(InvalidInput):

@@ -119,7 +119,7 @@ def test_a_labels_text_cannot_fill_the_memory(gate):
 def test_constants_are_the_same_for_everybody(gate):
     one, other = gate.client().get("/api/v1/version"), gate.client("eve").get("/api/v1/version")
     assert one.content == other.content
-    assert set(one.json()) == {"version", "api", "dictionary_sha256"}
+    assert set(one.json()) == {"version", "api", "dictionary_sha256", "text_model"}
     spec = gate.client().get("/api/v1/openapi.json").json()
     assert set(spec["paths"]) >= {"/api/v1/p/{project}/jobs", "/api/v1/p/{project}/budget"}
     assert gate.client("ada").get("/api/v1/projects").json() == {"projects": ["one"]}
