@@ -267,8 +267,8 @@ class Vault:
         runs = [rows.run for rows in job.row_sets()]
         for kind, handle in job.needs():
             if kind == "artifact":
-                made_by = self.load(handle).provenance["spec"]
-                runs.append((made_by.get("train") or made_by["rows"])["run"])
+                made_by = self.load(handle).provenance.get("spec")
+                runs += [(made_by.get("train") or made_by["rows"])["run"]] if made_by else []
         if not runs:
             raise InvalidInput("the job is about no run")
         first = min(runs, key=lambda run: self.run_held(run).detail.get("prompts") == "own")
