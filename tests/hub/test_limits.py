@@ -17,7 +17,8 @@ from millpond.hub.body import ErrorCode, Failure, Handles, ReleasedResult, decod
 from millpond.hub.database import open_database
 from millpond.hub.foreman import Foreman
 from millpond.hub.gateway import create_app, server_options
-from millpond.hub.queue import Limits, SqlQueue
+from millpond.hub.limits import Limits
+from millpond.hub.queue import SqlQueue
 from millpond.hub.room import THREADS_OF_ONE
 from millpond.hub.serving import Endpoint, Fixed
 from millpond.hub.uploads import Uploads
