@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +45,10 @@ def send_prompts(gateway: Gateway, project: str, name: str, rows: Sequence[Mappi
         raise InvalidInput("the prompts have different fields; give each the same")
     path = _write(gateway, rows)
     columns = [field for field in fields if field not in _RESERVED]
-    return gateway.projects.hold(
-        project, "prompts", name, str(path), model="", detail={"prompts": len(rows), "columns": columns}
-    )
+    with removed_if_refused([path]):
+        return gateway.projects.hold(
+            project, "prompts", name, str(path), model="", detail={"prompts": len(rows), "columns": columns}
+        )
 
 
 def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -> str:
@@ -123,7 +125,20 @@ def prompts_file(gateway: Gateway, vault: Vault, prompts: str | Sequence[Prompt]
     rows = [one.model_dump() for one in prompts]
     if len({row["id"] for row in rows}) < len(rows):
         raise InvalidInput("two prompts have the same id; give ids that differ")
-    return str(_write(gateway, rows)), ()
+    path = _write(gateway, rows)
+    vault.written.append(path)
+    return str(path), ()
+
+
+@contextmanager
+def removed_if_refused(files: Sequence[Path]) -> Iterator[None]:
+    """Delete what was written for something that is refused after all: nobody would count it, and nobody could name it."""
+    try:
+        yield
+    except BaseException:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def registered(gateway: Gateway, job: ProjectJob) -> Held | None:

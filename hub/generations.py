@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from millpond.hub.captures import checked_weights, intervention, prompts_file
 from millpond.hub.cohort import distinct_prompts, shares
-from millpond.hub.evidence import measure
+from millpond.hub.evidence import is_plain
 from millpond.hub.kinds.base import Answer, Progress
 from millpond.hub.kinds.generate import WORK, Contains, GenerateJob, Judge, OverThreshold, Regex
 from millpond.hub.probing import fitted_to
@@ -140,11 +140,8 @@ def _groups(job: GenerateJob, vault: Vault, prompt: NDArray[np.int64]) -> list[N
 
 def _shows_others(job: GenerateJob, vault: Vault) -> bool:
     """Whether an artifact in use was fitted to restricted prompts or to an intervened run, which its scores and effects show."""
-    parts = [
-        part for kind, handle in job.needs() if kind == "artifact" for part in fitted_to(vault, vault.load(handle))
-    ]
-    found = [measure((part,)) for part in parts]
-    return any(one.prompts_are == "restricted" or one.intervened for one in found)
+    artifacts = [vault.load(handle) for kind, handle in job.needs() if kind == "artifact"]
+    return any(not is_plain(part) for artifact in artifacts for part in fitted_to(vault, artifact))
 
 
 def _evidence(

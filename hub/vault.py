@@ -63,6 +63,8 @@ class Vault:
     """What texts are coded with."""
     figures: bool = False
     """Whether those who may see the job may see how its training does; the job says so, by the rules."""
+    written: list[Path] = field(default_factory=list)
+    """Files of prompts that a job brought, which has not been taken yet."""
     _runs: dict[str, tuple[Held, Run]] = field(default_factory=dict)
 
     def at(self, pins: Pins) -> Vault:

@@ -26,7 +26,7 @@ from millpond.store.artifacts import artifact_names
 from millpond.store.errors import LeaseLost, QuotaExceeded, TooMany
 
 P = "/api/v1/p/one"
-SECONDS = 4
+SECONDS = 10
 
 
 def test_a_claim_that_lasts_too_long_ends_whoever_works_on_it(database):
@@ -107,14 +107,14 @@ def autoencoder(gate, **more):
 def test_jobs_that_take_too_long_or_too_much_end_alone(tmp_path):
     """A training that is told to stop, one whose process hears nothing, one that wants more memory than there is."""
     policy = f"[jobs]\nseconds = {SECONDS}\n"
-    with Gatehouse(tmp_path, policy=policy, memory_bytes=3 << 30, lease_seconds=60) as gate:
+    with Gatehouse(tmp_path, policy=policy, memory_bytes=2 << 30, lease_seconds=60) as gate:
         ada, said = gate.client("ada"), []
         foreman = Foreman(gate.settings, grace_seconds=2, told=said.append)
         thread = threading.Thread(target=foreman.run)
         thread.start()
         try:
             long = gate.submit(ada, autoencoder(gate))
-            wide = gate.submit(ada, autoencoder(gate, d_sae=1 << 20, batch_size=1200))  # 5 GB a batch
+            wide = gate.submit(ada, autoencoder(gate, d_sae=1 << 19, batch_size=1200))  # 2.5 GB a batch
             short = gate.submit(ada, {"kind": "statistics", "hook": HOOK, "rows": rows(gate.run)})
             began = gate.wait(ada, long, past=("queued",)), time.monotonic()
             assert began[0] == "running"
@@ -166,6 +166,7 @@ def test_what_is_sent_is_counted_and_refused_by_name_when_there_is_no_room(tmp_p
             Failure(ErrorCode.BAD_REQUEST)  # the name is taken: nothing is counted
         )
         files = list((tmp_path / "sent").iterdir())
+        assert len(files) == 1  # and nothing is left of it
         before = gate.spent()
         assert send(ada, "second", 3000) == Failure(ErrorCode.DISK_QUOTA)
         assert gate.spent() - before == 16 + 2
