@@ -150,7 +150,7 @@ def test_jobs_that_take_too_long_or_too_much_end_alone(tmp_path):
 
 
 def test_what_is_sent_is_counted_and_refused_by_name_when_there_is_no_room(tmp_path):
-    with Gatehouse(tmp_path, prompts=str(tmp_path / "sent"), max_user_bytes=6000, max_project_bytes=9000) as gate:
+    with Gatehouse(tmp_path, max_user_bytes=6000, max_project_bytes=9000) as gate:
         ada, ben, eve = gate.client("ada"), gate.client("ben"), gate.client("eve")
 
         def send(client, name, size, project="one"):
@@ -163,12 +163,12 @@ def test_what_is_sent_is_counted_and_refused_by_name_when_there_is_no_room(tmp_p
         ) == (
             Failure(ErrorCode.BAD_REQUEST)  # the name is taken: nothing is counted
         )
-        files = list((tmp_path / "sent").iterdir())
+        files = list((tmp_path / "lake" / "prompts").iterdir())
         assert len(files) == 1  # and nothing is left of it
         before = gate.spent()
         assert send(ada, "second", 3000) == Failure(ErrorCode.DISK_QUOTA)
         assert gate.spent() - before == 16 + 2
-        assert list((tmp_path / "sent").iterdir()) == files
+        assert list((tmp_path / "lake" / "prompts").iterdir()) == files
         labels = {f"p{number}": "a long value " * 5 for number in range(60)}
         reply = ada.post(f"{P}/runs/{gate.run}/labels", json={"name": "x", "by": "prompt", "values": labels})
         assert decode(reply.content) == Failure(ErrorCode.DISK_QUOTA)
