@@ -61,6 +61,8 @@ class Foreman:
             )
             self._process.start()
             there.close()
+            if self._stopped:  # while it was made
+                self._process.terminate()
             try:
                 replaced = self._watch(here)
             finally:
