@@ -17,8 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from millpond.hub.database import open_database
-from millpond.hub.policy import Policy
-from millpond.hub.settings import Settings
+from millpond.hub.limits import Limits
 from millpond.hub.tables import JOB_EVENTS, JOBS, QUEUE_USERS
 from millpond.hub.transitions import FINAL, follow
 from millpond.store.errors import InvalidInput, JobNotFound, LeaseLost, TooMany
@@ -36,33 +35,6 @@ class ProjectJob(QueuedJob):
     priority: int = 0
     seconds: float | None = None
     """How long one claim of it may last; None for as long as it takes."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How many jobs a user and a project may have; the vault's own jobs, of user "", are not limited."""
-
-    queued: int = 200
-    """Of a user, waiting at once; `submit` raises TooMany beyond."""
-    running: int = 4
-    """Of a user, under way at once; further ones wait."""
-    project_queued: int = 800
-    """Of a project, waiting at once."""
-    project_running: int = 16
-    """Of a project, under way at once."""
-    seconds: float | None = None
-    """How long one claim of a job that is submitted here may last."""
-
-
-def job_limits(settings: Settings, policy: Policy) -> Limits:
-    """How many jobs users and projects may have, and how long one may run."""
-    return Limits(
-        settings.max_queued,
-        settings.max_running,
-        settings.max_project_queued,
-        settings.max_project_running,
-        policy.jobs.seconds,
-    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from tests.queue_contract import Clock, QueueContract
 
 from millpond.hub.database import open_database
-from millpond.hub.queue import Limits, SqlQueue
+from millpond.hub.limits import Limits
+from millpond.hub.queue import SqlQueue
 from millpond.hub.transitions import FINAL, TRANSITIONS, diagram
 from millpond.store.errors import InvalidInput, LeaseLost, TooMany
 
@@ -178,7 +179,8 @@ KILLS = """
 import os, random, signal, sys, time
 import sqlalchemy as sa
 from millpond.hub.database import open_database
-from millpond.hub.queue import Limits, SqlQueue
+from millpond.hub.limits import Limits
+from millpond.hub.queue import SqlQueue
 from millpond.store.errors import LeaseLost
 
 url, seed = sys.argv[1], int(sys.argv[2])
