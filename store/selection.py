@@ -30,6 +30,8 @@ def mark_prompts(run: Run, prompts: NDArray[np.bool_] | pd.Series[bool] | Sequen
     Raises:
         InvalidInput: they do not fit the view.
     """
+    if isinstance(prompts, str):
+        raise InvalidInput(f"prompts is {prompts!r}; give a list of ids, or a condition as where=")
     if isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts):
         held = run.prompts["id"]
         missing = pd.Index(prompts).difference(pd.Index(held), sort=False)
