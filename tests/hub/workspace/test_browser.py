@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -17,6 +18,8 @@ from millpond.hub.demo import find_example
 from millpond.hub.workspace.config import gateway_origin
 from millpond.hub.workspace.notebooks import sources
 from millpond.hub.workspace.up import Up, demo_config
+from millpond.store.generation import read_completions
+from millpond.store.lake import open_lake
 
 from .browser import Browser
 from .conftest import free_port
@@ -133,6 +136,57 @@ def test_example_notebooks_run_to_their_end(demo, source):
             await browser.close()
 
     demo.do(run(), 400)
+
+
+ASK = """
+import millpond as mp
+lake = mp.connect()
+future = lake.submit_generate(["def read(path):", "class Stack:"], model="stdlib-llama", max_tokens=24, texts=True)
+try:
+    future.result(timeout=150)
+except mp.MillpondError as error:
+    print(type(error).__name__, future.handle)
+"""
+
+
+def test_texts_are_read_in_the_notebook_once_another_person_let_them_pass(demo):
+    """Coded with the dictionary that `up` made and both sides hold; the vault's own copy says what was written."""
+
+    async def people():
+        found = []
+        for user in ("ada", "bob"):
+            browser = Browser(demo.up.settings.origin, user, demo.up.passwords[user])
+            await browser.login()
+            found.append(browser)
+        ada, bob = found
+        try:
+            running, message = await ada.spawn()
+            assert running, message
+            await ada.open()
+            kernel = await ada.kernel()
+            said = await ada.run(kernel, ASK, 200)
+            assert "InReview" in said, said
+            job = re.search(r"InReview ([0-9a-f]{16})", said).group(1)
+            service = f"{gateway_origin(demo.up.settings)}/services/gateway"
+            async with bob.http.get(f"{service}/p/demo/reviews/{job}/0") as page:
+                form = await page.text()
+                token = re.search(r'name="csrf_token" value="([^"]+)"', form).group(1)
+            fields = {"do": "approve", "csrf_token": token}
+            headers = {"Origin": gateway_origin(demo.up.settings)}
+            async with bob.http.post(f"{service}/p/demo/reviews/{job}/0", data=fields, headers=headers) as page:
+                assert page.status == 200, (page.status, (await page.text())[:500])
+            said = await ada.run(
+                kernel, "import time, json; time.sleep(1)\nprint(json.dumps(future.result(timeout=60).texts))", 120
+            )
+            return job, json.loads(said[said.index("[[") : said.rindex("]]") + 2])
+        finally:
+            await ada.close()
+            await bob.close()
+
+    job, texts = demo.do(people(), 400)
+    table = read_completions(open_lake(demo.config.lake).storage, job)
+    assert [text for one in texts for text in one] == table["text"].tolist()
+    assert all(len(text) > 10 for text in table["text"])
 
 
 def test_nothing_of_the_vault_reaches_further_than_the_meter(demo):
