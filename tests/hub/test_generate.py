@@ -222,7 +222,7 @@ def test_a_probe_scores_what_is_written_and_its_rates_and_means_leave(place):
     model, tokenizer = transformer()
     compared = 0
     for row, prompt in zip(table.itertuples(), PROMPTS, strict=True):
-        ids = tokenizer(row.text, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt["text"] + row.text, return_tensors="pt")["input_ids"]
         n = len(row.prompt_tokens)
         if ids[0, :n].tolist() != list(row.prompt_tokens) or ids.shape[1] != n + row.tokens:
             continue  # cut into other tokens than it was written in

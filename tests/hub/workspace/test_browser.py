@@ -145,7 +145,7 @@ future = lake.submit_generate(["def read(path):", "class Stack:"], model="stdlib
 try:
     future.result(timeout=150)
 except mp.MillpondError as error:
-    print(type(error).__name__, future.handle)
+    print(f"{type(error).__name__}={future.handle}=")
 """
 
 
@@ -153,20 +153,21 @@ def test_texts_are_read_in_the_notebook_once_another_person_let_them_pass(demo):
     """Coded with the dictionary that `up` made and both sides hold; the vault's own copy says what was written."""
 
     async def people():
-        found = []
+        both = []
         for user in ("ada", "bob"):
             browser = Browser(demo.up.settings.origin, user, demo.up.passwords[user])
             await browser.login()
-            found.append(browser)
-        ada, bob = found
+            both.append(browser)
+        ada, bob = both
         try:
             running, message = await ada.spawn()
             assert running, message
             await ada.open()
             kernel = await ada.kernel()
             said = await ada.run(kernel, ASK, 200)
-            assert "InReview" in said, said
-            job = re.search(r"InReview ([0-9a-f]{16})", said).group(1)
+            found = re.search(r"InReview=([0-9a-f]{16})=", said)
+            assert found is not None, said
+            job = found.group(1)
             service = f"{gateway_origin(demo.up.settings)}/services/gateway"
             async with bob.http.get(f"{service}/p/demo/reviews/{job}/0") as page:
                 form = await page.text()
