@@ -14,6 +14,7 @@ from millpond.capture.versions import check_vllm_version, set_environment, worke
 from millpond.store.capture_spec import ModelSection, RequestArgs
 from millpond.store.errors import CaptureFailed
 from millpond.store.generation import Sampling
+from millpond.store.interventions import SpliceSae
 
 _CONFIRM_EVERY = 16  # requests a call to the worker
 
@@ -73,6 +74,7 @@ class CaptureEngine:
         max_adapters: LoRA adapters in one batch; 0 leaves LoRA out.
         max_rank: the largest rank of an adapter.
         edits_per_token: most interventions of one request at one hook; 0 leaves them out of CUDA graphs.
+        saes: splices that requests may ask for, which are part of CUDA graphs.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class CaptureEngine:
         max_adapters: int = 0,
         max_rank: int = 0,
         edits_per_token: int = 1,
+        saes: Sequence[SpliceSae] = (),
     ) -> None:
         check_vllm_version()
         set_environment()
@@ -103,9 +106,13 @@ class CaptureEngine:
         self.takes_seeds = not current_platform.is_cpu()
         if current_platform.is_cpu():
             settings["kv_cache_memory_bytes"] = 1 << 30  # left out, vLLM takes most of the machine's memory
-            device = {}
+            device: dict[str, Any] = {}
         else:
-            device = {"edits_per_token": edits_per_token}
+            device = {
+                "edits_per_token": edits_per_token,
+                "saes": [{"hook": one.hook, "artifact": one.artifact} for one in saes],
+                "latents_per_request": max((len({*one.set_latents, *one.scale_latents}) for one in saes), default=0),
+            }
         if max_adapters:
             settings |= {"enable_lora": True, "max_loras": max_adapters, "max_lora_rank": engine_rank(max_rank)}
         settings |= arguments
@@ -118,6 +125,7 @@ class CaptureEngine:
             "additional_config": {"millpond": {"lake": lake, "hooks": list(hooks), **device}},
         }
         self.hooks = tuple(hooks)
+        self.on_device = not current_platform.is_cpu()
         self.max_num_seqs = int(settings["max_num_seqs"])
         self.max_adapters = max_adapters
         self.max_rank = engine_rank(max_rank) if max_adapters else 0
@@ -287,14 +295,25 @@ class CaptureEngine:
         before, self._committed = self._committed, (rows, prompts)
         return rows - before[0], prompts - before[1]
 
+    def tell_job(self, job: str) -> None:
+        """Let the engine's processes write the id of the job that they work on into their logs.
+
+        Raises:
+            CaptureFailed: the engine died.
+        """
+        self._call("millpond_tell_job", job)
+
     def check_alive(self) -> None:
         """Check that the engine answers.
 
         Raises:
             CaptureFailed: it does not.
         """
+        self._call("millpond_poll")
+
+    def _call(self, method: str, *arguments: Any) -> None:
         try:
-            self._engine.collective_rpc("millpond_poll")
+            self._engine.collective_rpc(method, args=arguments)
         except Exception as error:
             raise CaptureFailed(f"the engine died: {_reason(error)}") from error
 

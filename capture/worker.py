@@ -36,13 +36,17 @@ class TapMethods:
         """See `Tapping.drop`."""
         self._millpond.drop(capture_ids)
 
-    def millpond_poll(self) -> dict[str, dict[str, Any]]:
+    def millpond_poll(self, capture_ids: list[str] | None = None) -> dict[str, dict[str, Any]]:
         """See `Tapping.poll`."""
-        return self._millpond.poll()
+        return self._millpond.poll(capture_ids)
 
     def millpond_commit(self) -> tuple[int, int, str | None]:
         """See `Tapping.commit`."""
         return self._millpond.commit()
+
+    def millpond_tell_job(self, job: str) -> None:
+        """See `Tapping.tell_job`."""
+        self._millpond.tell_job(job)
 
     def millpond_statistics(self) -> dict[str, float]:
         """See `Tapping.statistics`."""

@@ -27,6 +27,7 @@ from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
 from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
 from millpond.store.generation import GenerationJob, JudgeJob
 from millpond.store.hooks import summarize_hooks
+from millpond.store.interventions import SpliceSae
 from millpond.store.lake import open_lake
 from millpond.store.logs import of_job
 from millpond.store.objects import open_storage
@@ -102,6 +103,7 @@ def work(
                 check()
                 claimed = queue.claim(name, set(config.kinds), config.lease_seconds)
                 if claimed is not None:
+                    engine.tell_job(claimed.id)
                     with of_job(claimed.id):
                         ended += _run(queue, claimed, config, facts, engine, told)
                 elif until_empty:
@@ -247,7 +249,13 @@ def _plan(job: CaptureJob, config: WorkerConfig, engine: CaptureEngine) -> Captu
     plan = plan_capture(job.model_copy(update={"engine": config.engine}), resume=True)
     missing = [hook for hook in plan.taps if hook not in engine.hooks]
     if missing:
-        raise InvalidInput(f"hooks: this worker has no tap at {missing[0]}, only at {summarize_hooks(engine.hooks)}")
+        raise InvalidInput(
+            f"capture.hooks: this worker has no tap at {missing[0]}, only at {summarize_hooks(engine.hooks)}"
+        )
+    if engine.on_device and any(isinstance(one, SpliceSae) for one in job.intervene):
+        raise InvalidInput(
+            "intervene: this worker's CUDA graphs hold no SAE; run the job with millpond capture, whose engine is made for it"
+        )
     for target in plan.targets:
         if target.adapter is not None:
             _check_adapter(target.adapter, engine)

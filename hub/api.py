@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -48,6 +48,7 @@ class SentPrompt(Prompt):
     """A prompt; further fields are kept as columns."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Scalar | None]
 
 
 class PromptsWish(_Wish):
@@ -57,7 +58,8 @@ class PromptsWish(_Wish):
     prompts: tuple[SentPrompt, ...] = Field(min_length=1, max_length=200_000)
 
 
-Scalar = bool | int | float | str
+Scalar = bool | int | float | Annotated[str, Field(max_length=200)]
+"""A label's value. Text takes as much memory for every row as the longest does."""
 
 
 class LabelsWish(_Wish):
@@ -85,7 +87,7 @@ def read_version(call: Call) -> Reply:
 
 def read_openapi(_: Call) -> Reply:
     """What there is here, as OpenAPI."""
-    return _fixed(_openapi())
+    return _fixed(openapi())
 
 
 def read_projects(call: Call) -> Reply:
@@ -117,7 +119,9 @@ def add_prompts(call: Call) -> Reply:
     project, wish = call.params["project"], _wish(PromptsWish, call.body)
     call.gateway.enter(call.who, project, "run")
     rows = [one.model_dump(mode="json") for one in wish.prompts]
-    return _handles(call, [send_prompts(call.gateway, project, wish.name, rows).handle])
+    with call.gateway.uploads.taking(project, call.who.user, call.size):
+        held = send_prompts(call.gateway, project, wish.name, rows)
+    return _handles(call, [held.handle])
 
 
 def add_labels(call: Call) -> Reply:
@@ -130,7 +134,8 @@ def add_labels(call: Call) -> Reply:
     if any(lists) != (wish.by == "token") or any(lists) != all(lists):
         raise InvalidInput("values: give one for each prompt, or a list of one a token for each")
     run = vault.run(handle)
-    run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")
+    with call.gateway.uploads.taking(project, call.who.user, call.size):
+        run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")
     return _handles(call, [])
 
 
@@ -149,13 +154,14 @@ def submit_job(call: Call) -> Reply:
     if refused is not None:
         return refused
     vault = gateway.enter(call.who, project, "run")
-    if isinstance(job, CaptureJob):
-        found = submit_capture(gateway, vault, job, call.who.user)
-    elif isinstance(job, GenerateJob):
-        found = submit_generation(gateway, vault, job, call.who.user, models)
-    else:
-        spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
-        found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)
+    with gateway.uploads.taking(project, call.who.user, call.size):
+        if isinstance(job, CaptureJob):
+            found = submit_capture(gateway, vault, job, call.who.user)
+        elif isinstance(job, GenerateJob):
+            found = submit_generation(gateway, vault, job, call.who.user, models)
+        else:
+            spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
+            found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)
     return _handles(call, [bytes.fromhex(found)])
 
 
@@ -170,6 +176,11 @@ def list_jobs(call: Call) -> Reply:
 def read_job(call: Call) -> Reply:
     """A job's state at the end of the last slot."""
     return call.gateway.status(call.who, _job(call, "read"))
+
+
+def read_curve(call: Call) -> Reply:
+    """How a job's training does, at the end of the last slot."""
+    return call.gateway.curve(call.who, _job(call, "read"))
 
 
 def cancel_job(call: Call) -> Reply:
@@ -251,6 +262,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", f"{_P}/jobs", "read", list_jobs),
     Endpoint("GET", f"{_P}/jobs/{{job}}", "read", read_job),
     Endpoint("DELETE", f"{_P}/jobs/{{job}}", "run", cancel_job),
+    Endpoint("GET", f"{_P}/jobs/{{job}}/curve", "read", read_curve),
     Endpoint("GET", f"{_P}/jobs/{{job}}/answers/{{number}}", "read", read_answer),
     Endpoint("GET", f"{_P}/jobs/{{job}}/made", "read", read_made),
     Endpoint("GET", f"{_P}/budget", "read", read_budget),
@@ -304,7 +316,8 @@ def _fixed(value: Any) -> Fixed:
 
 
 @cache
-def _openapi() -> dict[str, Any]:
+def openapi() -> dict[str, Any]:
+    """The description of every endpoint under /api."""
     parts = ADAPTER.json_schema(ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = parts.pop("$defs", {})
     schemas["Job"] = parts

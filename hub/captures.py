@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
 
 from millpond.hub.kinds.capture import CaptureJob, Prompt
 from millpond.hub.projects import Held
 from millpond.hub.queue import ProjectJob
 from millpond.hub.settings import Weights
+from millpond.hub.tables import JOBS
 from millpond.hub.vault import Vault, label_mark
 from millpond.store import capture_spec
 from millpond.store.artifacts import load_artifact
 from millpond.store.errors import InvalidInput, NotHeld
-from millpond.store.files import write_whole
 from millpond.store.interventions import Patch, SpliceSae
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ def send_prompts(gateway: Gateway, project: str, name: str, rows: Sequence[Mappi
     fields = list(rows[0])
     if any(list(row) != fields for row in rows):
         raise InvalidInput("the prompts have different fields; give each the same")
-    path = _write(gateway, rows)
+    target = _write(gateway, rows)
     columns = [field for field in fields if field not in _RESERVED]
     return gateway.projects.hold(
-        project, "prompts", name, str(path), model="", detail={"prompts": len(rows), "columns": columns}
+        project, "prompts", name, target, model="", detail={"prompts": len(rows), "columns": columns}
     )
 
 
@@ -59,6 +60,7 @@ def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -
             raise InvalidInput(f"an intervention names a {kind} of another model than {job.model!r}")
     if any(held.name == job.name for held in gateway.projects.held(vault.project, "run")):
         raise InvalidInput(f"the project has a run {job.name!r}; choose another name")
+    target = label_mark(vault.project) + job.name
     path, columns = prompts_file(gateway, vault, job.prompts)
     spec = capture_spec.CaptureJob.model_validate(
         {
@@ -70,12 +72,27 @@ def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -
                 "hooks": job.hooks, "max_new_tokens": job.max_new_tokens, **job.positions.model_dump(mode="json")
             },
             "prompts": {"path": path, "metadata": columns},
-            "destination": {"lake": gateway.settings.lake, "run": label_mark(vault.project) + job.name},
+            "destination": {"lake": gateway.settings.lake, "run": target},
             "intervene": [intervention(vault, one) for one in job.interventions],
         }
     )  # fmt: skip
     wanted = spec.model_dump(mode="json", exclude_unset=True)
-    return gateway.queue.submit("capture", wanted, project=vault.project, user=user)
+    return gateway.queue.submit(
+        "capture", wanted, project=vault.project, user=user, check=lambda inside: _check_new(inside, vault, target)
+    )
+
+
+def _check_new(connection: sa.Connection, vault: Vault, target: str) -> None:
+    """Raises InvalidInput if another capture of the project fills the run `target`, or has filled it."""
+    alive = (
+        JOBS.c.project == vault.project,
+        JOBS.c.kind == "capture",
+        JOBS.c.state.in_(("queued", "claimed", "finished")),
+    )
+    for spec in connection.scalars(sa.select(JOBS.c.spec).where(*alive)):
+        if json.loads(spec)["destination"]["run"] == target:
+            name = target.removeprefix(label_mark(vault.project))
+            raise InvalidInput(f"a capture of the project fills a run {name!r} already; choose another name")
 
 
 def checked_weights(gateway: Gateway, vault: Vault, model: str, adapter: str | None) -> Weights:
@@ -104,7 +121,7 @@ def prompts_file(gateway: Gateway, vault: Vault, prompts: str | Sequence[Prompt]
     rows = [one.model_dump() for one in prompts]
     if len({row["id"] for row in rows}) < len(rows):
         raise InvalidInput("two prompts have the same id; give ids that differ")
-    return str(_write(gateway, rows)), ()
+    return _write(gateway, rows), ()
 
 
 def registered(gateway: Gateway, job: ProjectJob) -> Held | None:
@@ -145,12 +162,11 @@ def _model_of(gateway: Gateway, project: str, spec: capture_spec.CaptureJob) -> 
     return next(iter([*mine, *capped, *found]), None)
 
 
-def _write(gateway: Gateway, rows: Sequence[Mapping[str, Any]]) -> Path:
-    folder = gateway.settings.prompts
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{secrets.token_hex(16)}.jsonl"
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return path.resolve()
+def _write(gateway: Gateway, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Keep prompts in the lake, which the workers reach wherever they are; returns the path or URL."""
+    path = f"prompts/{secrets.token_hex(16)}.jsonl"
+    gateway.lake.storage.put(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return f"{gateway.lake.url}/{path}"
 
 
 def intervention(vault: Vault, one: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class VllmModel:
         if not self.hook or sae.kind != "sae":
             raise InvalidInput(
                 f"a {sae.kind} of hook {self.hook or 'unknown'!r} cannot be spliced into vLLM: give an autoencoder and its "
-                "hook, or use HuggingFaceModel"
+                "hook, or use HuggingFaceModel (--engine transformers)"
             )
         check_vllm_version()
         set_environment()

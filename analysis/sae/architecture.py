@@ -99,26 +99,26 @@ class SparseArchitecture(Architecture):
     """
 
     @abstractmethod
-    def select(self, pre: Tensor, centred: sparse.Columns) -> sparse.Active:
-        """The entries that stay, with positive pre-activations, of all `pre` (rows, d_sae)."""
+    def select(self, centred: sparse.Columns) -> sparse.Active:
+        """The entries that stay, with positive pre-activations."""
 
-    def pre_activations(self, centred: Tensor) -> Tensor:
-        """All pre-activations (rows, d_sae), for selection."""
-        w_enc, b_enc = self.parameters["w_enc"], self.parameters["b_enc"]
+    def products(self, centred: Tensor) -> Tensor:
+        """All pre-activations (rows, d_sae) less `b_enc`, for selection; the next batch overwrites them."""
+        w_enc = self.parameters["w_enc"]
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        out = self.scratch.like("pre", (len(centred), len(w_enc)), dtype, centred.device)
-        return torch.addmm(b_enc.to(dtype), centred.to(dtype), w_enc.to(dtype).T, out=out)
+        out = self.scratch.like("products", (len(centred), len(w_enc)), dtype, centred.device)
+        return torch.mm(centred.to(dtype), w_enc.to(dtype).T, out=out)
 
     def exact(self, flat: Tensor, centred: sparse.Columns) -> sparse.Active:
         """The entries with these flat indices, their pre-activations computed in float32."""
-        return sparse.entries(flat, centred, sparse.Columns(self.parameters["w_enc"]), self.parameters["b_enc"])
+        return sparse.entries(flat, centred.whole, self.parameters["w_enc"], self.parameters["b_enc"])
 
     @torch.no_grad()
     def gradients(self, x: Tensor, y: Tensor) -> BatchGradients:
         """See `Architecture.gradients`."""
         own, n, d_sae = self.parameters, len(x), self.config.d_sae
         centred = sparse.Columns(self.centred(x))
-        active = self.select(self.pre_activations(centred.whole), centred)
+        active = self.select(centred)
         row, col, values = active.row, active.col, active.values
         crow, place = active.crow, row
         levels = self.config.matryoshka_prefixes
@@ -129,7 +129,9 @@ class SparseArchitecture(Architecture):
             crow = torch.zeros(len(levels) * n + 1, dtype=torch.long, device=col.device)
             crow[1:] = torch.bincount(place, minlength=len(levels) * n).cumsum(0)
         w_dec = sparse.Columns(own["w_dec"])
-        target = y - x @ own["w_skip"] if "w_skip" in own else y
+        target = centred.whole if self.tied else y - own["b_dec"]
+        if "w_skip" in own:
+            target -= x @ own["w_skip"]
         errors, first = sparse.decode(crow, col, values, w_dec), 0
         for part in errors.parts:
             here = slice(first, first + part.shape[1])
@@ -137,7 +139,7 @@ class SparseArchitecture(Architecture):
             by_level = part.view(len(levels), n, -1)
             if len(levels) > 1:
                 by_level.cumsum_(0)
-            by_level.sub_(target[:, here]).add_(own["b_dec"][here])
+            by_level.sub_(target[:, here])
         variance = spread(y)
         squared = torch.stack([sum_of_squares(part[-n:]) for part in errors.parts]).sum()
         loss = squared / variance
@@ -151,14 +153,15 @@ class SparseArchitecture(Architecture):
                 by_level.copy_(by_level.flip(0).cumsum_(0).flip(0))
         total = torch.cat([part[:n].sum(0) for part in errors.parts])
         slopes = sparse.sampled(crow, col, errors, w_dec)
-        by_latent = torch.sort(col.to(torch.int32), stable=True)[1]
+        by_latent = sparse.order_by(col, d_sae)
         counts = torch.bincount(col, minlength=d_sae)
         starts = torch.zeros(d_sae + 1, dtype=torch.long, device=col.device)
         starts[1:] = counts.cumsum(0)
         bias = torch.zeros_like(own["b_enc"]).index_add_(0, col, slopes)
+        row, place, values, changes = (each.index_select(0, by_latent) for each in (row, place, values, slopes))
         gradients = {
-            "w_enc": sparse.decode(starts, row[by_latent], slopes[by_latent], centred).whole,
-            "w_dec": sparse.decode(starts, place[by_latent], values[by_latent], errors).whole,
+            "w_enc": sparse.decode(starts, row, changes, centred).whole,
+            "w_dec": sparse.decode(starts, place, values, errors).whole,
             "b_enc": bias,
             "b_dec": total - bias @ own["w_enc"] if self.tied else total,
         }

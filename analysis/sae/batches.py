@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.passes import LazyChunks
+from millpond.analysis.aligned import LazyChunks, StoredBfloat16
+from millpond.analysis.sae.drawn import Chunk, DrawnRows, has_infinite
+from millpond.store.dtypes import decode
 from millpond.store.errors import InvalidInput
 from millpond.store.stream import ActivationStream, reader_threads
 
@@ -78,14 +78,15 @@ class ShuffledBatches:
         lazy = [hasattr(array, "__dask_graph__") for array in plain]
         if any(lazy) and not all(lazy):
             raise InvalidInput("some arrays are lazy and some in memory; give all of one kind")
-        self._held: list[NDArray[Any]] | None = None
+        self._held: list[DrawnRows] | None = None
         self._lazy: list[LazyChunks] = []
         if not lazy[0]:
-            self._held = [np.asarray(array) for array in plain]
-            for array in self._held:
+            held = [np.asarray(array) for array in plain]
+            for array in held:
                 check_finite(array, "X", 0)
+            self._held = [DrawnRows([array]) for array in held]
             return
-        self._lazy = [LazyChunks(array) for array in plain]
+        self._lazy = [LazyChunks(array, stored=True) for array in plain]
         for chunks in self._lazy[1:]:
             if chunks.sizes != self._lazy[0].sizes:
                 raise InvalidInput("the arrays' row chunks differ; rechunk them alike, or give views of the same run")
@@ -101,11 +102,10 @@ class ShuffledBatches:
         rest: Batch = tuple(np.empty((0, width), np.float32) for width in self.widths)
         for group, order in self._groups(step * self.batch_size):
 
-            def taken(first: int, stop: int, group: list[NDArray[Any]] = group, order: Any = order) -> Batch:
-                places = slice(first, stop) if order is None else order[first:stop]
-                return tuple(array[places].astype(np.float32, copy=False) for array in group)
+            def taken(first: int, stop: int, group: list[DrawnRows] = group, order: NDArray[np.int64] = order) -> Batch:
+                return tuple(rows.draw(order[first:stop]) for rows in group)
 
-            start, count = 0, len(group[0] if order is None else order)
+            start, count = 0, len(order)
             if len(rest[0]):
                 start = min(self.batch_size - len(rest[0]), count)
                 rest = tuple(np.concatenate(pair) for pair in zip(rest, taken(0, start), strict=True))
@@ -115,22 +115,9 @@ class ShuffledBatches:
             stop = start + (count - start) // self.batch_size * self.batch_size
             for first in range(start, stop, self.batch_size):
                 yield taken(first, first + self.batch_size)
-            rest = tuple(array.copy() for array in taken(stop, count))
+            rest = taken(stop, count)
 
     __iter__ = batches
-
-    def once(self) -> Iterator[list[NDArray[Any]]]:
-        """All rows of lazy arrays once, in groups of chunks that are permuted; the next group is read meanwhile."""
-        order = np.random.default_rng([self.seed, 0]).permutation(len(self._sizes))
-        groups = enumerate(filled(order, self._sizes, self._group_rows))
-        with reader_threads(1, "sae-reader") as reader:
-            coming: deque[Future[list[NDArray[Any]]]] = deque()
-            for number, chunks in groups:
-                coming.append(reader.submit(self._read, chunks, [self.seed, 0, number, self.rank]))
-                if len(coming) > 1:
-                    yield coming.popleft().result()
-            for last in coming:
-                yield last.result()
 
     def saved(self, step: int) -> None:
         """See `Source.saved`; rows stay where they are."""
@@ -147,23 +134,24 @@ class ShuffledBatches:
             "chunks": chunks,
         }
 
-    def _groups(self, skip: int) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.int64] | None]]:
-        """Rows in memory and the order in which to take them (None: as they lie), from row `skip` on."""
+    def _groups(self, skip: int) -> Iterator[tuple[list[DrawnRows], NDArray[np.int64]]]:
+        """Rows in memory and the order in which to draw them, from row `skip` on."""
         if self._held is None and self._fits:
-            self._held = self._read(range(len(self._sizes)), None)
+            self._held = self._read(range(len(self._sizes)))
         if self._held is not None:
             yield from self._permutations(skip)
         schedule = self._schedule(skip)
         with reader_threads(1, "sae-reader") as reader:
-            key, chunks, skipped = next(schedule)
-            coming = reader.submit(self._read, chunks, key)
+            key, chunks, first = next(schedule)
+            coming = reader.submit(self._read, chunks)
             while True:
-                group, first = coming.result(), skipped
-                key, chunks, skipped = next(schedule)
-                coming = reader.submit(self._read, chunks, key)
-                yield [array[first:] for array in group], None
+                group = coming.result()
+                order = np.random.default_rng(key).permutation(len(group[0]))[first:]
+                key, chunks, first = next(schedule)
+                coming = reader.submit(self._read, chunks)
+                yield group, order
 
-    def _permutations(self, skip: int) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.int64]]]:
+    def _permutations(self, skip: int) -> Iterator[tuple[list[DrawnRows], NDArray[np.int64]]]:
         assert self._held is not None
         mine = len(range(self.rank, self.n_rows, self.world))
         epoch, skip = divmod(skip, mine)
@@ -189,21 +177,15 @@ class ShuffledBatches:
                     skip = 0
             epoch += 1
 
-    def _read(self, numbers: Iterable[int], key: list[int] | None) -> list[NDArray[Any]]:
-        """The chunks of each array, checked to be finite, one after another or permuted by the seed `key`."""
+    def _read(self, numbers: Iterable[int]) -> list[DrawnRows]:
+        """The chunks of each array, checked to be finite."""
         numbers = list(numbers)
-        total = sum(self._sizes[number] for number in numbers)
-        place = None if key is None else np.random.default_rng(key).permutation(total)
         groups = []
-        for chunks, width in zip(self._lazy, self.widths, strict=True):
-            rows, filled = np.empty((total, width), np.float32), 0
-            for number in numbers:
-                part = chunks.take([number]).read()
+        for chunks in self._lazy:
+            parts = [chunks.read_chunks([number]) for number in numbers]
+            for number, part in zip(numbers, parts, strict=True):
                 check_finite(part, f"chunk {number} of X", int(self._starts[number]))
-                here = slice(filled, filled + len(part))
-                rows[here if place is None else place[here]] = part
-                filled += len(part)
-            groups.append(rows)
+            groups.append(DrawnRows(parts))
         return groups
 
 
@@ -296,17 +278,15 @@ def _as_batch(batch: Any, widths: tuple[int, ...] | None, number: int) -> Batch:
     return found
 
 
-def check_finite(rows: NDArray[Any], where: str, first: int | None) -> None:
+def check_finite(rows: Chunk, where: str, first: int | None) -> None:
     """Check that no row holds NaN or infinity; `first` is the number of the first one, for the message.
 
     Raises:
         InvalidInput: some do.
     """
-    with np.errstate(all="ignore"):
-        if np.isfinite(rows.sum(dtype=np.float32)):  # a NaN or infinity would be in the sum
-            return
-        bad = ~np.isfinite(rows).all(axis=1)
-    if bad.any():
+    if has_infinite(rows):
+        values = decode(rows.bits, "bfloat16") if isinstance(rows, StoredBfloat16) else rows
+        bad = ~np.isfinite(values).all(axis=1)
         row = int(bad.argmax())
         total = "" if first is None else f" (row {first + row:,} of all)" if first else ""
         raise InvalidInput(

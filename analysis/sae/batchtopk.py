@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from millpond.analysis.sae import sparse
@@ -15,19 +16,25 @@ class BatchTopK(SparseArchitecture):
 
     _floor: float | None = None
 
-    def select(self, pre: Tensor, centred: sparse.Columns) -> sparse.Active:
+    def select(self, centred: sparse.Columns) -> sparse.Active:
         """See `SparseArchitecture.select`."""
-        k = self.config.k
+        k, products, bias = self.config.k, self.products(centred.whole), self.parameters["b_enc"]
         assert k is not None
-        wanted = k * len(pre)
-        floor = self._first_floor(pre, k) if self._floor is None else self._floor
-        flat = sparse.above(pre, floor, self.scratch)
-        while len(flat) < wanted and floor > 0:
-            floor = 0.8 * floor if floor > 1e-3 else 0.0
-            flat = sparse.above(pre, floor, self.scratch)
+        wanted = k * len(products)
+        floor = self._first_floor(products, k) if self._floor is None else self._floor
+        while True:
+            limits = floor - bias  # instead of a pass that adds the bias to all products
+            if limits.min() < 0 or limits.max() > 4 * floor:  # their bits would not sort, or be too coarse
+                products += bias
+                bias = torch.zeros_like(bias)
+                limits = floor - bias
+            flat = sparse.above(products, limits)
+            if len(flat) >= wanted or floor == 0:
+                break
+            floor = 0.9 * floor if floor > 1e-3 else 0.0
         active = self.exact(flat, centred)
         active, cut = sparse.trim_batch(active, wanted)
-        self._floor = 0.93 * max(cut, 0.0)
+        self._floor = 0.97 * max(cut, 0.0)
         return active.keep(active.values > 0) if cut <= 0 else active
 
     def _first_floor(self, pre: Tensor, k: int) -> float:

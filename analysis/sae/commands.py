@@ -1,4 +1,4 @@
-"""The commands `millpond sae train | eval | show | export`."""
+"""The commands `millpond sae train | show | export`; `hub.sae_commands` has `eval`, which may start vLLM."""
 
 from __future__ import annotations
 
@@ -30,41 +30,8 @@ class SaeTrain:
 
         job = read_job(self.job)
         sae, result = run_job(job, resume=self.resume)
-        _print(result)
+        print_result(result)
         print(f"{sae!r} is in {job.train.out}")
-        return 0
-
-
-@dataclass(frozen=True)
-class SaeEval:
-    """Evaluate a trained autoencoder on the held-out part of its run."""
-
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder that `millpond sae train` wrote."""
-    model: Path | None = None
-    """Hugging Face folder of the model: also measure the cross-entropy recovered."""
-    prompts: int = 50
-    """Prompts for that."""
-    bos: int | None = None
-    """Token id in front of each prompt, where capture left position 0 out."""
-
-    def run(self) -> int:
-        """Print the values, and keep them in the folder."""
-        from millpond.analysis.sae.estimator import Sae
-        from millpond.analysis.sae.job import evaluate, keep_values, parts, rows_of
-
-        job = _job_of(self.folder)
-        sae = Sae.load(self.folder)
-        _, test = parts(job)
-        _print(evaluate(sae, rows_of(job, test), self.folder))
-        if self.model is not None:
-            from millpond.analysis.sae.recovered import HuggingFaceModel, cross_entropy_recovered, prompts_of
-
-            found = prompts_of(test, self.bos, self.prompts)
-            first = int(test.tokens["position"][:1].compute()[0])
-            result = cross_entropy_recovered(sae, HuggingFaceModel(self.model), found, first_position=first)
-            _print(result)
-            keep_values(self.folder / "cross_entropy.json", result)
         return 0
 
 
@@ -94,7 +61,7 @@ class SaeShow:
         from millpond.analysis.sae.job import parts
         from millpond.analysis.sae.page import PageOptions, write_page
 
-        job = _job_of(self.folder)
+        job = job_of(self.folder)
         if job.kind == "crosscoder":
             raise InvalidInput(f"{self.folder} holds a crosscoder; pages are made of autoencoders and transcoders")
         sae = Sae.load(self.folder)
@@ -135,7 +102,7 @@ class SaeExport:
             raise InvalidInput(f"{self.out} is not empty; give a new folder")
         sae = Sae.load(self.folder)
         if self.l0 is not None:
-            job = _job_of(self.folder)
+            job = job_of(self.folder)
             if job.kind == "crosscoder":
                 raise InvalidInput("l0 is set for autoencoders and transcoders; leave it out for a crosscoder")
             sae = sae.calibrate(rows_of(job, parts(job)[1])[0], self.l0)
@@ -143,25 +110,12 @@ class SaeExport:
         return 0
 
 
-@dataclass(frozen=True)
-class SaeCommand:
-    """Train, evaluate, look at and export sparse autoencoders."""
+def job_of(folder: Path) -> SaeJob:
+    """The job that was trained into `folder`.
 
-    command: tyro.conf.OmitSubcommandPrefixes[
-        tyro.conf.OmitArgPrefixes[
-            Annotated[SaeTrain, tyro.conf.subcommand("train")]
-            | Annotated[SaeEval, tyro.conf.subcommand("eval")]
-            | Annotated[SaeShow, tyro.conf.subcommand("show")]
-            | Annotated[SaeExport, tyro.conf.subcommand("export")]
-        ]
-    ]
-
-    def run(self) -> int:
-        """Run the subcommand."""
-        return self.command.run()
-
-
-def _job_of(folder: Path) -> SaeJob:
+    Raises:
+        InvalidInput: `folder` holds none.
+    """
     from millpond.analysis.sae.job import read_job
 
     if not (folder / "job.json").is_file():
@@ -169,7 +123,8 @@ def _job_of(folder: Path) -> SaeJob:
     return read_job(folder / "job.json")
 
 
-def _print(result: Result) -> None:
+def print_result(result: Result) -> None:
+    """Its single values, one a line."""
     for name, value in result.values.items():
         if isinstance(value, float):
             print(f"{name:22} {value:.4f}")

@@ -8,6 +8,7 @@ Monosemanticity", appendix on neuron resampling).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from millpond.analysis.sae.config import WITH_K, SaeConfig, default_lr
 if TYPE_CHECKING:
     from millpond.analysis.sae.parallel import Group
 
+_CACHED_BYTES = 1 << 19
 AUX_SHARE = 8
 FREQUENCY_SHARE = 0.2
 """Share of the steps, at the end, over which firings are counted."""
@@ -99,8 +101,8 @@ class Trainer:
         seen = len(x) * self.workers
         w_dec = self.parameters["w_dec"]
         if self.arch.unit_norm:  # only directions across a decoder row matter: rows are kept at norm 1
-            gradient = batch.gradients["w_dec"]
-            gradient -= torch.linalg.vecdot(gradient, w_dec)[:, None] * w_dec
+            for part, rows in _in_cache(batch.gradients["w_dec"], w_dec):
+                part.addcmul_(torch.linalg.vecdot(part, rows)[:, None], rows, value=-1)
         lr = self._update(batch.gradients)
         self.idle += seen
         self.idle[counts > 0] = 0
@@ -116,7 +118,10 @@ class Trainer:
     def _update(self, gradients: dict[str, Tensor]) -> float:
         for leaf, name in zip(self._leaves, self.parameters, strict=True):
             leaf.grad = gradients[name]
-        torch.nn.utils.clip_grad_norm_(self._leaves, self.config.clip / self.parameters["w_dec"].shape[1])
+        norm = torch.nn.utils.get_total_norm([leaf.grad for leaf in self._leaves if leaf.grad is not None])
+        most = self.config.clip / self.parameters["w_dec"].shape[1]
+        # fused Adam divides gradients by this while it reads them, which saves a pass that clips
+        self.adam.grad_scale = ((norm + 1e-6) / most).clamp_min(1.0)  # type: ignore[attr-defined]
         done, config = self.steps / self.total_steps, self.config
         warm = (self.steps + 1) / max(1.0, config.warmup * self.total_steps)
         fall = (1 - done) / config.decay if config.decay else 1.0
@@ -199,6 +204,12 @@ class Trainer:
         self.steps, self.tokens = state["steps"], state["tokens"]
         self.generator.set_state(state["generator"].cpu())
         self.arch.load_state(state["architecture"])
+
+
+def _in_cache(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of matrices of one shape, on a CPU as many as are still in a core's cache when they are read again."""
+    count = len(matrices[0]) if matrices[0].is_cuda else max(1, _CACHED_BYTES // (4 * matrices[0].shape[1]))
+    return zip(*(matrix.split(count) for matrix in matrices), strict=True)
 
 
 def device(config: SaeConfig) -> torch.device:

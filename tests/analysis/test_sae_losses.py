@@ -52,7 +52,7 @@ def make(architecture, *, d_out=None, skip=False, **options):
 
 
 def select(trainer, x):
-    return trainer.arch.select(trainer.arch.pre_activations(x), Columns(x))
+    return trainer.arch.select(Columns(x))
 
 
 def cut_by_rank(pre, k, by_row):
