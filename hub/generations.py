@@ -71,7 +71,10 @@ def _model(weights: Weights, adapter: str | None) -> dict[str, Any]:
 
 def _read(vault: Vault, score: OverThreshold) -> dict[str, Any]:
     artifact = vault.load(score.probe)
-    return {"artifact": artifact.name, "hook": score.hook or artifact.config["hook"]}
+    hook = score.hook or artifact.config.get("hook")
+    if hook is None:
+        raise InvalidInput("score.hook: the probe does not say where it was trained; name the hook that it reads")
+    return {"artifact": artifact.name, "hook": hook}
 
 
 def answers_of(job: GenerateJob, vault: Vault, progress: Progress) -> tuple[Answer, ...]:

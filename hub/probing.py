@@ -139,7 +139,7 @@ def evaluation(found: Result) -> Result:
 
 def sae_evaluation(found: Result, part: Part) -> Result:
     """An autoencoder's evaluation as it may leave."""
-    values = {name: found.values[name] for name in _SAE_METRICS}
+    values = {name: found.values[name] for name in (*_SAE_METRICS, "frequency_histogram")}
     return Result("sae-evaluation", values, {}, {"rows": len(part.view), "prompts": len(part.view.prompts)})
 
 

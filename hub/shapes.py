@@ -241,7 +241,7 @@ KINDS: dict[str, tuple[Field, ...]] = {
     "confusion": (Counts("table", 2), Number("accuracy"), *_COUNTED[:2]),
     "sae-evaluation": (
         *map(Number, ("l0", "fvu", "explained_variance", "mse", "cosine", "dead_latents", "ce_loss_recovered")),
-        *_COUNTED[:2],
+        Counts("frequency_histogram", 1), *_COUNTED[:2],
     ),
     "curve": (Numbers("x", bounded=False), Numbers("y"), *_COUNTED[:2]),
     "histogram": (Counts("counts", 1), Number("low"), Number("high"), *_COUNTED[:2]),

@@ -16,8 +16,8 @@ from millpond.hub.kinds.base import (
     Progress,
     RowSet,
     evaluation_bytes,
+    sae_evaluation_bytes,
 )
-from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
     from millpond.hub.vault import Vault
@@ -44,7 +44,7 @@ class EvaluateJob(Job):
     def answer_bytes(self, facts: Facts) -> int:
         """See the base class."""
         facts.hooks(self.rows.run, (self.hook,))
-        return max(evaluation_bytes(), result_bytes("sae-evaluation", {}))
+        return max(evaluation_bytes(), sae_evaluation_bytes())
 
     def run(self, vault: Vault, progress: Progress) -> Outcome:
         """See the base class."""

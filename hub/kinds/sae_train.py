@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Hook, Job, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, Needed, Outcome, Progress, RowSet, sae_evaluation_bytes
 from millpond.hub.kinds.estimators import SaeEstimator
-from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
     from millpond.hub.vault import Vault
@@ -39,7 +38,7 @@ class SaeTrainJob(Job):
     def answer_bytes(self, facts: Facts) -> int:
         """See the base class."""
         facts.hooks(self.rows.run, self.hooks)
-        return self.answers() * result_bytes("sae-evaluation", {})
+        return self.answers() * sae_evaluation_bytes()
 
     def run(self, vault: Vault, progress: Progress) -> Outcome:
         """See the base class. A training that was killed begins again."""

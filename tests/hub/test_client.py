@@ -19,6 +19,7 @@ import millpond as mp
 from millpond.hub.client.connection import Connection
 from millpond.hub.client.lake import RemoteLake
 from millpond.hub.client.texts import TextReader
+from millpond.hub.kinds.base import FIRING_BINS
 from millpond.hub.ledger import Payer
 from millpond.hub.local import LocalVault
 from millpond.hub.projection import RunView
@@ -160,6 +161,8 @@ def test_the_same_lines_give_the_same_numbers_in_the_vault_and_outside(vault, la
 
     assert measured.kind == "sae-evaluation"
     assert 2 < measured["l0"] < 6
+    assert measured["frequency_histogram"].sum() == 32
+    assert measured["frequency_histogram"].shape == (FIRING_BINS,)
     assert 0 < measured["explained_variance"] < 1
     assert "in the vault" in repr(sae)
     with pytest.raises(ActivationsStayInVault, match="weights"):
