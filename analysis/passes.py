@@ -97,6 +97,7 @@ class Settings:
     cancel: threading.Event | None = None
     on_progress: Callable[[str, int, int], None] | None = None
     hosts: Mapping[str, str] | None = None
+    on_figure: Callable[[float, float], None] | None = None
 
 
 _SETTINGS: ContextVar[Settings | None] = ContextVar("millpond-passes", default=None)
@@ -112,6 +113,7 @@ def running(
     cancel: threading.Event | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     hosts: Mapping[str, str] | None = None,
+    on_figure: Callable[[float, float], None] | None = None,
 ) -> Iterator[None]:
     """Within this context, run passes as said here.
 
@@ -124,14 +126,22 @@ def running(
         on_progress: called with the description of the pass, blocks done and blocks in all.
         hosts: which worker is next to the rows below a URL: a Dask worker's address or name, or its host. Tasks run
             there if it is there, else anywhere. By default those of the context around this one.
+        on_figure: called by a training with the share that is done and its FVU there.
     """
     if hosts is None:
         hosts = (_SETTINGS.get() or Settings()).hosts
-    token = _SETTINGS.set(Settings(client, in_process, threads, memory_limit, cancel, on_progress, hosts))
+    token = _SETTINGS.set(Settings(client, in_process, threads, memory_limit, cancel, on_progress, hosts, on_figure))
     try:
         yield
     finally:
         _SETTINGS.reset(token)
+
+
+def tell_figure(share: float, value: float) -> None:
+    """Tell whoever watches, as `running` says, how far a training is and how well it does."""
+    told = (_SETTINGS.get() or Settings()).on_figure
+    if told is not None:
+        told(share, value)
 
 
 def run_pass(one: Pass, *, description: str = "pass", progress: bool = True) -> Any:

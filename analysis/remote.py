@@ -5,6 +5,7 @@ An array, a run or a label is elsewhere if it has a method `millpond_backend()`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -71,19 +72,19 @@ def check_unused(what: str, given: Mapping[str, tuple[Any, Any]]) -> None:
             raise InvalidInput(f"{name} cannot be sent with {what} to the gateway; leave it out")
 
 
-class Handed:
+class Handed(ABC):
     """What estimators have when their rows are elsewhere."""
 
     remote_: Any
     """The artifact in the vault, once fitted there."""
 
+    @abstractmethod
     def specification(self) -> dict[str, Any]:
         """Name and parameters that are not the default, as JSON values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit_job(self, X: Any, y: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
         """The kind and the parts of the job that fits it."""
-        raise NotImplementedError
 
     def _become(self, results: Sequence[Result], made: Sequence[Any]) -> Any:
         """Become what a job has fitted."""

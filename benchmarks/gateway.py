@@ -262,9 +262,9 @@ def text(characters: int, count: int, model: TextModel, held_out: list[str]) -> 
     for _ in range(count):
         whole = rng.choice(held_out)
         start = whole.rfind(" ", 0, rng.randrange(max(1, len(whole) - characters))) + 1
-        piece = whole[start : start + characters]
-        coded = encode([piece], model)
-        assert decode(coded, 1, model) == [piece]
+        piece = whole[start : start + characters].encode()[:characters].decode(errors="ignore")
+        coded = encode([piece], model, characters)  # as texts are cut: what is as long needs no mark of its end
+        assert decode(coded, 1, model, characters) == [piece]
         plain = piece.encode()
         for place, data in enumerate((plain, coded, framed.compress(plain), blocks.compress(plain))):
             totals[place] += len(data)
@@ -307,7 +307,7 @@ def main() -> None:
         "submit_overhead_ms": round(gateway["submit_overhead_ms"]),
         "ledger_p50_ms": round(charge, 3),
         "meter_mb_per_s": round(through),
-        "text_ratio_vs_zstd": round(ratios[128], 3),
+        "text_ratio_vs_zstd": round(min(ratios.values()), 3),
     }
     print(json.dumps(record))
 

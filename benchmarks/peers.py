@@ -1,13 +1,16 @@
 """One round of one storage system: `python benchmarks/peers.py SYSTEM FOLDER ROWS` writes rows, reads them cold, and shuffled.
 
-Prints `{"write": ..., "read_cold": ..., "shuffled": ...}` in wall seconds. All systems get the same bfloat16 bits and
-the same sizes of chunk and shard where they have any; nothing is compressed. Every row holds its number, and each
-reading is checked for having seen all. A write ends with fsync of every file. Shuffled: chunks in random order, 64 of
-them mixed, batches of 4,096 rows; Millpond and MDS do that themselves, the others are given chunks to read.
+Prints `{"write": ..., "write_cpu": ..., "read_cold": ..., "shuffled": ...}` in seconds. All systems get the same bfloat16
+bits and the same sizes of chunk and shard where they have any; nothing is compressed. Every row holds its number, and
+each reading is checked for having seen all. A write ends when every file and folder was fsynced: by the system itself
+(Millpond, TensorStore) or behind it. `millpond` is a whole sealed run, with checksums, statistics, index and prompt
+table; `array` is one array of it, which is what the others write. Shuffled: chunks in random order, 64 of them mixed,
+batches of 4,096 rows; Millpond and MDS do that themselves, the others are given chunks to read.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -15,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -103,6 +107,25 @@ def millpond(folder: Path, n_rows: int) -> System:
         return (batch.view(np.uint16) for batch in stream)
 
     return write, read, shuffled
+
+
+def array(folder: Path, n_rows: int) -> System:
+    """Millpond's array of one hook, without a run around it."""
+    from millpond.store.objects import open_storage
+    from millpond.store.shards import ArraySpec, ArrayWriter, read_rows
+
+    storage, spec = open_storage(folder / "a"), ArraySpec("uint16", D_MODEL, CHUNK, SHARD)
+
+    def write() -> None:
+        writer = ArrayWriter(storage, spec)
+        for block in blocks(n_rows):
+            writer.append(block)
+        writer.finish()
+
+    def read() -> Iterator[Rows]:
+        return (read_rows(storage, spec, n, min(n + SHARD, n_rows)) for n in range(0, n_rows, SHARD))
+
+    return write, read, lambda: mixed(n_rows, lambda start, stop: read_rows(storage, spec, start, stop))
 
 
 def zarr_sharded(folder: Path, n_rows: int) -> System:
@@ -229,8 +252,13 @@ def lance(folder: Path, n_rows: int) -> System:
 
 def mds(folder: Path, n_rows: int) -> System:
     """MosaicML streaming: a sample a row."""
-    # it imports torchvision, which has to be built for just this torch: where it is not, this system does not run
-    from streaming import MDSWriter, StreamingDataset
+    # the package's own __init__ imports torchvision for its data sets of images, which does not load beside a torch
+    # without CUDA; its writer and reader need none of it
+    found = importlib.util.find_spec("streaming")
+    assert found is not None
+    package = sys.modules["streaming"] = ModuleType("streaming")
+    package.__path__ = list(found.submodule_search_locations or ())
+    from streaming.base import MDSWriter, StreamingDataset
 
     def write() -> None:
         with MDSWriter(out=str(folder / "a"), columns={"row": "bytes"}, size_limit=SHARD * D_MODEL * 2) as out:
@@ -255,6 +283,7 @@ def mds(folder: Path, n_rows: int) -> System:
 SYSTEMS = {
     "raw": raw,
     "millpond": millpond,
+    "array": array,
     "zarr": zarr_sharded,
     "tensorstore": tensorstore,
     "safetensors": safetensors,
@@ -265,13 +294,13 @@ SYSTEMS = {
 
 
 def sync(folder: Path, *, drop: bool = False) -> None:
-    """Bring every file below `folder` to the disk, and on request out of the page cache."""
+    """Bring everything below `folder` to the disk, and files on request out of the page cache."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-                if drop:
-                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        if drop and path.is_file():
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
 
 
 def timed_read(read: Callable[[], Iterable[Rows]], n_rows: int) -> float:
@@ -289,10 +318,10 @@ def main(system: str, folder: Path, n_rows: int) -> None:
     """One round."""
     write, read, shuffled = SYSTEMS[system](folder, n_rows)
     _bits()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     write()
     sync(folder)
-    found = {"write": time.perf_counter() - started}
+    found = {"write": time.perf_counter() - started, "write_cpu": time.process_time() - cpu}
     for name, action in {"read_cold": read, "shuffled": shuffled}.items():
         sync(folder, drop=True)
         found[name] = timed_read(action, n_rows)

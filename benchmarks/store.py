@@ -329,7 +329,7 @@ def _open_many(run: Storage, count: int) -> float:
 
 
 def peers(quick: bool) -> dict[str, Any]:
-    """`peers`: how many times as fast as each other system the lake is; null for one that does not run here."""
+    """`peers`: how many times as fast as each other system a run is, and in writing an array alone; null: does not run."""
     n_rows, rounds = (131_072, 2) if quick else (524_288, 3)
     script = Path(__file__).parent / "peers.py"
     folder = Path(tempfile.mkdtemp(prefix="millpond-benchmark-"))
@@ -341,7 +341,13 @@ def peers(quick: bool) -> dict[str, Any]:
                 continue
             place = folder / name
             place.mkdir()
-            command = [sys.executable if name in ("raw", "millpond") else python, script, name, place, str(n_rows)]
+            command = [
+                sys.executable if name in ("raw", "millpond", "array") else python,
+                script,
+                name,
+                place,
+                str(n_rows),
+            ]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
@@ -358,11 +364,17 @@ def peers(quick: bool) -> dict[str, Any]:
     size = n_rows * D_MODEL * 2
     for name, times in best.items():
         if times:
-            print(f"peers       {name:14}" + "".join(f"{key} {size / t / 1e6:6.0f} MB/s  " for key, t in times.items()))
-    ours = best.pop("millpond")
+            cpu = times.pop("write_cpu") / size * 1e9
+            speeds = "".join(f"{key} {size / t / 1e6:6.0f} MB/s  " for key, t in times.items())
+            print(f"peers       {name:14}{speeds}writing {cpu:5.2f} CPU s/GB")
+    ours, array = best.pop("millpond"), best.pop("array")
     assert ours is not None
+    assert array is not None
     times_as_fast = {
-        name: times and {key: round(times[key] / ours[key], 2) for key in ours} for name, times in best.items()
+        name: times
+        and {key: round(times[key] / ours[key], 2) for key in ours}
+        | {"write_array": round(times["write"] / array["write"], 2)}
+        for name, times in best.items()
     }
     return {"peers": times_as_fast}
 

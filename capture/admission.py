@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -13,14 +13,14 @@ from millpond.capture.reads import Readers
 from millpond.store.capture_spec import RequestArgs
 from millpond.store.errors import InvalidInput
 from millpond.store.hooks import KINDS, Hook, match_hooks
-from millpond.store.interventions import Intervention, Patch
+from millpond.store.interventions import Intervention, Patch, SpliceSae
 from millpond.store.lake import Lake, open_lake
 from millpond.store.manifest import RunSpec
 from millpond.store.reprs import human_bytes
 
 _SETTINGS = {
     "lake", "run", "hooks", "request_bytes", "queue_bytes", "commit_seconds",
-    "device_taps", "staging_rows", "edits_per_token", "vectors_per_request",
+    "device_taps", "staging_rows", "edits_per_token", "vectors_per_request", "saes", "latents_per_request",
 }  # fmt: skip
 
 
@@ -53,6 +53,17 @@ def _count(settings: Mapping[str, Any], name: str, default: int) -> int:
     return value
 
 
+def _saes(settings: Mapping[str, Any], hooks: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The hook points and names of `saes`, a list of objects with `hook` (or a glob) and `artifact`."""
+    found: list[tuple[str, str]] = []
+    for one in settings.get("saes", ()):
+        if not isinstance(one, Mapping) or set(one) != {"hook", "artifact"}:
+            raise InvalidInput(f"additional_config['millpond'] has {one!r} among saes; give a hook and an artifact")
+        for hook in match_hooks(one["hook"], hooks, "saes: the engine has taps at"):
+            found.append((hook, str(one["artifact"])))
+    return tuple(dict.fromkeys(found))
+
+
 @dataclass(frozen=True)
 class EngineFacts:
     """What an engine with taps can do: from `additional_config["millpond"]` and the model's configuration."""
@@ -78,7 +89,13 @@ class EngineFacts:
     """Most interventions of one request at one hook, where taps are on the device; 0 leaves them out of the graphs."""
     vectors_per_request: int = 0
     """Most vectors and stored rows that the interventions of one request need, where taps are on the device."""
+    saes: tuple[tuple[str, str], ...] = ()
+    """Hook points and the SAEs that may be spliced in there, where taps are on the device."""
+    latents_per_request: int = 0
+    """Most latents of one SAE that a request edits, where taps are on the device."""
     max_requests: int = 1
+    clients: int = 1
+    """Processes that admit requests to it."""
     patience_seconds: float | None = None
     """How long a store over a network is waited for; by default as long as the store does."""
 
@@ -105,6 +122,7 @@ class EngineFacts:
         if unknown:
             raise InvalidInput(f"additional_config['millpond'] has {min(unknown)!r}, which is no setting; leave it out")
         model = vllm_config.model_config
+        hooks = model_hooks(settings["hooks"], model.hf_text_config.num_hidden_layers)
         scheduler = vllm_config.scheduler_config
         # a batch is padded to the size of a recorded graph
         max_tokens = max(
@@ -113,7 +131,7 @@ class EngineFacts:
         return cls(
             lake_url=settings.get("lake"),
             run=settings.get("run"),
-            hooks=model_hooks(settings["hooks"], model.hf_text_config.num_hidden_layers),
+            hooks=hooks,
             d_model=model.get_hidden_size(),
             dtype=str(model.dtype).removeprefix("torch."),
             request_bytes=int(settings.get("request_bytes", 1 << 30)),
@@ -124,7 +142,10 @@ class EngineFacts:
             staging_rows=_count(settings, "staging_rows", 2 * scheduler.max_num_batched_tokens),
             edits_per_token=_count(settings, "edits_per_token", 1),
             vectors_per_request=_count(settings, "vectors_per_request", 8),
+            saes=_saes(settings, hooks),
+            latents_per_request=_count(settings, "latents_per_request", 8),
             max_requests=scheduler.max_num_seqs,
+            clients=vllm_config.parallel_config._api_process_count,
         )
 
     @cached_property
@@ -147,7 +168,7 @@ class EngineFacts:
         return lru_cache(maxsize=256)(self.edits.make)
 
     @cached_property
-    def _rows(self) -> Callable[[Intervention, str, int], BankRows]:
+    def _rows(self) -> Callable[[Any, str, int], BankRows]:
         return lru_cache(maxsize=256)(self.edits.rows)
 
     @cached_property
@@ -192,14 +213,23 @@ class EngineFacts:
         """
         at_hook: Counter[str] = Counter()
         banked: set[BankRows] = set()
+        spliced: set[str] = set()
         for intervention in args.intervene:
             length = n_prompt if isinstance(intervention, Patch) else 0
             for hook in match_hooks(intervention.hook, self.hooks, "intervene: the engine has taps at"):
-                if self.on_device:
+                if not self.on_device or isinstance(intervention, SpliceSae):
+                    self._edit(intervention, hook, length)
+                if self.on_device and isinstance(intervention, SpliceSae):
+                    if hook in spliced or at_hook[hook]:
+                        raise InvalidInput(
+                            f"intervene: an sae at {hook} comes after another intervention; where taps are on the device "
+                            "it has to be the first and only one of its kind at a hook point"
+                        )
+                    self._check_splice(intervention, hook)
+                    spliced.add(hook)
+                elif self.on_device:
                     banked.add(self._rows(intervention, hook, length))
                     at_hook[hook] += 1
-                else:
-                    self._edit(intervention, hook, length)
             if (
                 self.on_device
                 and intervention.token_ids is not None
@@ -244,4 +274,19 @@ class EngineFacts:
             raise InvalidInput(
                 f"the request may keep {human_bytes(size)} of activations until it ends; the engine's request_bytes allows "
                 f"{human_bytes(self.request_bytes)}: ask for fewer positions or tokens"
+            )
+
+    def _check_splice(self, splice: SpliceSae, hook: str) -> None:
+        """Check a splice where taps are on the device."""
+        if (hook, splice.artifact) not in self.saes:
+            raise InvalidInput(
+                f"intervene: the engine's graphs have no SAE {splice.artifact!r} at {hook}; start it with "
+                f"{{\"hook\": {hook!r}, \"artifact\": {splice.artifact!r}}} among additional_config['millpond']['saes'] "
+                f"(millpond serve: --saes {hook}={splice.artifact})"
+            )
+        edited = len({*splice.set_latents, *splice.scale_latents})
+        if edited > self.latents_per_request:
+            raise InvalidInput(
+                f"intervene: the request edits {edited} latents of {splice.artifact!r}, the engine has latents_per_request "
+                f"{self.latents_per_request}; start it with more"
             )

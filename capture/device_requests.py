@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from millpond.capture.device_saes import LatentEdits
 from millpond.capture.device_tap import DeviceTaps
 from millpond.capture.requests import BankedEdit, Following, RequestFollower, as_stored
 from millpond.capture.ring import StagingRing
@@ -54,6 +55,7 @@ class DeviceFollower(RequestFollower):
         """
         parts: list[_Part] = []
         edits: list[tuple[BankedEdit, NDArray[np.int32], int]] = []
+        splices: dict[int, list[tuple[NDArray[np.int64], LatentEdits]]] = {}
         n_tokens = kept = 0
         counted = []
         for request_id, start, count in batch:
@@ -64,6 +66,10 @@ class DeviceFollower(RequestFollower):
                 at = planned.where.select(following.n_prompt, start, stop, following.tokens)
                 if len(at):
                     edits.append((planned, at, first))
+            for splice in following.splices:
+                at = splice.where.select(following.n_prompt, start, stop, following.tokens)
+                if len(at):
+                    splices.setdefault(splice.splice, []).append((at.astype(np.int64) + first, splice.edits))
             if following.wish is not None:
                 at = following.wish.select(following.n_prompt, start, stop, following.tokens)
                 parts.append(_Part(following, start, stop - start, first + start, at, kept))
@@ -76,6 +82,8 @@ class DeviceFollower(RequestFollower):
                 at = part.positions - part.start + part.offset
                 target[at] = self._begin + part.begin + np.arange(len(at))
         self.taps.load(target, self._places(edits, n_tokens) if edits else None)
+        for number, wanted in splices.items():
+            self.taps.splices[number][1].load(wanted, n_tokens)
         self._planned = parts
         self._kept = kept
         self._n_tokens = n_tokens

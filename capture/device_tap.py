@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from millpond.capture.device_saes import DeviceSplice
 from millpond.store.errors import InvalidInput
 
 
@@ -91,6 +92,7 @@ class DeviceTaps:
         edits: most edits that one token gets at one hook point; 0 leaves editing out of the graph.
         bank_rows: rows of the bank.
         device: where the model runs.
+        splices: SAEs that may be spliced in, with the number of their hook point.
     """
 
     def __init__(
@@ -103,7 +105,10 @@ class DeviceTaps:
         edits: int,
         bank_rows: int,
         device: torch.device,
+        splices: Sequence[tuple[int, DeviceSplice]] = (),
     ) -> None:
+        self.splices = tuple(splices)
+        """Applied before the edits of the bank."""
         self.ring = torch.zeros(n_hooks, ring_rows + 1, d_model, dtype=dtype, device=device)
         """The last row takes what nobody wants."""
         self.nowhere = ring_rows
@@ -118,7 +123,8 @@ class DeviceTaps:
     def nbytes(self) -> int:
         """Device memory of all buffers."""
         bank = self.bank
-        return sum(t.nbytes for t in (self.ring, self.target, self.places, bank.unit, bank.step))
+        buffers = (self.ring, self.target, self.places, bank.unit, bank.step)
+        return sum(t.nbytes for t in buffers) + sum(splice.nbytes for _, splice in self.splices)
 
     def warm_up(self) -> None:
         """Run every operation once: a kernel that is first loaded while a graph is recorded can spoil the graph."""
@@ -126,6 +132,8 @@ class DeviceTaps:
             return  # a pipeline stage that nothing is kept of
         hidden = torch.zeros(2, self.ring.shape[2], dtype=self.ring.dtype, device=self.ring.device)
         for residual in (None, torch.zeros_like(hidden)):
+            for _, splice in self.splices:
+                splice.apply(hidden, residual)
             if self.places.shape[2]:
                 edit_rows(hidden, residual, self.places[:2, 0], self.bank)
             stage_rows(hidden, residual, self.target[:2], self.ring[0])
@@ -152,6 +160,8 @@ class DeviceTaps:
         if places:
             self.places[:places].zero_()
         self._used = (0, 0)
+        for _, splice in self.splices:
+            splice.clear()
 
     def apply(self, hidden: Tensor, residual: Tensor | None, hook: int) -> None:
         """Edit and stage the tokens of one hook point; what the operator `millpond::tap` does, and may be recorded.
@@ -167,6 +177,9 @@ class DeviceTaps:
         n_tokens = hidden.shape[0]
         # what is left out while a graph is recorded would be left out of its every replay
         recorded = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+        for number, splice in self.splices:
+            if number == hook and (recorded or splice.is_used):
+                splice.apply(hidden, residual)
         if self.places.shape[2] and (recorded or self._used[1]):
             edit_rows(hidden, residual, self.places[:n_tokens, hook], self.bank)
         if recorded or self._used[0]:

@@ -68,21 +68,17 @@ class Edits:
 
         return clamp
 
-    def rows(self, intervention: Intervention, hook: str, n_prompt: int) -> BankRows:
+    def rows(self, intervention: Add | Ablate | Clamp | Patch, hook: str, n_prompt: int) -> BankRows:
         """The same edit as rows of a vector bank, for taps inside CUDA graphs.
 
         Raises:
-            InvalidInput: as `make`, or the edit is not a sum of vectors.
+            InvalidInput: as `make`.
         """
         if isinstance(intervention, Patch):
             source = self._patch_rows(intervention, hook, n_prompt)
             nothing = torch.zeros(self._d_model)
             rows = {at: BankRow(nothing, row, keep=False) for at, row in source.items()}
             return BankRows(rows.__getitem__, len(rows))
-        if isinstance(intervention, SpliceSae):
-            raise InvalidInput(
-                "intervene: sae is not supported where taps are part of CUDA graphs; run it on the CPU build"
-            )
         return self._directed_rows(intervention)
 
     def _make_directed_rows(self, intervention: Add | Ablate | Clamp) -> BankRows:

@@ -14,6 +14,7 @@ from millpond.capture.versions import check_vllm_version, set_environment, worke
 from millpond.store.capture_spec import ModelSection, RequestArgs
 from millpond.store.errors import CaptureFailed
 from millpond.store.generation import Sampling
+from millpond.store.interventions import SpliceSae
 
 _CONFIRM_EVERY = 16  # requests a call to the worker
 
@@ -48,10 +49,12 @@ class GenerateRequest:
     """Which of its completions."""
     token_ids: list[int]
     asked: RequestArgs
-    """What is changed."""
+    """What is changed, and what is kept under the request's id."""
     sampling: Sampling
     seed: int | None
     adapter: Adapter | None = None
+    allowed: tuple[int, ...] | None = None
+    """Token ids of which alone are drawn."""
 
     @property
     def request_id(self) -> str:
@@ -71,6 +74,7 @@ class CaptureEngine:
         max_adapters: LoRA adapters in one batch; 0 leaves LoRA out.
         max_rank: the largest rank of an adapter.
         edits_per_token: most interventions of one request at one hook; 0 leaves them out of CUDA graphs.
+        saes: splices that requests may ask for, which are part of CUDA graphs.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class CaptureEngine:
         max_adapters: int = 0,
         max_rank: int = 0,
         edits_per_token: int = 1,
+        saes: Sequence[SpliceSae] = (),
     ) -> None:
         check_vllm_version()
         set_environment()
@@ -101,9 +106,13 @@ class CaptureEngine:
         self.takes_seeds = not current_platform.is_cpu()
         if current_platform.is_cpu():
             settings["kv_cache_memory_bytes"] = 1 << 30  # left out, vLLM takes most of the machine's memory
-            device = {}
+            device: dict[str, Any] = {}
         else:
-            device = {"edits_per_token": edits_per_token}
+            device = {
+                "edits_per_token": edits_per_token,
+                "saes": [{"hook": one.hook, "artifact": one.artifact} for one in saes],
+                "latents_per_request": max((len({*one.set_latents, *one.scale_latents}) for one in saes), default=0),
+            }
         if max_adapters:
             settings |= {"enable_lora": True, "max_loras": max_adapters, "max_lora_rank": engine_rank(max_rank)}
         settings |= arguments
@@ -116,6 +125,7 @@ class CaptureEngine:
             "additional_config": {"millpond": {"lake": lake, "hooks": list(hooks), **device}},
         }
         self.hooks = tuple(hooks)
+        self.on_device = not current_platform.is_cpu()
         self.max_num_seqs = int(settings["max_num_seqs"])
         self.max_adapters = max_adapters
         self.max_rank = engine_rank(max_rank) if max_adapters else 0
@@ -151,7 +161,7 @@ class CaptureEngine:
                         generated = output.outputs[0].token_ids if request.max_new_tokens else []
                         finished.append((request, [*request.token_ids, *generated]))
                 if len(finished) >= _CONFIRM_EVERY or (finished and not waiting):
-                    self._confirm(finished)
+                    self._confirm([(request.capture_id, len(tokens)) for request, tokens in finished])
                     yield from finished
                     finished = []
         except CaptureFailed:
@@ -165,18 +175,19 @@ class CaptureEngine:
 
     def generate(
         self, requests: Iterator[GenerateRequest], check: Callable[[], None]
-    ) -> Iterator[tuple[GenerateRequest, str, int]]:
-        """Yield each request with its completion and how many tokens that has; nothing is captured.
+    ) -> Iterator[tuple[GenerateRequest, str, list[int]]]:
+        """Yield each request with its completion and the tokens of that.
 
-        `check` is called between steps; what it raises ends the generation.
+        `check` is called between steps; what it raises ends the generation. What requests keep is durable after `commit`.
 
         Raises:
-            CaptureFailed: the engine failed.
+            CaptureFailed: the engine, the worker or the lake failed.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         waiting: dict[str, GenerateRequest] = {}
+        unconfirmed: list[tuple[str, int]] = []
         try:
             while True:
                 check()
@@ -187,6 +198,7 @@ class CaptureEngine:
                         max_tokens=wanted.max_tokens,
                         seed=request.seed,
                         stop=list(wanted.stop),
+                        allowed_token_ids=None if request.allowed is None else list(request.allowed),
                         output_kind=RequestOutputKind.FINAL_ONLY,
                         extra_args={"millpond": request.asked.model_dump(mode="json", exclude_none=True)},
                     )
@@ -202,14 +214,21 @@ class CaptureEngine:
                 for output in self._engine.step():
                     if output.finished:
                         (made,) = output.outputs
-                        yield waiting.pop(output.request_id), made.text, len(made.token_ids)
+                        request = waiting.pop(output.request_id)
+                        if request.asked.capture is not None:
+                            unconfirmed.append((request.request_id, len(request.token_ids) + len(made.token_ids)))
+                        yield request, made.text, list(made.token_ids)
+                if len(unconfirmed) >= _CONFIRM_EVERY or (unconfirmed and not waiting):
+                    self._confirm(unconfirmed)
+                    unconfirmed = []
         except CaptureFailed:
             raise
         except Exception as error:
             raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
         finally:
-            if waiting:
-                self._forget(list(waiting))
+            left = [*waiting, *(name for name, _ in unconfirmed)]
+            if left:
+                self._forget(left)
 
     def _lora(self, adapter: Adapter | None) -> Any:
         """The request for an adapter as vLLM takes it; None for none."""
@@ -242,8 +261,8 @@ class CaptureEngine:
             lora_request=self._lora(request.adapter),
         )
 
-    def _confirm(self, finished: list[tuple[CaptureRequest, list[int]]]) -> None:
-        pairs = [(request.capture_id, len(tokens)) for request, tokens in finished]
+    def _confirm(self, pairs: list[tuple[str, int]]) -> None:
+        """Tell the worker of ended requests: the capture id of each, and how many tokens it has."""
         answers: dict[str, dict[str, Any]] = {}
         for answer in self._engine.collective_rpc("millpond_confirm", args=(pairs,)):
             answers |= answer

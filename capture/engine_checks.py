@@ -19,12 +19,17 @@ def check_engine(config: Any, *, on_device: bool) -> None:
     """
     parallel = config.parallel_config
     for name, remedy in {
-        "data_parallel_size": "start several engines that share the lake",
         "prefill_context_parallel_size": "use tensor_parallel_size",
         "ubatch_size": "leave it out",
     }.items():
         if (getattr(parallel, name, 1) or 1) > 1:
             raise InvalidInput(f"{name} above 1 is not supported with capture; {remedy}")
+    # engines of dense models are independent of each other, and workers see a size of 1
+    if parallel.data_parallel_size > 1 and config.model_config.is_moe:
+        raise InvalidInput(
+            "data_parallel_size above 1 is not supported with capture of a mixture of experts, whose engines compute every "
+            "step together; start several servers that share the lake"
+        )
     for name in ("enable_dbo", "enable_expert_parallel"):
         if getattr(parallel, name, False):
             raise InvalidInput(f"{name} is not supported with capture; leave it out")

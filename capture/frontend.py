@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from millpond.capture.admission import EngineFacts
+from millpond.capture.claims import engine_of
 from millpond.capture.provenance import adapter_provenance, different_computation
 from millpond.capture.settle import Rpc, Settler
 from millpond.store.capture_spec import CaptureWish, RequestArgs, read_request_args
@@ -61,18 +62,25 @@ class Admitted:
     """Why each sample ended."""
     started: bool = False
 
+    @property
+    def failed(self) -> str:
+        """How a message begins that says why."""
+        return f"capture of {self.id!r} into run {self.run.spec.name!r} failed"
+
 
 class CaptureFrontend:
-    """Admits the requests of one engine and reports on them; lives in the process that talks to clients.
+    """Admits the requests of one engine, or of several equal ones, and reports on them; lives in a process that talks to clients.
 
     Args:
         facts: what the engine can do.
         provenance: of its model, for the runs that are made for requests.
-        rpc: calls the engine's workers.
+        rpc: calls the workers of all engines.
+        n_engines: data-parallel engines that requests are spread over.
     """
 
-    def __init__(self, facts: EngineFacts, provenance: Mapping[str, Any], rpc: Rpc) -> None:
+    def __init__(self, facts: EngineFacts, provenance: Mapping[str, Any], rpc: Rpc, n_engines: int = 1) -> None:
         self.facts = facts
+        self._n_engines = n_engines
         self._provenance = provenance
         self._settler = Settler(rpc)
         self._runs: dict[str, ServedRun] = {}
@@ -141,6 +149,16 @@ class CaptureFrontend:
             filled.model_dump(mode="json", exclude_none=True), run, prompt, ids, prompts, n_prompt, [0] * n, [None] * n
         )
 
+    def engine_of(self, admitted: Admitted) -> int | None:
+        """The engine that has to run a request, where other processes admit requests to several engines too.
+
+        Each process knows the ids that it admitted; ids that clients chose are made unique by the engine that has them.
+        """
+        minted = admitted.ids[0].partition("/")[0] == admitted.id
+        if minted or self._n_engines == 1 or self.facts.clients == 1:
+            return None
+        return engine_of(admitted.run.spec.name, admitted.id, self._n_engines)
+
     async def follow(
         self, admitted: Admitted, outputs: AsyncGenerator[Any, None], *, deltas: bool
     ) -> AsyncGenerator[Any, None]:
@@ -191,6 +209,7 @@ class CaptureFrontend:
             return_exceptions=True,
         )
         rows: dict[str, int] = {}
+        engines: set[int] = set()
         failures: list[str] = []
         prompts = dict(zip(admitted.ids, admitted.prompts, strict=True))
         for capture_id, result in zip(whole, results, strict=True):
@@ -198,16 +217,19 @@ class CaptureFrontend:
                 failures.append(str(result))
                 self.release(admitted, [capture_id])
             else:
-                rows[prompts[capture_id]] = result
+                rows[prompts[capture_id]] = result.rows
+                engines.add(result.engine)
         if failures:
             kept = f"; of its samples, {', '.join(rows)} are stored" if rows else ""
-            raise CaptureFailed(f"capture failed: {failures[0]}{kept}")
+            raise CaptureFailed(f"{admitted.failed}: {failures[0]}{kept}")
         told = {
             "id": admitted.id,
             "run": admitted.run.spec.name,
             "status": "committed" if len(rows) == len(admitted.ids) else "aborted",
             "rows": sum(rows.values()),
         }
+        if self._n_engines > 1 and engines:
+            told["engine"] = engines.pop()  # all samples of a request are of one
         return told | ({"samples": rows} if len(admitted.ids) > 1 else {})
 
     def _forget(self, admitted: Admitted, capture_ids: Sequence[str]) -> None:
@@ -261,12 +283,17 @@ class CaptureFrontend:
                 hooks=hooks,
                 d_model=self.facts.d_model,
                 dtype=self.facts.dtype,
-                provenance=provenance,
+                provenance={**provenance, "taps": list(self.facts.hooks)},
                 reads=reads,
             )
         run = lake[name]
         if run.state == "sealed":
             raise InvalidInput(f"millpond.capture.run: run {name!r} is sealed and cannot grow; name another run")
+        if "fingerprint" in run.provenance:
+            raise InvalidInput(
+                f"millpond.capture.run: run {name!r} was made by a capture job, which counts its rows and seals it; name "
+                "another run"
+            )
         ids = {*run.prompts["id"], *run.dropped["id"]}
         return ServedRun(self.facts.run_spec(name), ids, Allowance(lake, name))
 

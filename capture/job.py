@@ -24,6 +24,7 @@ from millpond.capture.reuse import reuse_rows
 from millpond.store.capture_spec import CaptureWish, RequestArgs, read_job
 from millpond.store.configuration import check_quota, read_configuration
 from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost
+from millpond.store.interventions import SpliceSae
 from millpond.store.lake import Lake, open_lake
 from millpond.store.objects import Storage, open_storage
 from millpond.store.reprs import human_bytes
@@ -212,6 +213,7 @@ def start_engine(plan: CapturePlan) -> CaptureEngine:
         max_adapters=len({adapter.folder.resolve() for adapter in adapters}),
         max_rank=max((adapter.rank for adapter in adapters), default=0),
         edits_per_token=len(plan.job.intervene),
+        saes=[one for one in plan.job.intervene if isinstance(one, SpliceSae)],
     )
 
 

@@ -109,6 +109,18 @@ def read_prompts(section: PromptsSection, model_folder: Path, max_tokens: int, v
     )
 
 
+def read_texts(section: PromptsSection) -> list[str]:
+    """The prompts' texts, in the file's order.
+
+    Raises:
+        InvalidInput: the file cannot be read, or a prompt has no text.
+    """
+    table = _read_table(Path(section.path), section)
+    if section.text not in table:
+        raise InvalidInput(f"{section.path}: there is no column {section.text!r}; it has {_names(table)}")
+    return _texts(table, section)
+
+
 def _read_table(path: Path, section: PromptsSection) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
@@ -153,10 +165,7 @@ def _token_ids(table: pd.DataFrame, section: PromptsSection, model_folder: Path)
             f"{section.path}: there is neither a column {section.text!r} nor {section.token_ids!r}; "
             f"it has {_names(table)}; name one in prompts.text or prompts.token_ids"
         )
-    texts = table[section.text].tolist()
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise InvalidInput(f"{section.path}: prompt {number} has no text in column {section.text!r} (got {text!r})")
+    texts = _texts(table, section)
     from transformers import AutoTokenizer
 
     try:
@@ -168,6 +177,14 @@ def _token_ids(table: pd.DataFrame, section: PromptsSection, model_folder: Path)
         ) from error
     encoded: list[list[int]] = tokenizer(texts)["input_ids"]
     return encoded
+
+
+def _texts(table: pd.DataFrame, section: PromptsSection) -> list[str]:
+    texts: list[str] = table[section.text].tolist()
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise InvalidInput(f"{section.path}: prompt {number} has no text in column {section.text!r} (got {text!r})")
+    return texts
 
 
 def _names(table: pd.DataFrame) -> str:

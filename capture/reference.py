@@ -3,42 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
-from millpond.capture.adapters import merge_adapter
+from millpond.capture.admission import model_hooks
+from millpond.capture.edits import Edits
+from millpond.capture.hugging_face import HuggingFaceModel
 from millpond.capture.provenance import adapter_provenance, model_provenance
+from millpond.capture.reference_reads import ReferenceRead
 from millpond.store.capture_spec import CaptureJob
 from millpond.store.errors import InvalidInput
-from millpond.store.hooks import parse_hook
+from millpond.store.hooks import match_hooks
+from millpond.store.interventions import Intervention
 from millpond.store.run import Run
+
+_ROWS, _READS = 1e-4, 1e-3
+"""Largest relative errors in float32; a read is a product, in which rows may cancel."""
 
 
 @dataclass(frozen=True)
 class HookError:
-    """How far the stored rows of one hook are from Hugging Face's."""
+    """How far the stored rows of one hook, or the values of one array of a read, are from Hugging Face's."""
 
     hook: str
+    """Or the name of the array."""
     max_abs: float
     """Largest absolute difference of any value."""
     mean_abs: float
     relative: float
-    """Norm of the difference over the norm of Hugging Face's rows."""
+    """Norm of the difference over the norm of what Hugging Face gives."""
     own_relative: float | None
     """The same of Hugging Face's own run in the run's dtype; None where that is float32."""
+    limit: float = _ROWS
+    """Largest `relative` in float32."""
 
     @property
     def ok(self) -> bool:
-        """Within 1e-4 in float32, and within twice Hugging Face's own error in a shorter dtype."""
-        return self.relative <= (1e-4 if self.own_relative is None else 2 * self.own_relative)
+        """Within `limit` in float32, and within twice Hugging Face's own error in a shorter dtype."""
+        return self.relative <= (self.limit if self.own_relative is None else 2 * self.own_relative)
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class ReferenceCheck:
 
     prompts: int
     rows: int
-    """Rows compared of every hook."""
+    """Rows compared of every hook and read."""
     errors: tuple[HookError, ...]
 
     @property
@@ -56,8 +66,8 @@ class ReferenceCheck:
         return all(error.ok for error in self.errors)
 
     def table(self) -> str:
-        """One line a hook."""
-        lines = [f"{'hook':32}{'max abs':>11}{'mean abs':>11}{'relative':>11}{'Hugging Face':>14}"]
+        """One line a hook, and one an array of a read."""
+        lines = [f"{'hook or read':32}{'max abs':>11}{'mean abs':>11}{'relative':>11}{'Hugging Face':>14}"]
         for error in self.errors:
             own = "float32" if error.own_relative is None else f"{error.own_relative:.2e}"
             lines.append(
@@ -91,46 +101,82 @@ def check_reference(
     """
     import torch
 
-    if not run.hooks:
-        raise InvalidInput(f"run {run.name!r} keeps reads and no activations; check a run of the model that keeps rows")
     folder, adapter = _computation(run, model, adapter)
+    edits = Edits(run.lake, run.d_model)
+    interventions = _interventions(run)
+    reads = [ReferenceRead(spec, run.lake, run.d_model, run.dtype) for spec in run.plan.spec.reads]
+    hooks = tuple(dict.fromkeys((*run.hooks, *(read.spec.hook for read in reads))))
     stored = _sample(run, prompts, seed)
-    truth = _Model(folder, adapter, torch.float32, run.hooks)
-    own = None if run.dtype == "float32" else _Model(folder, adapter, getattr(torch, run.dtype), run.hooks)
-    sums = {hook: np.zeros(5) for hook in run.hooks}  # max, sum of abs, sums of squares: difference, truth, own
-    rows = 0
-    for token_ids, positions, activations in tqdm(stored, desc="reference", unit="prompt", disable=not progress):
-        rows += len(positions)
-        expected = truth.activations(token_ids)
-        theirs = own.activations(token_ids) if own is not None else {}
+    truth = HuggingFaceModel(folder, adapter, torch.float32, hooks, interventions, edits)
+    own = None
+    if run.dtype != "float32":
+        own = HuggingFaceModel(folder, adapter, getattr(torch, run.dtype), hooks, interventions, edits)
+    tallies: defaultdict[str, _Tally] = defaultdict(_Tally)
+    for sample in tqdm(stored, desc="reference", unit="prompt", disable=not progress):
+        exact = {hook: x[sample.positions] for hook, x in truth.activations(sample.token_ids, sample.n_prompt).items()}
+        theirs = None
+        if own is not None:
+            theirs = {
+                hook: x[sample.positions] for hook, x in own.activations(sample.token_ids, sample.n_prompt).items()
+            }
         for hook in run.hooks:
-            right = expected[hook][positions].astype(np.float64)
-            difference = np.abs(activations[hook] - right)
-            found = sums[hook]
-            found[0] = max(found[0], difference.max(initial=0.0))
-            found[1:4] += difference.sum(), (difference**2).sum(), (right**2).sum()
-            if theirs:
-                found[4] += ((theirs[hook][positions] - right) ** 2).sum()
-    errors = tuple(
-        HookError(
-            hook,
-            float(found[0]),
-            float(found[1] / max(rows * run.d_model, 1)),
-            float(np.sqrt(found[2] / found[3])) if found[3] else 0.0,
-            None if own is None else float(np.sqrt(found[4] / found[3])) if found[3] else 0.0,
+            right = exact[hook].astype(np.float64)
+            tallies[hook].add(sample.rows[hook] - right, right, None if theirs is None else theirs[hook] - right)
+        for read in reads:
+            rows = exact[read.spec.hook]
+            rounded = None if theirs is None else read.compare(read.of(theirs[read.spec.hook]), rows)
+            for name, found in read.compare(sample.reads[read.spec.name], rows).items():
+                tallies[name].add(found.difference, found.truth, None if rounded is None else rounded[name].difference)
+    errors = tuple(tally.error(name, _ROWS if name in run.hooks else _READS) for name, tally in tallies.items())
+    return ReferenceCheck(len(stored), sum(len(sample.positions) for sample in stored), errors)
+
+
+@dataclass
+class _Tally:
+    """The differences of one line of the table."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+    squares: float = 0.0
+    truth: float = 0.0
+    own: float | None = None
+
+    def add(self, difference: NDArray[Any], truth: NDArray[Any], own: NDArray[Any] | None) -> None:
+        self.largest = max(self.largest, np.abs(difference).max(initial=0.0))
+        self.total += np.abs(difference).sum()
+        self.count += difference.size
+        self.squares += (difference**2).sum()
+        self.truth += (truth**2).sum()
+        if own is not None:
+            self.own = (self.own or 0.0) + (own**2).sum()
+
+    def error(self, name: str, limit: float) -> HookError:
+        norm = float(np.sqrt(self.truth)) or 1.0
+        return HookError(
+            name,
+            float(self.largest),
+            float(self.total / max(self.count, 1)),
+            float(np.sqrt(self.squares) / norm),
+            None if self.own is None else float(np.sqrt(self.own) / norm),
+            limit,
         )
-        for hook, found in sums.items()
-    )
-    return ReferenceCheck(len(stored), rows, errors)
+
+
+def _interventions(run: Run) -> list[tuple[str, Intervention]]:
+    """The hook points that the run's requests were intervened at, with what was done there, in order."""
+    given = TypeAdapter(list[Intervention]).validate_python(run.provenance.get("interventions") or [])
+    if not given:
+        return []
+    # a server intervenes where it has taps, a job makes taps for its interventions
+    taps = run.provenance.get("taps") or model_hooks(["*"], run.provenance["n_layers"])
+    where = f"run {run.name!r} was intervened at, but its model has"
+    return [(hook, one) for one in given for hook in match_hooks(one.hook, taps, where)]
 
 
 def _computation(run: Run, model: Path | None, adapter: Path | None) -> tuple[Path, Path | None]:
     """The folders of the model and the adapter, after checking that they are what the run was made with."""
     provenance = run.provenance
-    if provenance.get("interventions"):
-        raise InvalidInput(
-            f"run {run.name!r} holds rows with interventions, which Hugging Face does not make; check a run without"
-        )
     job = provenance.get("capture") or {}
     named = provenance.get("folder") or job.get("model", {}).get("path")
     folder = model or (Path(named) if named else None)
@@ -153,10 +199,19 @@ def _computation(run: Run, model: Path | None, adapter: Path | None) -> tuple[Pa
     return folder, where
 
 
-def _sample(
-    run: Run, n_prompts: int, seed: int
-) -> list[tuple[list[int], NDArray[np.int32], dict[str, NDArray[np.float32]]]]:
-    """Token ids, positions and stored rows of some prompts that have rows."""
+@dataclass(frozen=True)
+class _Sample:
+    """One prompt that has rows."""
+
+    token_ids: list[int]
+    """Up to the last row's."""
+    n_prompt: int
+    positions: NDArray[np.int32]
+    rows: dict[str, NDArray[np.float32]]
+    reads: dict[str, dict[str, NDArray[Any]]]
+
+
+def _sample(run: Run, n_prompts: int, seed: int) -> list[_Sample]:
     with_rows = np.flatnonzero((run.prompts["n_rows"] > 0).to_numpy())
     chosen = np.random.default_rng(seed).permutation(with_rows)[:n_prompts]
     marks = np.zeros(len(run.prompts), bool)
@@ -164,15 +219,25 @@ def _sample(
     part = run.select(marks)
     coordinates = part.tokens.compute()
     values = {hook: part[hook].values for hook in run.hooks}
+    reads = {name: {str(key): array.values for key, array in part.reads[name].data_vars.items()} for name in part.reads}
     from_file = _prompt_file(run)
     taken = []
     end = 0
-    for prompt_id, digest, count in part.prompts[["id", "sha256", "n_rows"]].itertuples(index=False, name=None):
+    columns = part.prompts[["id", "sha256", "n_prompt_tokens", "n_rows"]]
+    for prompt_id, digest, n_prompt, count in columns.itertuples(index=False, name=None):
         begin, end = end, end + int(count)
         rows = slice(begin, end)
         positions = coordinates["position"].values[rows]
         tokens = _tokens(run, prompt_id, digest, positions, coordinates["token_id"].values[rows], from_file)
-        taken.append((tokens, positions, {hook: array[rows] for hook, array in values.items()}))
+        taken.append(
+            _Sample(
+                tokens,
+                int(n_prompt),
+                positions,
+                {hook: array[rows] for hook, array in values.items()},
+                {name: {key: array[rows] for key, array in arrays.items()} for name, arrays in reads.items()},
+            )
+        )
     return taken
 
 
@@ -211,57 +276,3 @@ def _prompt_file(run: Run) -> dict[str, list[int]]:
     except (KeyError, ValidationError, InvalidInput):
         return {}
     return dict(zip(prompts.ids, prompts.token_ids, strict=True))
-
-
-class _Model:
-    """A Hugging Face model with a recorder at every hook."""
-
-    def __init__(self, folder: Path, adapter: Path | None, dtype: Any, hooks: tuple[str, ...]) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-        if adapter is not None:
-            merge_adapter(self._model, adapter)
-        self._hooks = hooks
-
-    def activations(self, token_ids: list[int]) -> dict[str, NDArray[np.float32]]:
-        """Every hook's values at every position, (n_tokens, d_model)."""
-        import torch
-
-        with torch.no_grad(), _recorded(self._model, self._hooks) as seen:
-            self._model(torch.tensor([token_ids]), use_cache=False)
-        return {hook: value.reshape(len(token_ids), -1).float().numpy() for hook, value in seen.items()}
-
-
-@contextmanager
-def _recorded(model: Any, hooks: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """What passes at each hook during a forward pass."""
-    from millpond.capture.hook_points import decoder_layers, find_hook_point
-
-    layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
-    seen: dict[str, Any] = {}
-    handles = []
-
-    def before(name: str) -> Callable[..., None]:
-        def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name] = args[0] if args else kwargs["hidden_states"]
-
-        return record
-
-    def after(name: str) -> Callable[..., None]:
-        def record(module: Any, args: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return record
-
-    for name in hooks:
-        point = find_hook_point(layers, parse_hook(name))
-        if point.before:
-            handles.append(point.module.register_forward_pre_hook(before(name), with_kwargs=True))
-        else:
-            handles.append(point.module.register_forward_hook(after(name)))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from millpond.capture.device_saes import LatentEdits
 from millpond.capture.edits import BankRows, Edit
 from millpond.capture.reads import Reader
 from millpond.capture.tap import HookWork, Rows
@@ -42,6 +43,16 @@ class BankedEdit:
     """How many others of the request come before it at this hook point."""
 
 
+@dataclass(frozen=True)
+class BankedSplice:
+    """An SAE that is spliced in where taps are part of a device's graph."""
+
+    splice: int
+    """Which of the worker's."""
+    where: PositionFilter
+    edits: LatentEdits
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedRead:
     """One read at one hook point; requests that share the object share a product."""
@@ -63,6 +74,8 @@ class Following:
     edits: tuple[PlannedEdit, ...] = ()
     """In the order in which they are applied at a hook point."""
     banked: tuple[BankedEdit, ...] = ()
+    splices: tuple[BankedSplice, ...] = ()
+    """Applied before `banked`."""
     tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Token ids seen, from position 0; room for more at the end."""
     seen: int = 0
@@ -247,6 +260,10 @@ class RequestFollower:
         """The engine ended these requests; what they kept stays until confirmed or dropped by capture id."""
         for request_id in request_ids:
             self._by_request.pop(request_id, None)
+
+    def fail(self, capture_id: str, reason: str) -> None:
+        """Nothing of this request is to be stored; its confirmation says why."""
+        self._failed[capture_id] = reason
 
     def drop(self, capture_id: str) -> None:
         """Let go of a request that nobody will confirm."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,25 @@ class StoredSae:
         """Active latents a row, where the architecture fixes them."""
         self._rescale = bool(config.get("rescale_acts_by_decoder_norm", False))
 
+    def to(self, device: torch.device) -> StoredSae:
+        """The same on another device."""
+        moved = copy(self)
+        moved._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+        moved.W_enc, moved.W_dec, moved.b_dec = (moved._tensors[name] for name in ("W_enc", "W_dec", "b_dec"))
+        return moved
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def directions(self) -> Tensor:
+        """What one unit of each latent adds to a reconstruction, (d_sae, d_in)."""
+        directions: Tensor = self.W_dec
+        if self.architecture == "topk" and self._rescale:
+            directions = directions / directions.norm(dim=1, keepdim=True)
+        return directions
+
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations (n, d_sae) of activations (n, d_in)."""
         t = self._tensors
@@ -59,6 +80,13 @@ class StoredSae:
             return latents
         indices, values = self._largest(hidden)
         return torch.zeros_like(hidden).scatter_(1, indices, values)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The same before a top-k SAE keeps its k largest."""
+        if self.architecture != "topk":
+            return self.encode(x)
+        hidden = (x - self.b_dec if self._subtract else x) @ self.W_enc + self._tensors["b_enc"]
+        return torch.relu(hidden * self.W_dec.norm(dim=1) if self._rescale else hidden)
 
     def codes(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The `k` largest latents of activations (n, d_in): indices and values (n, k), largest first, and of how many (n,)."""

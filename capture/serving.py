@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from millpond.capture.admission import EngineFacts
+from millpond.capture.engine_checks import check_engine
 from millpond.capture.frontend import Admitted, CaptureFrontend
 from millpond.capture.provenance import model_provenance
 from millpond.store.errors import CaptureFailed, InvalidInput, StorageFailed
@@ -70,12 +71,7 @@ def served_facts(vllm_config: Any) -> tuple[EngineFacts, dict[str, Any]] | None:
     if "millpond" not in (vllm_config.additional_config or {}):
         return None
     facts = EngineFacts.of(vllm_config)
-    parallel = vllm_config.parallel_config
-    if parallel._api_process_count > 1 or parallel.data_parallel_size > 1:
-        raise InvalidInput(
-            "--api-server-count and --data-parallel-size above 1 cannot be combined with capture: vLLM gives a server "
-            "the answers of one engine only; start several servers, which may share the lake"
-        )
+    check_engine(vllm_config, on_device=facts.on_device)
     folder = Path(vllm_config.model_config.model)
     if not (folder / "config.json").is_file():
         raise InvalidInput(
@@ -93,10 +89,14 @@ def _build_frontend(original: Callable[..., None], self: Any, vllm_config: Any, 
     original(self, vllm_config, *args, **kwargs)
 
     async def rpc(method: str, arguments: tuple[Any, ...]) -> list[Any]:
-        answers: list[Any] = await self.collective_rpc(method, args=arguments)
-        return answers
+        # vLLM's own `collective_rpc` asks all data-parallel engines and returns the answers of the first
+        engines = await self.engine_core.call_utility_all_async("collective_rpc", method, None, arguments, None)
+        return [answer for answers in engines for answer in answers]
 
-    self._millpond_frontend = None if served is None else CaptureFrontend(*served, rpc)
+    if served is not None:
+        self._millpond_frontend = CaptureFrontend(*served, rpc, len(self.engine_core.core_engines))
+    else:
+        self._millpond_frontend = None
 
 
 def _generate(
@@ -129,22 +129,35 @@ def _generate(
     filled = admitted.extra if isinstance(admitted, Admitted) else admitted
     # the request's arguments are shared by all its prompts: never change them in place
     sampling_params.extra_args = {**extra, "millpond": filled}
+    if isinstance(admitted, Admitted) and (engine := frontend.engine_of(admitted)) is not None:
+        if kwargs.get("data_parallel_rank", engine) not in (None, engine):
+            frontend.release_unstarted(admitted)
+            raise _refusal(
+                InvalidInput("millpond.capture.id: its engine follows from it; leave X-data-parallel-rank out")
+            )
+        kwargs["data_parallel_rank"] = engine
     outputs = original(self, prompt, sampling_params, *args, **kwargs)
     if not isinstance(admitted, Admitted):
         return outputs
     deltas = sampling_params.output_kind == RequestOutputKind.DELTA
-    followed = _in_vllms_words(frontend.follow(admitted, outputs, deltas=deltas))
+    followed = _in_vllms_words(admitted, frontend.follow(admitted, outputs, deltas=deltas))
     weakref.finalize(followed, frontend.release_unstarted, admitted)
     return followed
 
 
-async def _in_vllms_words(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+async def _in_vllms_words(admitted: Admitted, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
     try:
         async with aclosing(outputs) as stream:
             async for output in stream:
                 yield output
     except CaptureFailed as error:
         raise _failure(str(error)) from error
+    except (EngineDeadError, EngineGenerateError) as error:
+        failure = type(error)()  # vLLM gives all requests one object, and ends the server where it sees this class
+        failure.args = (f"{admitted.failed}, and nothing of it is stored: {error}",)
+        raise failure from error
 
 
 def _failure(reason: str) -> Exception:

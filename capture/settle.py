@@ -14,21 +14,31 @@ Rpc = Callable[[str, tuple[Any, ...]], Awaitable[list[Any]]]
 _POLL_SECONDS = 0.02
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A request that is durable."""
+
+    rows: int
+    engine: int
+    """Data-parallel rank of the engine that wrote it."""
+
+
 @dataclass
 class _Waiting:
-    done: asyncio.Future[int]
+    done: asyncio.Future[Stored]
     n_tokens: int
     ranks: int = 0
     """Workers that keep rows of the request and have not committed them yet."""
     rows: int = 0
+    engine: int = 0
 
 
 @dataclass
 class Settler:
-    """One engine's finished requests, from the client's last token to the lake.
+    """A server's finished requests, from the client's last token to the lake.
 
     A worker answers for the requests it captures rows of, and leaves out the others: every worker that
-    keeps a request must commit it.
+    keeps a request must commit it. Other servers of the same engines ask for theirs, so news is asked for by name.
     """
 
     rpc: Rpc
@@ -37,8 +47,8 @@ class Settler:
     _drops: list[str] = field(default_factory=list)
     _task: asyncio.Task[None] | None = None
 
-    async def settle(self, capture_id: str, n_tokens: int) -> int:
-        """Rows stored of a request of which the client received so many tokens, once they are durable.
+    async def settle(self, capture_id: str, n_tokens: int) -> Stored:
+        """What was stored of a request of which the client received so many tokens, once it is durable.
 
         Raises:
             CaptureFailed: none of its rows are visible.
@@ -65,7 +75,10 @@ class Settler:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             for capture_id in list(self._waiting):
-                self._fail(capture_id, f"the engine failed before the rows were durable: {reason}")
+                self._fail(
+                    capture_id,
+                    f"the engine failed before it said whether the rows are durable; the run may hold them: {reason}",
+                )
             self._drops.clear()
 
     async def _step(self) -> None:
@@ -76,7 +89,8 @@ class Settler:
             new, self._new = self._new, []
             pairs = [(capture_id, self._waiting[capture_id].n_tokens) for capture_id in new]
             self._take_confirmations(new, await self.rpc("millpond_confirm", (pairs,)))
-        if self._waiting and not self._take_commits(await self.rpc("millpond_poll", ())):
+        confirmed = [capture_id for capture_id in self._waiting if capture_id not in self._new]
+        if confirmed and not self._take_commits(await self.rpc("millpond_poll", (confirmed,))):
             await asyncio.sleep(_POLL_SECONDS)
 
     def _take_confirmations(self, capture_ids: Sequence[str], answers: list[dict[str, dict[str, Any]]]) -> None:
@@ -87,6 +101,7 @@ class Settler:
                 self._fail(capture_id, failed[0] if failed else f"request {capture_id!r} never reached a worker")
             else:
                 self._waiting[capture_id].ranks += len(told)
+                self._waiting[capture_id].engine = told[0]["engine"]
 
     def _take_commits(self, answers: list[dict[str, dict[str, Any]]]) -> bool:
         """Whether there was any news."""
@@ -103,7 +118,7 @@ class Settler:
         for capture_id in [name for name, waiting in self._waiting.items() if news and waiting.ranks == 0]:
             if capture_id not in self._new:
                 waiting = self._waiting.pop(capture_id)
-                waiting.done.set_result(waiting.rows)
+                waiting.done.set_result(Stored(waiting.rows, waiting.engine))
         return news
 
     def _fail(self, capture_id: str, reason: str) -> None:

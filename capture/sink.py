@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -105,12 +105,21 @@ class LakeSink:
             prompts = sum(prompts for _, prompts in self._totals.values())
         return rows, prompts, error
 
-    def poll(self) -> tuple[dict[str, int], dict[str, str]]:
-        """Since the last call: committed requests with their rows, and failed ones with the reason."""
+    def poll(self, capture_ids: Iterable[str] | None = None) -> tuple[dict[str, int], dict[str, str]]:
+        """Committed requests with their rows, and failed ones with the reason; each is told once.
+
+        Args:
+            capture_ids: leave the others to whoever else asks; None takes all.
+        """
         self._tell_if_slow()
         with self._change:
-            committed, self._committed = self._committed, {}
-            failed, self._failed = self._failed, {}
+            if capture_ids is None:
+                committed, self._committed = self._committed, {}
+                failed, self._failed = self._failed, {}
+            else:
+                asked = list(capture_ids)
+                committed = {name: self._committed.pop(name) for name in asked if name in self._committed}
+                failed = {name: self._failed.pop(name) for name in asked if name in self._failed}
         return committed, failed
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from millpond.capture.admission import EngineFacts
+from millpond.capture.claims import PromptClaims
 from millpond.capture.device_requests import DeviceFollower
+from millpond.capture.device_saes import DeviceSplice, LatentEdits
 from millpond.capture.device_tap import DeviceTaps
 from millpond.capture.engine_checks import check_engine
-from millpond.capture.requests import BankedEdit, Following, PlannedEdit, PlannedRead, RequestFollower
+from millpond.capture.requests import BankedEdit, BankedSplice, Following, PlannedEdit, PlannedRead, RequestFollower
 from millpond.capture.sink import LakeSink
 from millpond.capture.stages import Confirmed, gather_stages
 from millpond.capture.tap import Taps, install_taps, tapped_hooks
@@ -24,7 +26,7 @@ from millpond.capture.versions import check_vllm_version
 from millpond.store.capture_spec import RequestArgs, read_request_args
 from millpond.store.errors import CaptureFailed
 from millpond.store.hooks import match_hooks
-from millpond.store.interventions import Patch
+from millpond.store.interventions import Patch, SpliceSae
 from millpond.store.reads import ReadSpec
 from millpond.store.segment import RunWriter
 
@@ -66,6 +68,7 @@ class Tapping:
                 facts.edits_per_token,
                 facts.bank_rows,
                 worker.device,
+                self._device_splices(worker.device),
             )
             taps.device.warm_up()
             # what vLLM measured while it loaded the model leaves this out of the memory for keys and values
@@ -82,9 +85,24 @@ class Tapping:
         self._planned = lru_cache(maxsize=64)(self._plan_read)
         self._statistics = {"steps": 0, "rows": 0, "bytes": 0, "plan_seconds": 0.0, "take_seconds": 0.0}
         self._run_of: dict[str, str] = {}
+        self._claims = PromptClaims() if facts.clients > 1 and self._sink is not None else None
+        self._engine = config.parallel_config.data_parallel_index
         self._input_ids: Any = None
         install_taps(model, n_layers, taps)
         self._follow_row_order(worker)
+
+    def _device_splices(self, device: torch.device) -> list[tuple[int, DeviceSplice]]:
+        """Those at hook points of this worker, which are numbered in this order."""
+        facts, number = self._facts, self._taps.number
+        here = [(hook, artifact) for hook, artifact in facts.saes if hook in number]
+        self._splices = {splice: place for place, splice in enumerate(here)}
+        return [
+            (
+                number[hook],
+                DeviceSplice(facts.edits.sae(artifact), facts.max_tokens, facts.latents_per_request, device),
+            )
+            for hook, artifact in here
+        ]
 
     def _follow_row_order(self, worker: Any) -> None:
         """Plan each step where the runner has put the batch into row order; only it knows that order."""
@@ -139,24 +157,33 @@ class Tapping:
         n_prompt = len(prompt)
         edits: list[PlannedEdit] = []
         banked: list[BankedEdit] = []
+        splices: list[BankedSplice] = []
         for intervention in args.intervene:
             length = n_prompt if isinstance(intervention, Patch) else 0
             for hook in match_hooks(intervention.hook, self._facts.hooks, "the engine has taps at"):
                 number = self._taps.number.get(hook)
                 if number is None:
                     continue  # another pipeline stage has it
-                if self._facts.on_device:
+                if self._facts.on_device and isinstance(intervention, SpliceSae):
+                    place = self._splices[hook, intervention.artifact]
+                    splices.append(BankedSplice(place, intervention, LatentEdits.of(intervention)))
+                elif self._facts.on_device:
                     nth = sum(edit.hook == number for edit in banked)
                     banked.append(BankedEdit(number, intervention, self._rows(intervention, hook, length), nth))
                 else:
                     edits.append(PlannedEdit(number, intervention, self._edit(intervention, hook, length)))
-        following = Following(n_prompt, edits=tuple(edits), banked=tuple(banked))
+        following = Following(n_prompt, edits=tuple(edits), banked=tuple(banked), splices=tuple(splices))
         following.see(0, np.array(prompt, np.int32))
         if args.capture is not None and args.capture.id is not None and self._keeps:
-            following.wish = args.capture
-            following.hooks = self._hook_numbers(args.capture.run)
-            following.reads = self._reads(args.capture.run)
-            self._run_of[args.capture.id] = self._facts.run_spec(args.capture.run).name
+            run = self._run_of[args.capture.id] = self._facts.run_spec(args.capture.run).name
+            name = args.capture.prompt or args.capture.id
+            if self._claims is None or self._claims.take(args.capture.id, run, name):
+                following.wish = args.capture
+                following.hooks = self._hook_numbers(args.capture.run)
+                following.reads = self._reads(args.capture.run)
+            else:
+                reason = f"{name!r} is in run {run!r} already, or is being captured; give every prompt its own id"
+                self._follower.fail(args.capture.id, reason)
         self._follower.admit(request_id, following)
 
     def _numbers_of_run(self, run: str | None) -> tuple[int, ...]:
@@ -178,7 +205,8 @@ class Tapping:
         """Write requests of which the client received so many tokens.
 
         Returns:
-            For every request that this worker writes: status (`kept` or `failed`), rows and error.
+            For every request that this worker writes: status (`kept` or `failed`), rows, error and the engine's
+            data-parallel rank.
         """
         if not self._keeps:
             return {}
@@ -199,10 +227,12 @@ class Tapping:
         answers: dict[str, dict[str, Any]] = {}
         for capture_id, request in whole.items():
             if isinstance(request, CaptureFailed):
-                answers[capture_id] = {"status": "failed", "rows": 0, "error": str(request)}
+                answer = {"status": "failed", "rows": 0, "error": str(request)}
+                self._release([capture_id])
             else:
-                answers[capture_id] = {"status": "kept", "rows": len(request.positions), "error": None}
+                answer = {"status": "kept", "rows": len(request.positions), "error": None}
                 self._sink.put(runs[capture_id], capture_id, request)
+            answers[capture_id] = {**answer, "engine": self._engine}
         return answers
 
     def drop(self, capture_ids: list[str]) -> None:
@@ -210,10 +240,20 @@ class Tapping:
         for capture_id in capture_ids:
             self._follower.drop(capture_id)
             self._run_of.pop(capture_id, None)
+        self._release(capture_ids)
 
-    def poll(self) -> dict[str, dict[str, Any]]:
-        """Since the last call: `committed` requests with their rows, and `failed` ones with the reason."""
-        committed, failed = self._sink.poll() if self._sink else ({}, {})
+    def _release(self, capture_ids: Iterable[str]) -> None:
+        if self._claims is not None:
+            for capture_id in capture_ids:
+                self._claims.release(capture_id)
+
+    def poll(self, capture_ids: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """See `LakeSink.poll`: `committed` requests with their rows, and `failed` ones with the reason."""
+        committed, failed = self._sink.poll(capture_ids) if self._sink else ({}, {})
+        self._release(failed)
+        if self._claims is not None:
+            for capture_id in committed:
+                self._claims.keep(capture_id)
         return {"committed": committed, "failed": failed}
 
     def commit(self) -> tuple[int, int, str | None]:

@@ -67,6 +67,7 @@ def serve_command(
     run: str | None,
     commit_seconds: float,
     arguments: Sequence[str],
+    saes: Sequence[str] = (),
 ) -> list[str]:
     """The command that serves `model` with everything that capture needs.
 
@@ -88,6 +89,8 @@ def serve_command(
     settings: dict[str, Any] = {"lake": lake_url, "hooks": list(hooks), "commit_seconds": commit_seconds}
     if run is not None:
         settings["run"] = run
+    if saes:
+        settings["saes"] = [_sae(one) for one in saes]
     return [
         sys.executable,
         "-m",
@@ -100,6 +103,13 @@ def serve_command(
         json.dumps({"millpond": settings}),
         *arguments,
     ]
+
+
+def _sae(given: str) -> dict[str, str]:
+    hook, equals, artifact = given.partition("=")
+    if not (hook and equals and artifact):
+        raise InvalidInput(f"--saes has {given!r}; give HOOK=ARTIFACT, such as blocks.12.hook_resid_post=my-sae")
+    return {"hook": hook, "artifact": artifact}
 
 
 def main() -> None:

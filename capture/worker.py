@@ -36,9 +36,9 @@ class TapMethods:
         """See `Tapping.drop`."""
         self._millpond.drop(capture_ids)
 
-    def millpond_poll(self) -> dict[str, dict[str, Any]]:
+    def millpond_poll(self, capture_ids: list[str] | None = None) -> dict[str, dict[str, Any]]:
         """See `Tapping.poll`."""
-        return self._millpond.poll()
+        return self._millpond.poll(capture_ids)
 
     def millpond_commit(self) -> tuple[int, int, str | None]:
         """See `Tapping.commit`."""

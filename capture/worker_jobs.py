@@ -15,16 +15,19 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from millpond.capture.adapters import Adapter, read_adapter
 from millpond.capture.admission import model_hooks
 from millpond.capture.engine import CaptureEngine
 from millpond.capture.generation import capture_like, run_generation
 from millpond.capture.interrupts import held_back
 from millpond.capture.job import CaptureSummary, run_capture
-from millpond.capture.plan import CapturePlan, plan_capture, read_model_facts
+from millpond.capture.judging import run_judging
+from millpond.capture.plan import CapturePlan, ModelFacts, plan_capture, read_model_facts
 from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
 from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
-from millpond.store.generation import GenerationJob
+from millpond.store.generation import GenerationJob, JudgeJob
 from millpond.store.hooks import summarize_hooks
+from millpond.store.interventions import SpliceSae
 from millpond.store.lake import open_lake
 from millpond.store.logs import of_job
 from millpond.store.objects import open_storage
@@ -33,7 +36,7 @@ from millpond.store.queue import JobQueue, QueuedJob
 
 logger = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound=BaseModel)
-KINDS = ("capture", "generate")
+KINDS = ("capture", "generate", "judge")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def work(
                 claimed = queue.claim(name, set(config.kinds), config.lease_seconds)
                 if claimed is not None:
                     with of_job(claimed.id):
-                        ended += _run(queue, claimed, config, engine, told)
+                        ended += _run(queue, claimed, config, facts, engine, told)
                 elif until_empty:
                     return ended
                 else:
@@ -111,7 +114,12 @@ def work(
 
 
 def _run(
-    queue: JobQueue, claimed: QueuedJob, config: WorkerConfig, engine: CaptureEngine, told: Callable[[str], None]
+    queue: JobQueue,
+    claimed: QueuedJob,
+    config: WorkerConfig,
+    facts: ModelFacts,
+    engine: CaptureEngine,
+    told: Callable[[str], None],
 ) -> bool:
     """Run one claimed job and tell the queue; whether it ended well."""
     told(f"job {claimed.id}: attempt {claimed.attempts}")
@@ -119,6 +127,8 @@ def _run(
         with _heartbeats(queue, claimed, config.lease_seconds) as beat:
             if claimed.kind == "generate":
                 result, told_of = _generate(claimed, config, engine, beat)
+            elif claimed.kind == "judge":
+                result, told_of = _judge(claimed, config, facts, engine, beat)
             else:
                 done = _capture(
                     _plan(_parsed(CaptureJob, claimed), config, engine), engine, beat, 2 * config.lease_seconds
@@ -153,6 +163,20 @@ def _generate(
     plan = _plan(capture_like(job, engine.hooks[0]), config, engine)
     count = run_generation(plan, job.sampling, engine, claimed.id, beat)
     return {"completions": count}, f"{count:,} completions in {time.monotonic() - started:.1f} s"
+
+
+def _judge(
+    claimed: QueuedJob, config: WorkerConfig, facts: ModelFacts, engine: CaptureEngine, beat: Callable[[int], None]
+) -> tuple[dict[str, Any], str]:
+    """Judge the completions of the claimed job: its result, and what is told of it."""
+    job, started = _parsed(JudgeJob, claimed), time.monotonic()
+    _check_model(job.model, config)
+    _check_lake(job.lake, config)
+    adapter = None if job.model.adapter is None else read_adapter(job.model.adapter, "model.adapter")
+    if adapter is not None:
+        _check_adapter(adapter, engine)
+    count = run_judging(job, engine, adapter, facts.context, claimed.id, beat)
+    return {"judged": count}, f"{count:,} completions judged in {time.monotonic() - started:.1f} s"
 
 
 @contextmanager
@@ -219,26 +243,43 @@ def _plan(job: CaptureJob, config: WorkerConfig, engine: CaptureEngine) -> Captu
     """
     if job.engine:
         raise InvalidInput(f"engine.{min(job.engine)} cannot be set for a running worker; leave [engine] out")
-    if Path(job.model.path).resolve() != Path(config.model.path).resolve() or job.model.dtype != config.model.dtype:
-        raise InvalidInput(
-            f"model.path {job.model.path!r} with dtype {job.model.dtype!r}: this worker runs {config.model.path!r} with "
-            f"{config.model.dtype!r}; start a worker for that model"
-        )
-    if _place(job.destination.lake) != _place(config.lake):
-        raise InvalidInput(f"destination.lake is {job.destination.lake!r}; this worker writes {config.lake!r}")
+    _check_model(job.model, config)
+    _check_lake(job.destination.lake, config)
     plan = plan_capture(job.model_copy(update={"engine": config.engine}), resume=True)
     missing = [hook for hook in plan.taps if hook not in engine.hooks]
     if missing:
         raise InvalidInput(
             f"capture.hooks: this worker has no tap at {missing[0]}, only at {summarize_hooks(engine.hooks)}"
         )
+    if engine.on_device and any(isinstance(one, SpliceSae) for one in job.intervene):
+        raise InvalidInput(
+            "intervene: this worker's CUDA graphs hold no SAE; run the job with millpond capture, whose engine is made for it"
+        )
     for target in plan.targets:
-        if target.adapter is not None and target.adapter.rank > engine.max_rank:
-            raise InvalidInput(
-                f"adapter {target.adapter.name!r} has rank {target.adapter.rank}; this worker takes adapters up to rank "
-                f"{engine.max_rank}: start one with --max-adapters and --max-rank"
-            )
+        if target.adapter is not None:
+            _check_adapter(target.adapter, engine)
     return plan
+
+
+def _check_model(model: ModelSection, config: WorkerConfig) -> None:
+    if Path(model.path).resolve() != Path(config.model.path).resolve() or model.dtype != config.model.dtype:
+        raise InvalidInput(
+            f"model.path {model.path!r} with dtype {model.dtype!r}: this worker runs {config.model.path!r} with "
+            f"{config.model.dtype!r}; start a worker for that model"
+        )
+
+
+def _check_lake(lake: str, config: WorkerConfig) -> None:
+    if _place(lake) != _place(config.lake):
+        raise InvalidInput(f"destination.lake is {lake!r}; this worker writes {config.lake!r}")
+
+
+def _check_adapter(adapter: Adapter, engine: CaptureEngine) -> None:
+    if adapter.rank > engine.max_rank:
+        raise InvalidInput(
+            f"adapter {adapter.name!r} has rank {adapter.rank}; this worker takes adapters up to rank "
+            f"{engine.max_rank}: start one with --max-adapters and --max-rank"
+        )
 
 
 def _place(lake: str) -> str:

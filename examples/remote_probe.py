@@ -71,7 +71,7 @@ def main() -> int:
             vault.projects.create(PROJECT, models=[MODEL], by=USER)
             vault.projects.hold(PROJECT, "run", name, name, model=MODEL, detail={"prompts": "own"})
             token = vault.add_token(USER, "read", "run")
-            vault.start(meter_cap=10_000_000)
+            vault.start(meter_cap=1_000_000)
             os.environ.update(MILLPOND_URL=vault.url, MILLPOND_TOKEN=token, MILLPOND_PROJECT=PROJECT)
             fifteen_lines(name, hook, label, arguments.tokens)
             account(vault, run.nbytes)

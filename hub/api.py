@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,6 +24,7 @@ from millpond.hub.policy import SCOPES
 from millpond.hub.projection import project_run
 from millpond.hub.queue import ProjectJob
 from millpond.hub.serving import Call, Endpoint, Fixed, NotThere, Reply
+from millpond.hub.textmodel import VERSION
 from millpond.hub.vault import label_mark, visible_labels
 from millpond.store.capture_spec import first_problem
 from millpond.store.errors import InvalidInput
@@ -47,6 +48,7 @@ class SentPrompt(Prompt):
     """A prompt; further fields are kept as columns."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, Scalar | None]
 
 
 class PromptsWish(_Wish):
@@ -56,7 +58,8 @@ class PromptsWish(_Wish):
     prompts: tuple[SentPrompt, ...] = Field(min_length=1, max_length=200_000)
 
 
-Scalar = bool | int | float | str
+Scalar = bool | int | float | Annotated[str, Field(max_length=200)]
+"""A label's value. Text takes as much memory for every row as the longest does."""
 
 
 class LabelsWish(_Wish):
@@ -77,7 +80,9 @@ def read_version(call: Call) -> Reply:
     """What both sides compare when they connect: constants of the installation."""
     given = call.gateway.dictionary
     digest = None if given is None else hashlib.sha256(given).hexdigest()
-    return _fixed({"version": version("millpond"), "api": 1, "dictionary_sha256": digest})
+    return _fixed(
+        {"version": version("millpond"), "api": 1, "dictionary_sha256": digest, "text_model": VERSION},
+    )
 
 
 def read_openapi(_: Call) -> Reply:
@@ -114,7 +119,9 @@ def add_prompts(call: Call) -> Reply:
     project, wish = call.params["project"], _wish(PromptsWish, call.body)
     call.gateway.enter(call.who, project, "run")
     rows = [one.model_dump(mode="json") for one in wish.prompts]
-    return _handles(call, [send_prompts(call.gateway, project, wish.name, rows).handle])
+    with call.gateway.uploads.taking(project, call.who.user, call.size):
+        held = send_prompts(call.gateway, project, wish.name, rows)
+    return _handles(call, [held.handle])
 
 
 def add_labels(call: Call) -> Reply:
@@ -127,7 +134,8 @@ def add_labels(call: Call) -> Reply:
     if any(lists) != (wish.by == "token") or any(lists) != all(lists):
         raise InvalidInput("values: give one for each prompt, or a list of one a token for each")
     run = vault.run(handle)
-    run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")
+    with call.gateway.uploads.taking(project, call.who.user, call.size):
+        run.labels.add(label_mark(project) + wish.name, dict(wish.values), source=f"project {project}")
     return _handles(call, [])
 
 
@@ -146,13 +154,14 @@ def submit_job(call: Call) -> Reply:
     if refused is not None:
         return refused
     vault = gateway.enter(call.who, project, "run")
-    if isinstance(job, CaptureJob):
-        found = submit_capture(gateway, vault, job, call.who.user)
-    elif isinstance(job, GenerateJob):
-        found = submit_generation(gateway, vault, job, call.who.user, models)
-    else:
-        spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
-        found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)
+    with gateway.uploads.taking(project, call.who.user, call.size):
+        if isinstance(job, CaptureJob):
+            found = submit_capture(gateway, vault, job, call.who.user)
+        elif isinstance(job, GenerateJob):
+            found = submit_generation(gateway, vault, job, call.who.user, models)
+        else:
+            spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
+            found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)
     return _handles(call, [bytes.fromhex(found)])
 
 
@@ -167,6 +176,11 @@ def list_jobs(call: Call) -> Reply:
 def read_job(call: Call) -> Reply:
     """A job's state at the end of the last slot."""
     return call.gateway.status(call.who, _job(call, "read"))
+
+
+def read_curve(call: Call) -> Reply:
+    """How a job's training does, at the end of the last slot."""
+    return call.gateway.curve(call.who, _job(call, "read"))
 
 
 def cancel_job(call: Call) -> Reply:
@@ -248,6 +262,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint("GET", f"{_P}/jobs", "read", list_jobs),
     Endpoint("GET", f"{_P}/jobs/{{job}}", "read", read_job),
     Endpoint("DELETE", f"{_P}/jobs/{{job}}", "run", cancel_job),
+    Endpoint("GET", f"{_P}/jobs/{{job}}/curve", "read", read_curve),
     Endpoint("GET", f"{_P}/jobs/{{job}}/answers/{{number}}", "read", read_answer),
     Endpoint("GET", f"{_P}/jobs/{{job}}/made", "read", read_made),
     Endpoint("GET", f"{_P}/budget", "read", read_budget),

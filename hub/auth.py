@@ -22,7 +22,8 @@ Scope = Literal["read", "run", "review", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 SESSION_SECONDS = 8 * 3600
 _HUB_PREFIX = "custom:millpond:"
-_MAX_SESSIONS = 10_000
+SESSIONS_OF_ONE = 16
+"""That a user may have; a further one ends that user's oldest, and nobody else's."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ class HubTokens:
 
 @dataclass(frozen=True)
 class _Session:
+    user: str
     token: str
     csrf: str
     until: float
@@ -206,15 +208,17 @@ class Sessions:
 
     def open(self, token: str) -> str | None:
         """A new session of the user that `token` logs in, as its cookie's value; None if it logs nobody in."""
-        if self._tokens.identify(token, login=True) is None:
+        identity = self._tokens.identify(token, login=True)
+        if identity is None:
             return None
-        key = secrets.token_urlsafe(32)
+        key, until = secrets.token_urlsafe(32), self._now() + SESSION_SECONDS
         with self._lock:
             for old in [name for name, one in self._held.items() if one.until <= self._now()]:
                 del self._held[old]
-            if len(self._held) >= _MAX_SESSIONS:
-                self._held.pop(next(iter(self._held)))
-            self._held[_digest(key)] = _Session(token, secrets.token_urlsafe(32), self._now() + SESSION_SECONDS)
+            mine = [name for name, one in self._held.items() if one.user == identity.user]
+            for old in mine[: max(0, len(mine) + 1 - SESSIONS_OF_ONE)]:
+                del self._held[old]
+            self._held[_digest(key)] = _Session(identity.user, token, secrets.token_urlsafe(32), until)
         return key
 
     def identify(self, key: str) -> Identity | None:
@@ -245,6 +249,8 @@ class Gatekeeper:
         self.origin = origin
         secure = origin.startswith("https://")
         self.cookie = "__Host-millpond" if secure else "millpond"
+        self.state_cookie = f"{self.cookie}-state"
+        """Of a log-in that the Hub has not answered yet."""
         self.cookie_flags = "Path=/; HttpOnly; SameSite=Lax" + ("; Secure" if secure else "")
 
     def identify(self, headers: Mapping[str, str], cookies: Mapping[str, str]) -> Identity | None:

@@ -6,6 +6,7 @@ The first byte is the type. No body holds text that a user chose, except a run's
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from enum import Enum
 
@@ -37,6 +38,8 @@ class ErrorCode(Enum):
     UNAVAILABLE = 10
     VERSION = 11
     OVER_BUDGET = 12
+    TIME_LIMIT = 13
+    DISK_QUOTA = 14
 
 
 JOB_STATES = ("queued", "running", "done", "failed", "refused", "in_review", "cancelled")
@@ -55,6 +58,26 @@ class JobStatus:
     def final(self) -> bool:
         """Whether it cannot change any more."""
         return self.state in ("done", "failed", "refused", "cancelled")
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """The FVU of a training in each sixteenth of its work that has begun, in steps of a 200th: always 16 bytes."""
+
+    codes: tuple[int, ...]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The figures; 1.27 stands for all that are larger."""
+        return tuple(code / _CURVE_STEPS for code in self.codes)
+
+
+_CURVE_STEPS, _CURVE_MOST, _CURVE_NONE = 200, 254, 255
+
+
+def curve_code(value: float) -> int:
+    """How a `TrainingCurve` says `value`."""
+    return min(_CURVE_MOST, max(0, round(value * _CURVE_STEPS))) if math.isfinite(value) else _CURVE_MOST
 
 
 @dataclass(frozen=True)
@@ -127,11 +150,11 @@ class Texts:
 
 Body = (
     ReleasedResult | Withheld | Failure | Closed | Quote | BudgetLeft | Handles | Texts | JobStatus | RunView
-    | EvidenceView | ReviewQueue | AuditView
+    | EvidenceView | ReviewQueue | AuditView | TrainingCurve
 )  # fmt: skip
 _TAGS: tuple[type[Body], ...] = (
     ReleasedResult, Withheld, Failure, Closed, Quote, BudgetLeft, Handles, Texts, JobStatus, RunView,
-    EvidenceView, ReviewQueue, AuditView,
+    EvidenceView, ReviewQueue, AuditView, TrainingCurve,
 )  # fmt: skip
 
 
@@ -165,6 +188,10 @@ def encode(body: Body, context: Context) -> bytes:
             if (state, progress) not in _STATUSES:
                 raise InvalidInput(f"job state {state!r} with progress {progress} does not exist")
             out.write(_STATUSES.index((state, progress)), 8)
+        case TrainingCurve(codes):
+            if len(codes) > PROGRESS_STEPS or any(not 0 <= code <= _CURVE_MOST for code in codes):
+                raise InvalidInput(f"a training curve has {len(codes)} points, or one beyond {_CURVE_MOST}")
+            out.write(np.array([*codes, *[_CURVE_NONE] * (PROGRESS_STEPS - len(codes))]), 8)
         case RunView() | EvidenceView() | ReviewQueue() | AuditView():
             return _tag(body) + json.dumps(asdict(body), sort_keys=True, separators=(",", ":")).encode()
     return _tag(body) + out.done()
@@ -199,6 +226,8 @@ def decode(data: bytes) -> Body:
         body = Failure(_member(bits.one(8)))
     elif kind is Closed:
         body = Closed()
+    elif kind is TrainingCurve:
+        body = TrainingCurve(tuple(int(code) for code in bits.read(8, PROGRESS_STEPS) if code != _CURVE_NONE))
     elif kind is Quote:
         body = Quote(bits.one(48))
     elif kind is BudgetLeft:

@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import sqlalchemy as sa
+
 from millpond.hub.kinds.capture import CaptureJob, Prompt
 from millpond.hub.projects import Held
 from millpond.hub.queue import ProjectJob
 from millpond.hub.settings import Weights
+from millpond.hub.tables import JOBS
 from millpond.hub.vault import Vault, label_mark
 from millpond.store import capture_spec
 from millpond.store.artifacts import load_artifact
@@ -59,6 +62,7 @@ def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -
             raise InvalidInput(f"an intervention names a {kind} of another model than {job.model!r}")
     if any(held.name == job.name for held in gateway.projects.held(vault.project, "run")):
         raise InvalidInput(f"the project has a run {job.name!r}; choose another name")
+    target = label_mark(vault.project) + job.name
     path, columns = prompts_file(gateway, vault, job.prompts)
     spec = capture_spec.CaptureJob.model_validate(
         {
@@ -70,12 +74,27 @@ def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -
                 "hooks": job.hooks, "max_new_tokens": job.max_new_tokens, **job.positions.model_dump(mode="json")
             },
             "prompts": {"path": path, "metadata": columns},
-            "destination": {"lake": gateway.settings.lake, "run": label_mark(vault.project) + job.name},
+            "destination": {"lake": gateway.settings.lake, "run": target},
             "intervene": [intervention(vault, one) for one in job.interventions],
         }
     )  # fmt: skip
     wanted = spec.model_dump(mode="json", exclude_unset=True)
-    return gateway.queue.submit("capture", wanted, project=vault.project, user=user)
+    return gateway.queue.submit(
+        "capture", wanted, project=vault.project, user=user, check=lambda inside: _check_new(inside, vault, target)
+    )
+
+
+def _check_new(connection: sa.Connection, vault: Vault, target: str) -> None:
+    """Raises InvalidInput if another capture of the project fills the run `target`, or has filled it."""
+    alive = (
+        JOBS.c.project == vault.project,
+        JOBS.c.kind == "capture",
+        JOBS.c.state.in_(("queued", "claimed", "finished")),
+    )
+    for spec in connection.scalars(sa.select(JOBS.c.spec).where(*alive)):
+        if json.loads(spec)["destination"]["run"] == target:
+            name = target.removeprefix(label_mark(vault.project))
+            raise InvalidInput(f"a capture of the project fills a run {name!r} already; choose another name")
 
 
 def checked_weights(gateway: Gateway, vault: Vault, model: str, adapter: str | None) -> Weights:

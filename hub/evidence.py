@@ -70,6 +70,7 @@ def measure(
     labels: Sequence[NDArray[Any]] = (),
     parameters: int = 0,
     custom: bool = False,
+    behind: Sequence[Part] = (),
 ) -> Evidence:
     """The evidence of a result about `parts`.
 
@@ -80,15 +81,18 @@ def measure(
         labels: values used, one array a part.
         parameters: fitted ones.
         custom: a client's graph computed the values.
+        behind: rows that an artifact in use was fitted to: what it says of other rows shows these too.
 
     Raises:
         InvalidInput: restricted prompts of several runs, whose cohorts cannot be compared.
     """
-    restricted = any(part.restricted for part in parts)
-    if restricted and len({part.whole.plan.spec.id for part in parts}) > 1:
-        raise InvalidInput("rows of several runs are shown together, and some are of restricted prompts; use one run")
-    clusters = _clusters(parts[0].whole) if restricted else None
-    seen = [_look(part, clusters) for part in parts]
+    every = (*parts, *behind)
+    of_others = {part.whole.plan.spec.id: part.whole for part in every if part.restricted}
+    if len(of_others) > 1:
+        raise InvalidInput("restricted prompts of several runs are shown together; use one run")
+    restricted = bool(of_others)
+    clusters = {name: _clusters(run) for name, run in of_others.items()}
+    seen = [_look(part, clusters.get(part.whole.plan.spec.id)) for part in every]
     found = Evidence(
         prompts_are="restricted" if restricted else "own",
         rows=min(one.rows for one in seen),
@@ -99,7 +103,7 @@ def measure(
         parameters=parameters,
         top_prompt_share=max(one.top for one in seen),
         top_two_share=max(one.two for one in seen),
-        intervened=any(_intervened(part) for part in parts),
+        intervened=any(_intervened(part) for part in every),
         custom=custom,
         # a glob may name the hook too, so what it selects is looked at
         token_only=any(name in TOKEN_HOOKS for part in parts for hook in hooks for name in part.whole.match(hook)),

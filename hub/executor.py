@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import signal
 import socket
 import threading
 import time
@@ -24,12 +23,13 @@ import sqlalchemy as sa
 from millpond.analysis.cluster import lake_cluster, with_workers
 from millpond.analysis.passes import running
 from millpond.hub.answers import Answers, Kept, kept_answers
+from millpond.hub.body import curve_code
 from millpond.hub.database import open_database
 from millpond.hub.kinds import KINDS, Job, Outcome, parse_job
-from millpond.hub.kinds.generate import HANDED_OVER
+from millpond.hub.kinds.generate import GENERATED
 from millpond.hub.policy import Policy, read_policy
 from millpond.hub.projects import Projects
-from millpond.hub.queue import Limits, ProjectJob, SqlQueue
+from millpond.hub.queue import ProjectJob, SqlQueue, job_limits
 from millpond.hub.rules import judge
 from millpond.hub.settings import Settings
 from millpond.hub.vault import Vault
@@ -40,7 +40,7 @@ from millpond.store.logs import of_job
 
 logger = logging.getLogger(__name__)
 
-EXECUTED = frozenset(name for name, kind in KINDS.items() if kind.runs_on == "executor") | set(HANDED_OVER.values())
+EXECUTED = frozenset(name for name, kind in KINDS.items() if kind.runs_on == "executor") | {GENERATED}
 _STEPS = 16
 
 
@@ -59,8 +59,7 @@ class Workshop:
     def __post_init__(self) -> None:
         self.policy = read_policy(self.settings.policy)
         self.engine = open_database(self.settings.database)
-        limits = Limits(self.settings.max_queued, self.settings.max_running)
-        self.queue = SqlQueue(self.engine, limits=limits)
+        self.queue = SqlQueue(self.engine, limits=job_limits(self.settings, self.policy))
         self.projects = Projects(self.engine)
         self.answers = Answers(self.engine)
         self.lake = open_lake(self.settings.lake)
@@ -105,6 +104,10 @@ class Executor:
         self.settings = settings
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.told = told
+        self.took: Callable[[ProjectJob], None] = lambda _: None
+        """Told of each job that is begun."""
+        self.gave: Callable[[bool], None] = lambda _: None
+        """Told whether it ended well."""
         self._stopped = threading.Event()
 
     def run(self, *, until_empty: bool = False) -> int:
@@ -115,8 +118,11 @@ class Executor:
             while not self._stopped.is_set():
                 claimed = queue.claim(self.name, EXECUTED, settings.lease_seconds)
                 if claimed is not None:
+                    self.took(claimed)
                     with of_job(claimed.id):
-                        ended += self._run(claimed, client)
+                        well = self._run(claimed, client)
+                    self.gave(well)
+                    ended += well
                 elif until_empty:
                     break
                 else:
@@ -135,7 +141,7 @@ class Executor:
                 outcome, kept = self._do(claimed, client, stop, progress)
             self._finish(claimed, outcome, kept)
         except (Cancelled, LeaseLost):
-            self.told(f"job {claimed.id}: cancelled, or another executor's; stopped")
+            self.told(f"job {claimed.id}: cancelled, another executor's, or out of time; stopped")
             return False
         except Exception as error:  # whatever a job raises ends that job alone; its text stays in the vault
             if not isinstance(error, MillpondError):
@@ -153,7 +159,12 @@ class Executor:
     ) -> tuple[Outcome, tuple[Kept, ...]]:
         parsed = parse_job(claimed.spec["job"])
         vault = self.workshop.vault(claimed, stop)
-        with running(client, in_process=client is None, cancel=stop, on_progress=progress.passes):
+
+        def figure(share: float, value: float) -> None:
+            if vault.figures:
+                progress.figure(share, value)
+
+        with running(client, in_process=client is None, cancel=stop, on_progress=progress.passes, on_figure=figure):
             outcome = parsed.run(vault, progress)
             vault.check()
         return outcome, self.workshop.keep(claimed, parsed, vault, outcome)
@@ -185,14 +196,17 @@ class Executor:
             last = time.monotonic()
             while not ended.is_set():
                 moved.wait(min(lease / 4, 1.0))
-                if ended.is_set() or (not moved.is_set() and time.monotonic() - last < lease / 4):
-                    if not ended.is_set() and self._cancelled(claimed):
-                        stop.set()
-                        return
-                    continue
-                moved.clear()
+                if ended.is_set():
+                    return
                 try:
-                    queue.heartbeat(claimed, lease, {"share": progress.step / _STEPS})
+                    if not moved.is_set() and time.monotonic() - last < lease / 4:
+                        if not queue.holds(claimed):
+                            stop.set()
+                            return
+                        continue
+                    moved.clear()
+                    told = {"share": progress.step / _STEPS} | ({"curve": progress.curve} if progress.curve else {})
+                    queue.heartbeat(claimed, lease, told)
                     last = time.monotonic()
                 except LeaseLost:
                     stop.set()
@@ -209,15 +223,14 @@ class Executor:
             moved.set()
             thread.join()
 
-    def _cancelled(self, claimed: ProjectJob) -> bool:
-        return self.workshop.queue.get(claimed.id).state != "claimed"
-
 
 class Progress:
     """How far a job is, in sixteenths that only rise."""
 
     def __init__(self, moved: Callable[[], None]) -> None:
         self.step = 0
+        self.curve: list[int] = []
+        """What a training has reached in each sixteenth of its work, as `body.TrainingCurve` codes it."""
         self._moved = moved
         self._share = 0.0
         self._floor = 0.0
@@ -234,25 +247,19 @@ class Progress:
             self._floor += (1 - self._floor) / 7
         self._see(self._floor + (1 - self._floor) / 7 * (done / total if total and done < total else 0))
 
+    def figure(self, share: float, value: float) -> None:
+        """A training's FVU; the first of each sixteenth is kept."""
+        place = min(_STEPS - 1, math.floor(share * _STEPS))
+        if place >= len(self.curve):
+            self.curve = [*self.curve, *[curve_code(value)] * (place + 1 - len(self.curve))]
+            self._moved()
+
     def _see(self, share: float) -> None:
         self._share = max(self._share, min(share, 1.0))
         step = min(_STEPS - 1, math.floor(self._share * _STEPS))
         if step > self.step:
             self.step = step
             self._moved()
-
-
-def run_executor(settings: Settings, *, until_empty: bool = False, told: Callable[[str], None] = print) -> int:
-    """Run an executor until it is interrupted (after the job under way), or until there are no jobs.
-
-    Raises:
-        InvalidInput: a setting cannot be used.
-    """
-    executor = Executor(settings, told=told)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: executor.stop())
-    told(f"executor {executor.name} is ready")
-    return executor.run(until_empty=until_empty)
 
 
 def verify_release(settings: Settings, job_id: str) -> list[tuple[int, str]]:

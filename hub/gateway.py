@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
-import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,9 +24,10 @@ from millpond.hub.database import open_database
 from millpond.hub.ledger import Ledger, Payer, Sent
 from millpond.hub.policy import read_policy
 from millpond.hub.projects import RIGHTS, Projects, Right
-from millpond.hub.queue import Limits, ProjectJob, SqlQueue
+from millpond.hub.queue import ProjectJob, SqlQueue, job_limits
 from millpond.hub.release import Door, body_of
-from millpond.hub.rules import Verdict
+from millpond.hub.room import Room
+from millpond.hub.rules import Rule, Verdict
 from millpond.hub.serving import (
     Endpoint,
     EndpointRoute,
@@ -39,17 +40,21 @@ from millpond.hub.serving import (
     response,
 )
 from millpond.hub.settings import Settings
-from millpond.hub.states import settled_at, state_at
+from millpond.hub.states import curve_at, selects_too_few, settled_at, state_at
+from millpond.hub.uploads import Uploads
 from millpond.hub.vault import Vault
-from millpond.store.errors import InvalidInput, JobNotFound, MillpondError
+from millpond.store.errors import InvalidInput, JobNotFound
 from millpond.store.lake import open_lake
+
+if TYPE_CHECKING:
+    from millpond.hub.textmodel import TextModel
 
 logger = logging.getLogger(__name__)
 
 NOBODYS = "~"
 """Pays for answers to members of no project; no project can be called so."""
-THREADS = 12
-"""Fewer than connections in the database's pool."""
+KEEP_SECONDS = 120
+"""How long an idle connection is kept."""
 
 
 class Gateway:
@@ -69,7 +74,8 @@ class Gateway:
         self.ledger = Ledger(settings.database, self.policy)
         self.door = Door(self.ledger)
         self.projects = Projects(self.engine)
-        self.queue = SqlQueue(self.engine, limits=Limits(settings.max_queued, settings.max_running))
+        self.queue = SqlQueue(self.engine, limits=job_limits(settings, self.policy))
+        self.uploads = Uploads(self.engine, per_user=settings.max_user_bytes, per_project=settings.max_project_bytes)
         self.answers = Answers(self.engine)
         self.lake = open_lake(settings.lake)
         self.dictionary = None if settings.dictionary is None else Path(settings.dictionary).read_bytes()
@@ -82,22 +88,25 @@ class Gateway:
         else:
             assert settings.tokens is not None
             self.gatekeeper = Gatekeeper(TokenFile(settings.tokens), settings.origin)
-        self.limiter = anyio.CapacityLimiter(THREADS)
-        self.bulk: dict[str, anyio.CapacityLimiter] = {}
-        """Who is sending large bodies."""
+        self.room = Room()
+
+    @cached_property
+    def text_model(self) -> TextModel:
+        """What completions are coded with; made when a reviewer first looks at some.
+
+        Raises:
+            InvalidInput: the settings have no dictionary.
+        """
+        from millpond.hub.textmodel import TextModel
+
+        if self.dictionary is None:
+            raise InvalidInput("the settings have no dictionary, so no text can be read")
+        return TextModel(self.dictionary)
 
     def close(self) -> None:
         """Close the connections."""
         self.ledger.close()
         self.engine.dispose()
-
-    def user(self, headers: Mapping[str, str], cookies: Mapping[str, str]) -> str | None:
-        """Who asks; None for somebody unknown, or while that cannot be told."""
-        try:
-            identity = self.gatekeeper.identify(headers, cookies)
-        except MillpondError:
-            return None
-        return None if identity is None else identity.user
 
     def enter(self, identity: Identity, project: str, right: Right) -> Vault:
         """The project's vault, for a member whose role has `right`.
@@ -156,6 +165,12 @@ class Gateway:
             self.payer(identity, job.project),
         )
 
+    def curve(self, identity: Identity, job: ProjectJob) -> Sent:
+        """How the job's training did up to the end of the last slot."""
+        history = self.queue.history(job.id)
+        payer = self.payer(identity, job.project, tuple(job.spec.get("models", ())))
+        return self.door.curve(job.id, lambda ms: curve_at(job, history, ms), self._elapsed_ms(job), payer)
+
     def seen(self, job: ProjectJob) -> JobStatus:
         """The state that a client may know of: that at the end of the last slot."""
         history, reviews = self.queue.history(job.id), self.answers.of_job(job.id)
@@ -171,13 +186,16 @@ class Gateway:
         state = self.seen(job).state
         if state in ("queued", "running"):
             raise NotYet("the job has not ended")
+        if selects_too_few(job):
+            return self.send(Withheld(Verdict("refuse", (Rule.TOO_FEW_PROMPTS,))), identity, job.project)
         if state in ("failed", "cancelled"):
-            return self.send(Failure(ErrorCode.JOB_FAILED), identity, job.project)
+            late = any(event.event == "time out" for event in self.queue.history(job.id))
+            return self.send(Failure(ErrorCode.TIME_LIMIT if late else ErrorCode.JOB_FAILED), identity, job.project)
         kept = self.answers.find(job.id, number)
         payer = self.payer(identity, job.project, kept.models)
         review = self.answers.review(job.id, number)
         if review is not None and review.state == "approved":
-            return self.door.approved(kept.question, kept.result, kept.evidence, payer)
+            return self.door.release(kept.question, kept.result, kept.evidence, payer, approved=True)[1]
         if review is not None:
             outcome: Literal["review", "refuse"] = "review" if review.state == "waiting" else "refuse"
             return self.door.send(Withheld(Verdict(outcome, review.rules)), payer)
@@ -247,9 +265,9 @@ def create_app(settings: Settings, endpoints: Sequence[Endpoint] | None = None) 
         yield
         gateway.close()
 
-    async def refused(_: Request, error: Exception) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
         known = isinstance(error, HTTPException) and error.status_code in (404, 405)
-        return response(constant(ErrorCode.NOT_FOUND if known else error_code(error)))
+        return response(constant(ErrorCode.NOT_FOUND if known else error_code(error)), request.headers)
 
     app = Starlette(
         routes=[EndpointRoute(endpoint, gateway, gateway.prefix) for endpoint in every],
@@ -262,13 +280,18 @@ def create_app(settings: Settings, endpoints: Sequence[Endpoint] | None = None) 
 
 
 def server_options(settings: Settings) -> dict[str, Any]:
-    """Uvicorn's options: no header that says when or by what, no reading of forwarded addresses, no log of requests."""
+    """Uvicorn's options: no header that says when or by what, no reading of forwarded addresses, no log of requests.
+
+    Connections are kept: each new one costs the meter's budget a TLS handshake.
+    """
+    from millpond.hub.one_write import OneWrite
     from millpond.hub.queue_commands import listen_at, serve_tls
 
     return {
         **listen_at(settings.listen), **serve_tls(settings.certificate, settings.key),
         "log_level": "warning", "access_log": False, "server_header": False,
         "date_header": False, "proxy_headers": False, "ws": "none",
+        "http": OneWrite, "timeout_keep_alive": KEEP_SECONDS,
     }  # fmt: skip
 
 

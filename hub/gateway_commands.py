@@ -41,15 +41,14 @@ class Executor:
 
     def run(self) -> int:
         """Take jobs until interrupted."""
-        from millpond.hub.executor import run_executor
+        from millpond.hub.foreman import run_executor
         from millpond.hub.settings import read_settings
         from millpond.store.logs import log_to
 
         log_to()
-        run_executor(
+        return run_executor(
             read_settings(self.config), until_empty=self.until_empty, told=lambda text: print(text, flush=True)
         )
-        return 0
 
 
 @dataclass(frozen=True)

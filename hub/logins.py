@@ -9,8 +9,6 @@ from urllib.parse import quote
 from millpond.hub.pages.shell import render
 from millpond.hub.serving import Call, Endpoint, Fixed, NotAllowed, Redirect, Reply
 
-_STATE = "millpond-state"
-
 
 def show_login(call: Call) -> Reply:
     """The form, or the way to the Hub's."""
@@ -18,7 +16,8 @@ def show_login(call: Call) -> Reply:
     if call.gateway.hub is None:
         return _form(call, target)
     url, state = call.gateway.hub.login_url(target)
-    return Redirect(url, (("set-cookie", f"{_STATE}={state}; {call.gateway.gatekeeper.cookie_flags}; Max-Age=600"),))
+    keeper = call.gateway.gatekeeper
+    return Redirect(url, (("set-cookie", f"{keeper.state_cookie}={state}; {keeper.cookie_flags}; Max-Age=600"),))
 
 
 def log_in(call: Call) -> Reply:
@@ -38,7 +37,7 @@ def come_back(call: Call) -> Reply:
     """A browser comes from the Hub with a code."""
     gateway = call.gateway
     state, code = call.query.get("state", ""), call.query.get("code", "")
-    known = call.cookies.get(_STATE, "")
+    known = call.cookies.get(gateway.gatekeeper.state_cookie, "")
     if gateway.hub is None or not state or not hmac.compare_digest(state.encode(), known.encode()):
         raise NotAllowed("this log-in was not begun here")
     found = gateway.hub.finish(code, state)

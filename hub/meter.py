@@ -322,6 +322,7 @@ def main() -> int:
             for pipe in list(meter.pipes):
                 pipe.client.close()
                 pipe.vault.close()
+        print(f"meter: stopped, {ledger.spent} of {ledger.cap} bytes spent", flush=True)
     return 0
 
 

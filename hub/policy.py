@@ -70,6 +70,13 @@ class Budgets(_Section):
     lifetime: float = Field(default=0.10, gt=0, le=0.25)
 
 
+class Jobs(_Section):
+    """What one job may take (`[jobs]`)."""
+
+    seconds: int = Field(default=6 * 3600, ge=1, le=7 * 86_400)
+    """Time from when somebody takes it; it is ended then, and has failed."""
+
+
 class ModelPolicy(_Section):
     """One model whose activations the vault holds (`[models.NAME]`)."""
 
@@ -108,6 +115,7 @@ class Policy(_Section):
     disclosure: Disclosure = Disclosure()
     charges: Charges = Charges()
     budgets: Budgets = Budgets()
+    jobs: Jobs = Jobs()
     models: dict[str, ModelPolicy] = {}
 
     def model(self, name: str) -> ModelPolicy:

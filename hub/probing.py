@@ -76,7 +76,20 @@ def keep_probe(vault: Vault, probe: LinearProbe, job: ProbeJob) -> Made:
         "hook": job.hook,
         "strength": None if probe.strength is None else float(getattr(probe, f"{probe.strength}_")),
     }
-    return vault.keep("probe", tensors, config, linear.coef.shape, job.train.run)
+    return vault.keep("probe", tensors, config, linear.coef.shape, job, job.train.run)
+
+
+def fitted_to(vault: Vault, artifact: Artifact) -> Part:
+    """The rows that an artifact was fitted to, with the classes that it was fitted to tell apart."""
+    from millpond.hub.kinds import parse_job
+    from millpond.hub.kinds.probe import ProbeJob
+    from millpond.hub.kinds.sae_train import SaeTrainJob
+
+    made_by, earlier = parse_job(artifact.provenance["spec"]), vault.at(artifact.provenance["pins"])
+    if isinstance(made_by, ProbeJob):
+        return part_of(earlier, made_by.train, made_by.label)[0]
+    assert isinstance(made_by, SaeTrainJob)
+    return rows_of(earlier, made_by.rows)
 
 
 def load_probe(artifact: Artifact) -> LinearProbe:

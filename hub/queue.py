@@ -17,6 +17,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from millpond.hub.database import open_database
+from millpond.hub.policy import Policy
+from millpond.hub.settings import Settings
 from millpond.hub.tables import JOB_EVENTS, JOBS, QUEUE_USERS
 from millpond.hub.transitions import FINAL, follow
 from millpond.store.errors import InvalidInput, JobNotFound, LeaseLost, TooMany
@@ -32,16 +34,35 @@ class ProjectJob(QueuedJob):
     project: str = ""
     user: str = ""
     priority: int = 0
+    seconds: float | None = None
+    """How long one claim of it may last; None for as long as it takes."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many jobs a user may have; the vault's own jobs, of user "", are not limited."""
+    """How many jobs a user and a project may have; the vault's own jobs, of user "", are not limited."""
 
     queued: int = 200
-    """Waiting at once; `submit` raises TooMany beyond."""
+    """Of a user, waiting at once; `submit` raises TooMany beyond."""
     running: int = 4
-    """Under way at once; further ones wait."""
+    """Of a user, under way at once; further ones wait."""
+    project_queued: int = 800
+    """Of a project, waiting at once."""
+    project_running: int = 16
+    """Of a project, under way at once."""
+    seconds: float | None = None
+    """How long one claim of a job that is submitted here may last."""
+
+
+def job_limits(settings: Settings, policy: Policy) -> Limits:
+    """How many jobs users and projects may have, and how long one may run."""
+    return Limits(
+        settings.max_queued,
+        settings.max_running,
+        settings.max_project_queued,
+        settings.max_project_running,
+        policy.jobs.seconds,
+    )
 
 
 @dataclass(frozen=True)
@@ -83,14 +104,27 @@ class SqlQueue:
         self._reader = self.engine.execution_options(write=False)
 
     def submit(
-        self, kind: str, spec: Mapping[str, Any], *, project: str = "", user: str = "", priority: int = 0
+        self,
+        kind: str,
+        spec: Mapping[str, Any],
+        *,
+        project: str = "",
+        user: str = "",
+        priority: int = 0,
+        check: Callable[[sa.Connection], None] | None = None,
     ) -> str:
         """Queue a job; returns its id, 16 random hexadecimal digits, once it is durable.
 
-        A higher `priority` is claimed first.
+        Args:
+            kind: of the job.
+            spec: what to do, as JSON values.
+            project: whose it is.
+            user: who asks.
+            priority: a higher one is claimed first.
+            check: refuses the job by what it raises; nobody else submits for the project meanwhile.
 
         Raises:
-            TooMany: `user` has as many jobs waiting as are allowed.
+            TooMany: `user` or `project` has as many jobs waiting as are allowed.
         """
         job = ProjectJob(
             id=secrets.token_hex(ID_BYTES),
@@ -101,14 +135,19 @@ class SqlQueue:
             project=_text(project),
             user=_text(user),
             priority=priority,
+            seconds=self.limits.seconds,
         )
         with self.engine.begin() as connection:
-            self._lock_user(connection, job.user)
-            waiting = connection.scalar(_count(job.user, JOBS.c.state == "queued")) or 0
-            if job.user and waiting >= self.limits.queued:
-                raise TooMany(
-                    f"user {job.user!r} has {waiting} jobs waiting and {self.limits.queued} are allowed; wait or cancel some"
-                )
+            for what, row, mine, allowed in (
+                (f"user {job.user!r}", job.user, JOBS.c.user == job.user, self.limits.queued),
+                (f"project {project!r}", _of_project(project), JOBS.c.project == project, self.limits.project_queued),
+            ):
+                self._lock(connection, row)
+                waiting = connection.scalar(_count(mine, JOBS.c.state == "queued")) or 0
+                if job.user and waiting >= allowed:
+                    raise TooMany(f"{what} has {waiting} jobs waiting and {allowed} are allowed; wait or cancel some")
+            if check is not None:
+                check(connection)
             connection.execute(JOBS.insert().values(_row(job)))
             self._record(connection, job, "submit")
         return job.id
@@ -129,9 +168,10 @@ class SqlQueue:
                     error = f"its workers ended {job.attempts} times without a word, the last one {job.worker!r}"
                     self._change(connection, job, "give up", error=error)
                     continue
-                self._lock_user(connection, job.user)
-                # only now nobody else counts this user's jobs; whoever did may have taken the last place since
-                if job.user and self._running(connection, job.user, now) >= self.limits.running:
+                self._lock(connection, job.user)
+                self._lock(connection, _of_project(job.project))
+                # only now nobody else counts these jobs; whoever did may have taken the last place since
+                if job.user and self._full(connection, job, now):
                     continue
                 served = QUEUE_USERS.update().where(QUEUE_USERS.c.name == job.user).values(served=now)
                 connection.execute(served)
@@ -148,12 +188,29 @@ class SqlQueue:
         """Renew the lease of a claimed job.
 
         Raises:
-            LeaseLost: the claim ran out and the job was claimed again, or it ended or was cancelled.
+            LeaseLost: the claim ran out and the job was claimed again, or it ended or was cancelled, or took too long.
         """
+        self.holds(job)  # ends it if it has lasted too long
         with self._held(job) as (connection, current):
             self._change(
                 connection, current, "heartbeat", lease_until=self._now() + lease_seconds, progress=dict(progress)
             )
+
+    def holds(self, job: QueuedJob) -> bool:
+        """Whether the claim that `job` is still counts; one that has lasted longer than the job may ends here, failed."""
+        with self._reader.connect() as connection:
+            current = self._find(connection, job.id)
+            if current.state != "claimed" or current.attempts != job.attempts:
+                return False
+            if current.seconds is None or self._now() - self._claimed_at(connection, job.id) <= current.seconds:
+                return True
+        try:
+            with self._held(job) as (connection, current):
+                error = f"TimeLimit: it ran for more than {current.seconds:,.0f} s, which the policy file allows"
+                self._change(connection, current, "time out", error=error)
+        except LeaseLost:  # it has ended meanwhile
+            pass
+        return False
 
     def finish(
         self, job: QueuedJob, result: Mapping[str, Any], *, also: Callable[[sa.Connection], None] | None = None
@@ -241,13 +298,23 @@ class SqlQueue:
             .group_by(JOBS.c.user)
             .subquery()
         )
+        crowded = (
+            sa.select(JOBS.c.project, sa.func.count().label("running"))
+            .where(JOBS.c.state == "claimed", JOBS.c.lease_until > now)
+            .group_by(JOBS.c.project)
+            .subquery()
+        )
         running = sa.func.coalesce(busy.c.running, 0)
+        room = sa.and_(
+            running < self.limits.running, sa.func.coalesce(crowded.c.running, 0) < self.limits.project_running
+        )
         claimable = sa.or_(JOBS.c.state == "queued", sa.and_(JOBS.c.state == "claimed", JOBS.c.lease_until <= now))
         query = (
             sa.select(JOBS)
             .join(QUEUE_USERS, QUEUE_USERS.c.name == JOBS.c.user)
             .outerjoin(busy, busy.c.user == JOBS.c.user)
-            .where(JOBS.c.kind.in_(kinds), claimable, sa.or_(running < self.limits.running, JOBS.c.user == ""))
+            .outerjoin(crowded, crowded.c.project == JOBS.c.project)
+            .where(JOBS.c.kind.in_(kinds), claimable, sa.or_(room, JOBS.c.user == ""))
             .order_by(JOBS.c.priority.desc(), running, QUEUE_USERS.c.served, JOBS.c.seq)
             .limit(1)
             .with_for_update(of=JOBS, skip_locked=True)
@@ -255,21 +322,29 @@ class SqlQueue:
         row = connection.execute(query).first()
         return None if row is None else _job(row)
 
-    def _lock_user(self, connection: sa.Connection, user: str) -> None:
-        """Wait until nobody else counts the user's jobs; SQLite has locked the database already."""
-        query = sa.select(QUEUE_USERS.c.name).where(QUEUE_USERS.c.name == user).with_for_update()
+    def _lock(self, connection: sa.Connection, name: str) -> None:
+        """Wait until nobody else counts the jobs of a user or a project; SQLite has locked the database already."""
+        query = sa.select(QUEUE_USERS.c.name).where(QUEUE_USERS.c.name == name).with_for_update()
         if connection.execute(query).first() is None:
             if connection.dialect.name == "postgresql":
                 from sqlalchemy.dialects.postgresql import insert
 
-                new = insert(QUEUE_USERS).values(name=user, served=0.0).on_conflict_do_nothing()
+                new = insert(QUEUE_USERS).values(name=name, served=0.0).on_conflict_do_nothing()
                 connection.execute(new)
                 connection.execute(query)
             else:
-                connection.execute(QUEUE_USERS.insert().values(name=user, served=0.0))
+                connection.execute(QUEUE_USERS.insert().values(name=name, served=0.0))
 
-    def _running(self, connection: sa.Connection, user: str, now: float) -> int:
-        return connection.scalar(_count(user, JOBS.c.state == "claimed", JOBS.c.lease_until > now)) or 0
+    def _full(self, connection: sa.Connection, job: ProjectJob, now: float) -> bool:
+        """Whether the job's user or project has as many under way as are allowed."""
+        under_way = (JOBS.c.state == "claimed", JOBS.c.lease_until > now)
+        of_user = connection.scalar(_count(JOBS.c.user == job.user, *under_way)) or 0
+        of_project = connection.scalar(_count(JOBS.c.project == job.project, *under_way)) or 0
+        return of_user >= self.limits.running or of_project >= self.limits.project_running
+
+    def _claimed_at(self, connection: sa.Connection, job_id: str) -> float:
+        claims = (JOB_EVENTS.c.job == job_id, JOB_EVENTS.c.event == "claim")
+        return float(connection.scalar(sa.select(sa.func.max(JOB_EVENTS.c.at)).where(*claims)) or 0.0)
 
     @contextmanager
     def _held(self, job: QueuedJob) -> Iterator[tuple[sa.Connection, ProjectJob]]:
@@ -302,8 +377,13 @@ class SqlQueue:
         connection.execute(JOB_EVENTS.insert().values(row | {"progress": _encode(job.progress)}))
 
 
-def _count(user: str, *conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
-    return sa.select(sa.func.count()).select_from(JOBS).where(JOBS.c.user == user, *conditions)
+def _count(*conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return sa.select(sa.func.count()).select_from(JOBS).where(*conditions)
+
+
+def _of_project(name: str) -> str:
+    """The project's row among the users'."""
+    return f"project:{name}"
 
 
 def _row(job: ProjectJob) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from millpond.hub.kinds.generate import HANDED_OVER, WORK
+from millpond.hub.kinds.generate import WORK, next_step
 from millpond.hub.queue import ProjectJob, SqlQueue
 from millpond.store.capture_spec import first_problem
 from millpond.store.errors import InvalidInput, JobNotFound, LeaseLost, MillpondError, NotPermitted
@@ -178,8 +178,8 @@ class _Api:
 
     def _finish(self, worker: Worker, wish: _Finish, job: str) -> dict[str, Any]:
         claim, finished = self._claimed(worker, wish, job), self.finished
-        if _two_steps(claim):
-            self.queue.hand_over(claim, HANDED_OVER[claim.kind])
+        if _handed_over(claim):
+            self.queue.hand_over(claim, next_step(claim.kind, claim.spec[WORK]))
             return {}
         also = None if finished is None else lambda connection: finished(claim, wish.result, connection)
         self.queue.finish(claim, wish.result, also=also)
@@ -195,8 +195,11 @@ class _Api:
 
     def _find(self, worker: Worker, job_id: str) -> ProjectJob:
         job = self.queue.get(job_id)
-        first = {after: before for before, after in HANDED_OVER.items()}.get(job.kind, job.kind)
-        if first not in worker.kinds:  # of one that was handed over, its worker is told that its claim is over
+        known = {
+            job.kind,
+            *job.spec.get(WORK, {}),
+        }  # of one that was handed over, its worker is told that its claim is over
+        if not known & worker.kinds:
             raise JobNotFound(f"job {job_id!r} is not in the queue; check the id")
         return job
 
@@ -229,14 +232,14 @@ def _check_kinds(worker: Worker, kinds: Iterable[str]) -> None:
 
 
 def _shown(job: ProjectJob) -> dict[str, Any]:
-    """What a worker is told: nothing of whom the job is for, and of one that is handed over its own part."""
+    """What a worker is told: nothing of whom the job is for, and of one that is handed on its own part."""
     told = job.model_dump(mode="json", include=set(QueuedJob.model_fields))
-    return told | {"spec": job.spec[WORK]} if _two_steps(job) else told
+    return told | {"spec": job.spec[WORK][job.kind]} if _handed_over(job) else told
 
 
-def _two_steps(job: ProjectJob) -> bool:
-    """Whether an executor goes on when the worker is done."""
-    return job.kind in HANDED_OVER and WORK in job.spec
+def _handed_over(job: ProjectJob) -> bool:
+    """Whether somebody else goes on when the worker is done."""
+    return job.kind in job.spec.get(WORK, {})
 
 
 async def _body(request: Request) -> bytes:

@@ -1,4 +1,4 @@
-"""Shares of completions that match, with intervals that count prompts, not completions."""
+"""Shares of completions that match, and means of their scores, with intervals that count prompts, not completions."""
 
 from __future__ import annotations
 
@@ -52,15 +52,28 @@ def rate(matched: NDArray[np.bool_], prompts: NDArray[Any]) -> tuple[float, floa
         matched: of each completion.
         prompts: whose it is; near-duplicates have one number.
     """
-    _, of = np.unique(prompts, return_inverse=True)
-    hits, sizes = np.bincount(of, weights=matched), np.bincount(of)
-    count, n = len(sizes), float(sizes.sum())
-    p = float(hits.sum() / n)
-    effective = float(count)
+    p, variance, count = _ratio(matched, prompts)
+    n, effective = float(len(matched)), float(count)
     if 0 < p < 1 and count > 1:
-        variance = count / (count - 1) * float(np.square(hits - p * sizes).sum()) / n**2
         effective = min(n, p * (1 - p) / variance) if variance > 0 else n
     z2 = Z95**2 / effective
     middle = (p + z2 / 2) / (1 + z2)
     half = Z95 / (1 + z2) * float(np.sqrt(p * (1 - p) / effective + z2 / (4 * effective)))
     return p, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean(scores: NDArray[np.float64], prompts: NDArray[Any]) -> tuple[float, float, float]:
+    """The mean of scores and its 95 % interval, NaN to NaN where one prompt leaves none; arguments as for `rate`."""
+    value, variance, count = _ratio(scores, prompts)
+    half = Z95 * float(np.sqrt(variance)) if count > 1 else np.nan
+    return value, value - half, value + half
+
+
+def _ratio(values: NDArray[Any], prompts: NDArray[Any]) -> tuple[float, float, int]:
+    """The mean of values, its variance as a ratio estimator whose units are prompts, and how many prompts there are."""
+    _, of = np.unique(prompts, return_inverse=True)
+    sums, sizes = np.bincount(of, weights=values), np.bincount(of)
+    count, n = len(sizes), len(values)
+    found = float(sums.sum() / n)
+    variance = float(np.square(sums - found * sizes).sum()) / n**2 * (count / (count - 1) if count > 1 else np.nan)
+    return found, variance, count

@@ -13,7 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from millpond.hub.body import Body, Closed, ErrorCode, Failure, JobStatus, ReleasedResult, Texts, Withheld, encode
+from millpond.hub.body import (
+    Body,
+    Closed,
+    ErrorCode,
+    Failure,
+    JobStatus,
+    ReleasedResult,
+    Texts,
+    TrainingCurve,
+    Withheld,
+    encode,
+)
 from millpond.hub.ledger import Ledger, Payer, Sent, Writer
 from millpond.hub.rules import Earlier, Evidence, Verdict, judge
 from millpond.hub.shapes import TEXTS, Context
@@ -82,8 +93,13 @@ class Door:
             known = writer.known(question.key)
             return None if known is None else self._repeat(writer, known, payer)
 
-    def release(self, question: Question, result: Result, evidence: Evidence, payer: Payer) -> tuple[Verdict, Sent]:
+    def release(
+        self, question: Question, result: Result, evidence: Evidence, payer: Payer, *, approved: bool = False
+    ) -> tuple[Verdict, Sent]:
         """Judge `result` and send it, or the rules that hold it back.
+
+        A reviewer who has `approved` it answers the rules that ask for one. Those that refuse hold as before: what has been
+        released since it was asked may single somebody out together with it.
 
         Judging, charging and noting what was shown are one transaction: of two releases that together would single
         somebody out, one is refused.
@@ -95,22 +111,12 @@ class Door:
                 return Verdict("pass"), self._repeat(writer, known, payer)
             earlier = [_unpack(data) for data in writer.earlier(question.run)] if restricted else []
             verdict = judge(result, evidence, earlier, self.ledger.policy.disclosure)
-            if verdict.outcome != "pass":
+            if verdict.outcome == "refuse" or (verdict.outcome == "review" and not approved):
                 return verdict, self._charge(writer, Withheld(verdict), payer)
             shown = (question.run, _pack(evidence)) if restricted else None
             return verdict, self._charge(
                 writer, body_of(result), payer, restricted=restricted, key=question.key, shown=shown
             )
-
-    def approved(self, question: Question, result: Result, evidence: Evidence, payer: Payer) -> Sent:
-        """Send a result that a reviewer let pass."""
-        restricted = evidence.prompts_are == "restricted"
-        with self.ledger.writing() as writer:
-            known = writer.known(question.key)
-            if known is not None:
-                return self._repeat(writer, known, payer)
-            shown = (question.run, _pack(evidence)) if restricted else None
-            return self._charge(writer, body_of(result), payer, restricted=restricted, key=question.key, shown=shown)
 
     def status(self, job: str, state_at: Callable[[int], JobStatus], elapsed_ms: int, payer: Payer) -> Sent:
         """The state of `job` as it was at the end of the last slot, charged once a slot however often it is asked for.
@@ -128,6 +134,20 @@ class Door:
         with self.ledger.writing() as writer:
             body = encode(at_end, self._plain)
             sent = writer.known(key) or writer.charge(payer, len(body), what="JobStatus", body=body, key=key)
+            return sent or self._closed()
+
+    def curve(self, job: str, curve_at: Callable[[int], TrainingCurve], elapsed_ms: int, payer: Payer) -> Sent:
+        """The training curve of `job` as it was at the end of the last slot: charged as a body, once a slot."""
+        charges = self.ledger.policy.charges
+        slot = slot_of(elapsed_ms, charges)
+        key = f"curve:{job}:{slot}"
+        known = self.ledger.known(key)
+        if known is not None:
+            return known
+        with self.ledger.writing() as writer:
+            body = encode(curve_at(slot_end_ms(slot, charges)), self._plain)
+            count = len(body) + charges.response_bytes
+            sent = writer.known(key) or writer.charge(payer, count, what="TrainingCurve", body=body, key=key)
             return sent or self._closed()
 
     def _charge(

@@ -92,7 +92,7 @@ class Evidence:
     intervened: bool = False
     """Some rows were captured under an intervention."""
     matched: bool = False
-    """The values are shares of completions whose text matched, and no intervention brought in stored rows or an autoencoder."""
+    """The values are shares of completions whose text matched or was judged, and nothing brought in stored rows or an autoencoder."""
     custom: bool = False
     """A user's graph computed the values, not only what a trusted metric measured."""
     token_only: bool = False
@@ -157,9 +157,10 @@ def judge(result: Result, evidence: Evidence, earlier: Sequence[Earlier], limits
 def _intervened(case: _Case) -> bool:
     """Whether values of an intervened computation are shown.
 
-    Shares of completions that match are let through on own prompts: what an added vector does reaches them only as the
-    tokens that were drawn, so that one is worth a few bits and costs its bytes. Means of what is computed under an added
-    vector would be the layer's response to any input.
+    Shares of completions that match, by their text or by a judge that reads it, are let through on own prompts: what an
+    added vector does reaches them only as the tokens that were drawn, so that one is worth a few bits and costs its bytes.
+    Means of what is computed under an added vector would be the layer's response to any input; so would a probe's scores of
+    it, also as shares over thresholds that somebody chooses.
     """
     passes = case.result.kind == "rates" and case.evidence.matched and case.evidence.prompts_are == "own"
     return case.evidence.intervened and not passes

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import anyio
 import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -23,6 +23,7 @@ from millpond.hub.auth import Identity, Scope
 from millpond.hub.body import Closed, ErrorCode, Failure, decode, encode
 from millpond.hub.ledger import Sent
 from millpond.hub.policy import Disclosure
+from millpond.hub.room import READ_SECONDS
 from millpond.hub.shapes import Context
 from millpond.store.errors import (
     BudgetSpent,
@@ -32,6 +33,7 @@ from millpond.store.errors import (
     MillpondError,
     NotHeld,
     NotPermitted,
+    QuotaExceeded,
     RunOpen,
     TooMany,
 )
@@ -44,13 +46,12 @@ logger = logging.getLogger(__name__)
 MAX_BODY = 1 << 20
 MAX_BULK = 64 << 20
 """Bytes of a request's body: of most, and of those that carry prompts, labels or a graph."""
-BULK_AT_ONCE = 2
-"""Of the latter that are read for one user; further ones wait."""
 MAX_DEPTH = 48
 STATUS_CODES = {
     ErrorCode.BAD_REQUEST: 400, ErrorCode.NOT_FOUND: 404, ErrorCode.NOT_ALLOWED: 403, ErrorCode.TOO_LARGE: 413,
     ErrorCode.TOO_MANY: 429, ErrorCode.JOB_FAILED: 409, ErrorCode.BAD_GRAPH: 400, ErrorCode.BAD_RUN: 409,
     ErrorCode.NOT_REPRODUCED: 409, ErrorCode.UNAVAILABLE: 503, ErrorCode.VERSION: 400, ErrorCode.OVER_BUDGET: 402,
+    ErrorCode.TIME_LIMIT: 409, ErrorCode.DISK_QUOTA: 429,
 }  # fmt: skip
 _CONTEXT = Context(Disclosure(), restricted=True)
 _OCTETS = "application/octet-stream"
@@ -105,6 +106,8 @@ class Call:
     query: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     cookies: Mapping[str, str] = field(default_factory=dict)
+    size: int = 0
+    """Bytes of the request's body."""
 
     @property
     def who(self) -> Identity:
@@ -149,35 +152,33 @@ class EndpointRoute(Route):
 async def answer(endpoint: Endpoint, gateway: Gateway, request: Request) -> Response:
     """Let the request in or not, call the handler in a thread, and send what it gives."""
     headers = {name.lower(): value for name, value in request.headers.items()}
-    async with _room(endpoint, gateway, request, headers) as known:
+    room, run = gateway.room, anyio.to_thread.run_sync
+    try:
+        identity = await run(gateway.gatekeeper.identify, headers, request.cookies, limiter=room.doors)
+    except MillpondError:
+        logger.exception("who asks cannot be told")
+        return response(constant(ErrorCode.UNAVAILABLE), headers)
+    user = "" if identity is None else identity.user
+    large = endpoint.takes in ("bulk", "bulk form")
+    async with room.reading(user, large=large):
         try:
-            data, refused = await _read(endpoint, request) if known else (b"", False)
-        except ClientDisconnect:
-            return Response(status_code=400)
-        reply = await anyio.to_thread.run_sync(
-            _reply, endpoint, gateway, request, headers, data, refused, limiter=gateway.limiter
-        )
-    return response(reply)
+            with anyio.fail_after(READ_SECONDS):
+                data, refused = await _read(endpoint, request) if user or not large else (b"", False)
+        except (ClientDisconnect, TimeoutError):
+            return response(constant(ErrorCode.BAD_REQUEST), headers)
+        async with room.working(user):
+            reply = await run(
+                _reply, endpoint, gateway, identity, request, headers, data, refused, limiter=room.threads
+            )
+    return response(reply, headers)
 
 
-@asynccontextmanager
-async def _room(
-    endpoint: Endpoint, gateway: Gateway, request: Request, headers: Mapping[str, str]
-) -> AsyncIterator[bool]:
-    """Whether the body may be read: a large one only of somebody who is known, and of each two at a time."""
-    if endpoint.takes not in ("bulk", "bulk form"):
-        yield True
-        return
-    user = await anyio.to_thread.run_sync(gateway.user, headers, request.cookies, limiter=gateway.limiter)
-    if user is None:
-        yield False
-        return
-    async with gateway.bulk.setdefault(user, anyio.CapacityLimiter(BULK_AT_ONCE)):
-        yield True
+def response(reply: Reply, asked: Mapping[str, str]) -> Response:
+    """The only place where a response is made; `asked` are the request's headers.
 
-
-def response(reply: Reply) -> Response:
-    """The only place where a response is made."""
+    Programs get two headers. The two that keep a browser from guessing types and from keeping answers are 58 bytes: a request
+    with `Authorization` comes from no page and no address bar, and no shared cache may keep its answer (RFC 9111, 3.5).
+    """
     if isinstance(reply, Sent):
         out = Response(reply.body, status_of(reply.body), media_type=_OCTETS)
     elif isinstance(reply, Fixed):
@@ -186,8 +187,9 @@ def response(reply: Reply) -> Response:
         out = Response(b"", 303, headers={"location": reply.to})
     for name, value in () if isinstance(reply, Sent) else reply.headers:
         out.headers.append(name, value)
-    out.headers.setdefault("cache-control", "no-store")
-    out.headers["x-content-type-options"] = "nosniff"
+    if "authorization" not in asked:
+        out.headers.setdefault("cache-control", "no-store")
+        out.headers["x-content-type-options"] = "nosniff"
     return out
 
 
@@ -210,7 +212,8 @@ def error_code(error: Exception) -> ErrorCode:
         (NotAllowed, ErrorCode.NOT_ALLOWED), (NotPermitted, ErrorCode.NOT_ALLOWED),
         (NotThere, ErrorCode.NOT_FOUND), (NotHeld, ErrorCode.NOT_FOUND),
         (JobNotFound, ErrorCode.NOT_FOUND), (NotYet, ErrorCode.UNAVAILABLE), (TooLarge, ErrorCode.TOO_LARGE),
-        (TooMany, ErrorCode.TOO_MANY), (BudgetSpent, ErrorCode.OVER_BUDGET), (GraphRefused, ErrorCode.BAD_GRAPH),
+        (TooMany, ErrorCode.TOO_MANY), (QuotaExceeded, ErrorCode.DISK_QUOTA),
+        (BudgetSpent, ErrorCode.OVER_BUDGET), (GraphRefused, ErrorCode.BAD_GRAPH),
         (RunOpen, ErrorCode.BAD_RUN), (InvalidInput, ErrorCode.BAD_REQUEST),
     ):  # fmt: skip
         if isinstance(error, kind):
@@ -279,13 +282,14 @@ async def _read(endpoint: Endpoint, request: Request) -> tuple[bytes, bool]:
 
 
 def _reply(
-    endpoint: Endpoint, gateway: Gateway, request: Request, headers: Mapping[str, str], data: bytes, too_large: bool
+    endpoint: Endpoint,
+    gateway: Gateway,
+    identity: Identity | None,
+    request: Request,
+    headers: Mapping[str, str],
+    data: bytes,
+    too_large: bool,
 ) -> Reply:
-    try:
-        identity = gateway.gatekeeper.identify(headers, request.cookies)
-    except MillpondError:
-        logger.exception("who asks cannot be told")
-        return constant(ErrorCode.UNAVAILABLE)
     if identity is None and endpoint.scope != "public":
         return gateway.log_in(request.url.path) if endpoint.page else constant(ErrorCode.NOT_ALLOWED)
     call = Call(gateway, identity, request.path_params, None, request.query_params, headers, request.cookies)
@@ -335,4 +339,4 @@ def _with_body(call: Call, endpoint: Endpoint, data: bytes) -> Call:
             raise InvalidInput("the body is no form") from error
     elif data:
         raise InvalidInput("the request has a body, which it must not have")
-    return Call(call.gateway, call.identity, call.params, body, call.query, call.headers, call.cookies)
+    return Call(call.gateway, call.identity, call.params, body, call.query, call.headers, call.cookies, len(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -48,7 +49,9 @@ class Settings(_Section):
     key: Path | None = None
     """PEM file of the certificate's key."""
     origin: str = "http://127.0.0.1:8910"
-    """Where browsers find the gateway: scheme, host and port. Posts from other origins are refused."""
+    """Where browsers find the gateway: scheme, host and port. Posts from other origins are refused. https, but on loopback."""
+    tls_proxy: bool = False
+    """A proxy before `listen` terminates TLS: the gateway may listen without a certificate where others reach it."""
     tokens: Path | None = None
     """The token file; made by `millpond token new`."""
     jupyterhub: JupyterHub | None = None
@@ -68,6 +71,16 @@ class Settings(_Section):
     """Jobs of one user that may wait."""
     max_running: int = Field(default=4, ge=1)
     """Jobs of one user that run at a time."""
+    max_project_queued: int = Field(default=400, ge=1)
+    """Jobs of one project that may wait."""
+    max_project_running: int = Field(default=16, ge=1)
+    """Jobs of one project that run at a time."""
+    max_user_bytes: int = Field(default=4 << 30, ge=1)
+    """Bytes of prompts, labels and jobs that one user may bring into all projects."""
+    max_project_bytes: int = Field(default=16 << 30, ge=1)
+    """Bytes that the members of one project may bring into it."""
+    memory_bytes: int | None = Field(default=None, ge=1 << 28)
+    """Memory of each process of an executor, beyond which its job fails; by default three quarters of the machine's."""
 
     @field_validator("origin")
     @classmethod
@@ -88,6 +101,31 @@ class Settings(_Section):
         if (self.certificate is None) != (self.key is None):
             raise ValueError("give both certificate and key, or neither")
         return self
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> Settings:
+        """Cookies, tokens and results cross in the clear on loopback only; https is what `__Host-` cookies need."""
+        parts = urlsplit(self.origin)
+        if parts.scheme == "http" and not _loopback(parts.hostname or ""):
+            raise ValueError(f"origin is {self.origin!r}: plain http is for loopback only; give https")
+        if parts.scheme == "http" and (self.certificate is not None or self.tls_proxy):
+            raise ValueError(f"origin is {self.origin!r} but TLS is terminated before or by the gateway; give https")
+        host = self.listen.rpartition(":")[0].strip("[]")
+        open_to_others = not self.listen.startswith("unix:") and not _loopback(host)
+        if open_to_others and self.certificate is None and not self.tls_proxy:
+            raise ValueError(
+                f"listen is {self.listen!r} without a certificate: give certificate and key, listen on loopback or a "
+                "socket, or declare with tls_proxy = true that a proxy before it terminates TLS"
+            )
+        return self
+
+
+def _loopback(host: str) -> bool:
+    """Whether `host` is this machine: by address, or by a name that browsers resolve to it."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def read_settings(path: Path) -> Settings:

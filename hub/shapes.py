@@ -264,6 +264,7 @@ KINDS: dict[str, tuple[Field, ...]] = {
         Number("density"), Number("mean_active"), Number("maximum"), Numbers("histogram", bounded=False),
         References("contexts"), Numbers("activations", bounded=False), *_COUNTED[:2],
     ),
+    "probe-rates": (Numbers("rates"), Numbers("scores"), *_COUNTED[:2]),
 }  # fmt: skip
 """Every kind of result that may leave, with its fields in the order sent. The place in this table is the kind's code,
 so kinds are added at the end."""

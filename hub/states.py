@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from millpond.hub.answers import Review
-from millpond.hub.body import PROGRESS_STEPS, JobStatus
+from millpond.hub.body import PROGRESS_STEPS, JobStatus, TrainingCurve
 from millpond.hub.policy import Charges
 from millpond.hub.queue import Event, ProjectJob
 from millpond.hub.slots import slot_end_ms, slot_of
+from millpond.store.errors import TooFewPrompts
+
+
+def selects_too_few(job: ProjectJob) -> bool:
+    """Whether it failed because it selects fewer restricted prompts than a result may show, or none."""
+    return (job.error or "").startswith(f"{TooFewPrompts.__name__}:")
 
 
 def state_at(job: ProjectJob, history: Sequence[Event], reviews: Sequence[Review], ms: int) -> JobStatus:
@@ -25,6 +32,8 @@ def state_at(job: ProjectJob, history: Sequence[Event], reviews: Sequence[Review
         share = last.progress.get("share", 0)
         step = int(share * PROGRESS_STEPS) if isinstance(share, (int, float)) else 0
         return JobStatus("running", min(max(step, 0), PROGRESS_STEPS - 1))
+    if last.state == "failed" and selects_too_few(job):
+        return JobStatus("refused")
     if last.state != "finished":
         return JobStatus(last.state)
     if any(review.decided is None or review.decided > now for review in reviews):
@@ -34,6 +43,13 @@ def state_at(job: ProjectJob, history: Sequence[Event], reviews: Sequence[Review
     left = int(result.get("answers", 0)) - int(result.get("refused", 0))
     left -= sum(review.state == "denied" for review in reviews)
     return JobStatus("done" if left > 0 or not result.get("answers") else "refused")
+
+
+def curve_at(job: ProjectJob, history: Sequence[Event], ms: int) -> TrainingCurve:
+    """What a training has reached `ms` after submission; without points for jobs that train nothing, or may not show it."""
+    now = job.submitted + ms / 1000
+    told: Any = next((event.progress.get("curve") for event in reversed(history) if event.at <= now), None)
+    return TrainingCurve(tuple(int(code) for code in told or ()))
 
 
 def settled_at(

@@ -117,8 +117,9 @@ JOBS = Table(
     Column("progress", Text, nullable=False),
     Column("result", Text),
     Column("error", Text),
+    Column("seconds", Double),
 )
-"""Times are seconds since 1970; `spec`, `progress` and `result` are JSON."""
+"""Times are seconds since 1970; `spec`, `progress` and `result` are JSON; `seconds` is how long one claim may last."""
 
 QUEUE_USERS = Table(
     "queue_users",
@@ -126,7 +127,8 @@ QUEUE_USERS = Table(
     Column("name", Text, primary_key=True),
     Column("served", Double, nullable=False),
 )
-"""When a job of each user was last claimed. The row's lock puts those in a line who count the user's jobs."""
+"""When a job of each user was last claimed. The row's lock puts those in a line who count the user's jobs; a project has a
+row too, of a name that no user can have."""
 
 JOB_EVENTS = Table(
     "job_events",
@@ -139,6 +141,14 @@ JOB_EVENTS = Table(
     Column("progress", Text, nullable=False),
 )
 """What happened to each job, oldest first: what it was at the end of a slot is read here."""
+
+UPLOADS = Table(
+    "uploads",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    Column("bytes", BigInteger, nullable=False),
+)
+"""What `user:NAME` and `project:NAME` have brought in: prompts, labels and jobs, none of which a client can delete."""
 
 ANSWERS = Table(
     "answers",

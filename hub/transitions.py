@@ -29,6 +29,7 @@ TRANSITIONS = (
     Transition("hand over", "claimed", "queued", "a worker is done, an executor goes on"),
     Transition("fail", "claimed", "failed"),
     Transition("give up", "claimed", "failed", "the last lease ran out"),
+    Transition("time out", "claimed", "failed", "it ran longer than a job may"),
     Transition("cancel", "queued", "cancelled"),
     Transition("cancel", "claimed", "cancelled", "its worker is told by LeaseLost"),
 )

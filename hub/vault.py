@@ -19,7 +19,7 @@ from millpond.hub.kinds.base import Job, Made, RowSet
 from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.policy import Policy
 from millpond.hub.projects import Held, HeldKind, Projects
-from millpond.store.errors import Cancelled, InvalidInput, LabelNotFound, NotHeld
+from millpond.store.errors import Cancelled, InvalidInput, LabelNotFound, NotHeld, TooFewPrompts
 
 if TYPE_CHECKING:
     from millpond.analysis.expressions import Expression
@@ -61,6 +61,8 @@ class Vault:
     """Set when the job was cancelled or is another executor's."""
     dictionary: Path | None = None
     """What texts are coded with."""
+    figures: bool = False
+    """Whether those who may see the job may see how its training does; the job says so, by the rules."""
     _runs: dict[str, tuple[Held, Run]] = field(default_factory=dict)
 
     def at(self, pins: Pins) -> Vault:
@@ -106,6 +108,11 @@ class Vault:
         if rows.split is not None and rows.part is not None:
             parts = view.split(rows.split.test, rows.split.seed, by=rows.split.by)
             view = parts[rows.part == "test"]
+        if self.run_held(rows.run).detail.get("prompts") != "own":
+            # none, one or a few: that they differ would say whether somebody's prompt is there
+            fewest = self.policy.disclosure.min_prompts
+            if len(view.prompts) < fewest:
+                raise TooFewPrompts(f"fewer than {fewest} restricted prompts are selected; change where")
         if not len(view):
             raise InvalidInput("no row is selected; change where")
         return view
@@ -175,15 +182,19 @@ class Vault:
 
         return load_artifact(self.lake, self.held("artifact", handle).target)
 
-    def keep(self, kind: str, tensors: Any, config: Mapping[str, Any], shape: tuple[int, ...], run: str) -> Made:
-        """Keep an artifact that the job made from the run of that handle.
+    def keep(
+        self, kind: str, tensors: Any, config: Mapping[str, Any], shape: tuple[int, ...], job: Job, run: str
+    ) -> Made:
+        """Keep an artifact that `job` made from the run of that handle.
 
         A job that is run again, after a kill, finds what it kept before.
         """
         from millpond.store.artifacts import load_artifact, save_artifact
 
         target = f"job-{self.job}"
-        provenance = {"job": self.job, "project": self.project}
+        provenance = {
+            "job": self.job, "project": self.project, "spec": job.model_dump(mode="json"), "pins": dict(self.pins or {}),
+        }  # fmt: skip
         try:
             save_artifact(self.lake, target, kind, tensors, config=config, provenance=provenance)  # type: ignore[arg-type]
         except InvalidInput:
@@ -247,22 +258,27 @@ class Vault:
         return found
 
     def subject(self, job: Job) -> str:
-        """The run whose rows the job's answers are about, by its id in the lake, which all projects share; or a model."""
+        """The run whose rows the job's answers are about, by its id in the lake, which all projects share; or a model.
+
+        Of several runs, such as those that an artifact was fitted to and is evaluated on, the one of restricted prompts.
+        """
         if isinstance(job, GenerateJob):
             return f"model:{job.model}"
-        for rows in job.row_sets():
-            return self.run(rows.run).plan.spec.id
+        runs = [rows.run for rows in job.row_sets()]
         for kind, handle in job.needs():
             if kind == "artifact":
-                made_by = self.load(handle).config["job"]
-                return self.run((made_by.get("train") or made_by["rows"])["run"]).plan.spec.id
-        raise InvalidInput("the job is about no run")
+                made_by = self.load(handle).provenance["spec"]
+                runs.append((made_by.get("train") or made_by["rows"])["run"])
+        if not runs:
+            raise InvalidInput("the job is about no run")
+        first = min(runs, key=lambda run: self.run_held(run).detail.get("prompts") == "own")
+        return self.run(first).plan.spec.id
 
     def models(self, job: Job) -> tuple[str, ...]:
         """The models whose budgets the job's answers are charged to: those of everything that it reads."""
         found = {self.held(kind, handle).model for kind, handle in job.needs()}
         if isinstance(job, GenerateJob):
-            found.add(job.model)
+            found |= {job.model, job.judging_model() or job.model}
         return tuple(sorted(found - {""})) or tuple(self.policy.models)
 
     def _run(self, handle: str) -> tuple[Held, Run]:

@@ -22,7 +22,11 @@ log = logging.getLogger(__name__)
 
 CONFIGURATION = "lake.json"
 QUOTA_SECONDS = 60.0
-"""A writer looks at the quotas and at what others have written so often."""
+"""A writer looks at the quotas and at what others have written so often,"""
+QUOTA_PARTS = 16
+"""and whenever it has taken this part of what was left when it looked,"""
+QUOTA_BYTES = 1 << 20
+"""but not for fewer bytes."""
 
 
 class LakeConfiguration(BaseModel):
@@ -145,24 +149,34 @@ def _check_lake(lake: Lake, limit: int, run: str, used: int, more: int) -> None:
 class Allowance:
     """What one run of a lake may still grow by, for a writer that adds to it all the time.
 
-    The quotas and what is used are looked up at first, and again every `QUOTA_SECONDS`: what other writers add in
-    between counts after that. Without quotas nothing is listed.
+    The quotas and what is used are looked up at first, again every `QUOTA_SECONDS`, and whenever one of `QUOTA_PARTS`
+    equal parts of what was left is taken: so that many writers together take no more than there is, beside what each
+    of them has not committed, however fast they are. Without quotas nothing is listed.
     """
 
     def __init__(self, lake: Lake, run: str) -> None:
         self._lake, self._run = lake, run
         self._configuration = LakeConfiguration()
         self._used_lake = self._used_run = 0
-        self._looked = -math.inf
+        self._added = 0
+        """By this one, ever."""
+        self._looked, self._looked_at, self._step = -math.inf, 0, 0.0
+        """When, and after how many bytes of its own; it looks again after so many more."""
 
-    def check(self, more_bytes: int) -> None:
+    def check(self, more_bytes: int, among: str | None = None) -> None:
         """Check that `more_bytes` may be added to what is stored, and was added by `add` since that was looked up.
+
+        Args:
+            more_bytes: not stored, or only below `among`.
+            among: a folder of the run.
 
         Raises:
             QuotaExceeded: they may not.
         """
-        if time.monotonic() - self._looked > QUOTA_SECONDS:
-            self._look()
+        total = self._added + more_bytes
+        if time.monotonic() - self._looked > QUOTA_SECONDS or total - self._looked_at > self._step:
+            self._look(among)
+            self._looked_at = total
         found = self._configuration
         if found.run_quota_bytes is not None:
             _check_run(self._lake, found.run_quota_bytes, self._run, self._used_run + more_bytes)
@@ -171,11 +185,19 @@ class Allowance:
 
     def add(self, written_bytes: int) -> None:
         """Count what was stored since the last look."""
+        self._added += written_bytes
         self._used_lake += written_bytes
         self._used_run += written_bytes
 
-    def _look(self) -> None:
+    def _look(self, among: str | None) -> None:
         self._configuration = found = read_configuration(self._lake)
-        self._used_run = 0 if found.run_quota_bytes is None else used_bytes(self._lake, self._run)
-        self._used_lake = 0 if found.quota_bytes is None else used_bytes(self._lake)
+        own = 0 if among is None else used_bytes(self._lake, f"{self._run}/{among}")
+        left = [math.inf]
+        if found.run_quota_bytes is not None:
+            self._used_run = used_bytes(self._lake, self._run) - own
+            left.append(found.run_quota_bytes - self._used_run)
+        if found.quota_bytes is not None:
+            self._used_lake = used_bytes(self._lake) - own
+            left.append(found.quota_bytes - self._used_lake)
+        self._step = max(min(left) / QUOTA_PARTS, QUOTA_BYTES)
         self._looked = time.monotonic()

@@ -12,7 +12,8 @@ MillpondError
 │   ├── JobNotFound       the queue holds no job of that id
 │   ├── NotHeld           the project holds nothing of that handle, whether or not another one does
 │   ├── NotPermitted      the caller's role does not allow it
-│   ├── TooMany           the user has as many jobs waiting as are allowed
+│   ├── TooMany           the user or project has as many jobs waiting as are allowed
+│   ├── TooFewPrompts     fewer restricted prompts are selected than a result may show, or none
 │   ├── MemoryTooSmall    a worker cannot hold what an analysis needs; nothing was run
 │   ├── ClusterUnavailable a Dask cluster cannot be started or reached, or has no workers
 │   ├── OneClass          labels hold one class where two are needed
@@ -21,7 +22,8 @@ MillpondError
 │   ├── OverlappingGroups training and test part share prompts or groups
 │   ├── GraphRefused      a graph has an operator, a shape or a cost that is not allowed
 │   ├── PromptTooLong     a prompt does not fit the model's context
-│   ├── QuotaExceeded     the lake's configuration does not allow so many bytes
+│   ├── TextVersionUnknown texts are coded under another version of the model than this side has
+│   ├── QuotaExceeded     the lake's configuration, or a user's or project's quota, does not allow so many bytes
 │   └── UnsafeStore       the store cannot keep the promises that several writers need
 ├── ActivationsStayInVault  only the vault may hold what was asked for; also an AttributeError
 ├── BudgetSpent           more bytes would leave than a cap allows; none did
@@ -106,6 +108,10 @@ class TooMany(InvalidInput):
     """The user has as many jobs waiting as are allowed; nothing was queued."""
 
 
+class TooFewPrompts(InvalidInput):
+    """Fewer restricted prompts are selected than a result may show, or none: it is not told which."""
+
+
 class MemoryTooSmall(InvalidInput):
     """A worker cannot hold what an analysis needs; nothing was run."""
 
@@ -140,6 +146,10 @@ class Cancelled(MillpondError):
 
 class UnsafeStore(InvalidInput):
     """The store cannot keep the promises that several writers need."""
+
+
+class TextVersionUnknown(InvalidInput):
+    """Texts are coded under another version of the model than this side has."""
 
 
 class QuotaExceeded(InvalidInput):

@@ -18,6 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from millpond.store.errors import InvalidInput, UnsafeStore
 
 Buffer = Any
@@ -111,16 +114,15 @@ class Storage(ABC):
         target[: len(data)] = data
         return len(data)
 
-    def read_scattered(self, path: str, start: int, targets: Sequence[memoryview]) -> int:
-        """Fill one target after the other with the bytes from `start` on; returns how many there were.
+    def read_to_rows(self, path: str, start: int, out: NDArray[np.uint8], place: NDArray[np.int64]) -> int:
+        """Fill the rows of contiguous `out`, (n, bytes), that `place` names, one after the other, with the bytes from `start` on.
 
-        Targets have equal lengths.
+        Returns how many there were.
         """
-        size = len(targets[0]) if targets else 0
-        data = memoryview(bytearray(size * len(targets)))
-        count = self.read_into(path, start, data)
-        for number, target in enumerate(targets[: count // size if size else 0]):
-            target[:] = data[number * size : (number + 1) * size]
+        data = np.empty((len(place), out.shape[1]), np.uint8)
+        count = self.read_into(path, start, memoryview(data.reshape(-1)))
+        whole = -(-count // max(out.shape[1], 1))
+        out[place[:whole]] = data[:whole]
         return count
 
     @abstractmethod

@@ -10,11 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from millpond.store.errors import StorageFailed
 from millpond.store.objects import Buffer, Entry, Storage, StreamWriter
+from millpond.store.system_calls import begin_writeback, read_to_rows
 
-_MOST_TARGETS = 1024
-"""Linux's IOV_MAX."""
+WRITEBACK_BYTES = 16 << 20
+"""The disk is told to begin with a file's bytes whenever it has so many more."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -83,15 +87,12 @@ class LocalStorage(Storage):
             finally:
                 os.close(descriptor)
 
-    def read_scattered(self, path: str, start: int, targets: Sequence[memoryview]) -> int:  # noqa: D102
+    def read_to_rows(self, path: str, start: int, out: NDArray[np.uint8], place: NDArray[np.int64]) -> int:  # noqa: D102
         file = self.path / path
         with _named_errors(file):
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                done = 0
-                for first in range(0, len(targets), _MOST_TARGETS):
-                    done += _fill(descriptor, targets[first : first + _MOST_TARGETS], start + done)
-                return done
+                return read_to_rows(descriptor, start, out, place)
             finally:
                 os.close(descriptor)
 
@@ -193,10 +194,15 @@ class _FileWriter(StreamWriter):
         self._path = path
         self._temporary = _hidden(path)
         self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._written = self._begun = 0
 
     def write(self, data: Buffer) -> None:
         with _named_errors(self._path, writing=True):
             _write_all(self._descriptor, data)
+        self._written += memoryview(data).nbytes
+        if self._written - self._begun >= WRITEBACK_BYTES:
+            begin_writeback(self._descriptor, self._begun, self._written - self._begun)
+            self._begun = self._written
 
     def finish(self) -> None:
         with _named_errors(self._path, writing=True):
@@ -211,20 +217,6 @@ class _FileWriter(StreamWriter):
             os.close(self._descriptor)
             self._descriptor = -1
             self._temporary.unlink(missing_ok=True)
-
-
-def _fill(descriptor: int, targets: Sequence[memoryview], start: int) -> int:
-    """Bytes read into the targets, one after the other; fewer than they hold only at the end of the file."""
-    wanted, done = sum(map(len, targets)), 0
-    left = list(targets)
-    while left and (count := os.preadv(descriptor, left, start + done)):
-        done += count
-        if done == wanted:
-            break
-        while count >= len(left[0]):  # the system may stop in the middle of a target
-            count -= len(left.pop(0))
-        left[0] = left[0][count:]
-    return done
 
 
 def _hidden(path: Path) -> Path:

@@ -254,7 +254,7 @@ class _MultipartWriter(StreamWriter):
 
     def write(self, data: Buffer) -> None:
         with self._errors():
-            self._file.write(data)
+            self._file.write(bytes(data))  # which obstore keeps until it is sent
 
     def finish(self) -> None:
         with self._errors():

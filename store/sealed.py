@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from millpond.store.configuration import check_quota
 from millpond.store.dtypes import STORED_AS
 from millpond.store.errors import CaptureFailed, InvalidInput
 from millpond.store.manifest import ArrayChecksums, Manifest, Part, RunSpec, encode_record
+from millpond.store.objects import Storage
 from millpond.store.prompts import write_prompt_table
 from millpond.store.segment import all_finite, array_attributes, write_statistics
-from millpond.store.shards import ArrayWriter, write_group
-from millpond.store.stats import HookStatistics
+from millpond.store.shards import ArrayRecord, ArrayWriter, write_group
+from millpond.store.stats import HookStatistics, add_statistics
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STATISTICS_THREADS = 2
+"""Threads that gather statistics of a block while it is written: they take longer than the writing."""
 Blocks = Callable[[str], Iterable[NDArray[Any]]]
 
 
@@ -70,30 +74,14 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
     run = lake.run_storage(spec.name)
     data = f"data-{uuid.uuid4().hex}"
     rows = int(table["n_rows"].sum())
-    arrays, metadata, statistics = {}, {}, {}
-    floats = {name for read in spec.reads for name in read.float_arrays}
+    arrays, metadata = {}, {}
+    statistics: dict[str, HookStatistics] = {}
     for name, array in spec.arrays().items():
-        attributes = array_attributes(spec, name)
-        writer = ArrayWriter(run / f"{data}/{name}", array, attributes)
-        found = HookStatistics(spec.d_model, key=int(spec.id, 16)) if name in spec.hooks else None
-        try:
-            for block in _prompt_blocks(table) if name == "prompt" else blocks(name):
-                if found is not None:
-                    if not all_finite(block):
-                        raise InvalidInput(f"{name} of run {spec.name!r} holds an infinity or NaN; leave such rows out")
-                    found.update(block)
-                elif name in floats and not all_finite(block):
-                    raise InvalidInput(f"{name} of run {spec.name!r} holds an infinity or NaN; leave such rows out")
-                writer.append(block)
-            record = writer.finish()
-        finally:
-            writer.close()
+        record = _write_array(run / f"{data}/{name}", spec, name, table, blocks, statistics)
         if record.rows != rows:
             raise InvalidInput(f"{name} of run {spec.name!r} has {record.rows} rows, but its prompts have {rows}")
         arrays[name] = ArrayChecksums.of(record)
-        metadata[name] = array.metadata(record.rows, attributes)
-        if found is not None:
-            statistics[name] = found
+        metadata[name] = array.metadata(record.rows, array_attributes(spec, name))
     prompt_table = write_prompt_table(run / data, table)
     write_group(run / data, metadata, {"millpond:run": spec.name})
     part = Part(
@@ -119,6 +107,49 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
     if not run.create("manifest.json", encode_record(manifest)):
         raise CaptureFailed(f"run {spec.name!r} was sealed by somebody else while it was written")
     log.info("sealed", extra={"run": spec.name, "rows": rows, "prompts": len(table)})
+
+
+def _write_array(
+    folder: Storage,
+    spec: RunSpec,
+    name: str,
+    table: pd.DataFrame,
+    blocks: Blocks,
+    statistics: dict[str, HookStatistics],
+) -> ArrayRecord:
+    """Write one array; the statistics of a hook are gathered beside, and added to `statistics`."""
+    gathered = [HookStatistics(spec.d_model, int(spec.id, 16) + n) for n in range(STATISTICS_THREADS)]
+    floats = {array for read in spec.reads for array in read.float_arrays}
+    writer = ArrayWriter(folder, spec.arrays()[name], array_attributes(spec, name))
+
+    def gather(found: HookStatistics, rows: NDArray[Any]) -> None:
+        _check_finite(name, spec, rows)
+        found.update(rows)
+
+    try:
+        with ThreadPoolExecutor(STATISTICS_THREADS) as beside:
+            for block in _prompt_blocks(table) if name == "prompt" else blocks(name):
+                looks: list[Future[None]] = []
+                if name in spec.hooks:
+                    parts = np.array_split(block, STATISTICS_THREADS)
+                    looks = [beside.submit(gather, found, part) for found, part in zip(gathered, parts, strict=True)]
+                elif name in floats:
+                    _check_finite(name, spec, block)
+                writer.append(block)
+                for look in looks:
+                    look.result()
+        record = writer.finish()
+    finally:
+        writer.close()
+    if name in spec.hooks:
+        for found in gathered:
+            add_statistics(statistics, {name: found})
+    return record
+
+
+def _check_finite(name: str, spec: RunSpec, rows: NDArray[Any]) -> None:
+    if not all_finite(rows):
+        raise InvalidInput(f"{name} of run {spec.name!r} holds an infinity or NaN; leave such rows out")
 
 
 def _prompt_blocks(table: pd.DataFrame) -> Iterable[NDArray[Any]]:

@@ -28,7 +28,7 @@ from millpond.store.objects import PARALLEL_REQUESTS, Storage, as_storage, check
 from millpond.store.packing import ShardPacker
 from millpond.store.prompts import write_prompt_table
 from millpond.store.shards import ArrayWriter, write_group
-from millpond.store.stats import HookStatistics, pack_statistics
+from millpond.store.stats import HookStatistics, Scratch, pack_statistics
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class SegmentWriter:
         self.rows = 0
         self._failed = False
         hooks = spec.hooks if statistics and nonfinite == "refuse" else ()
-        self._statistics = {hook: HookStatistics(spec.d_model, int(self.id, 16)) for hook in hooks}
+        scratch = Scratch()
+        self._statistics = {hook: HookStatistics(spec.d_model, int(self.id, 16), scratch) for hook in hooks}
         self._prompts: list[dict[str, Any]] = []
         self._ids: set[str] = set()
         arrays = spec.arrays()
@@ -281,7 +282,8 @@ class RunWriter:
         opened = self._open_segment()
         opened.check(request)
         waiting = sum(rows for rows, _ in self._packer.waiting)
-        self._allowance.check((opened.rows + waiting + len(request.positions)) * self._row_bytes)
+        rows = opened.rows + waiting + len(request.positions)
+        self._allowance.check(rows * self._row_bytes, f"segments/{opened.id}")
         if any(request.id == held.id for _, held in self._packer.waiting):
             raise InvalidInput(
                 f"request {request.id!r} of run {self.spec.name!r} was appended before; give it another id"

@@ -165,7 +165,7 @@ class ArrayWriter:
 
 
 GATHER_BYTES = 1 << 20
-"""Small pieces are written together once they have so many bytes."""
+"""Smaller pieces are written together, so many bytes at once."""
 
 
 class _ShardWriter:
@@ -178,7 +178,7 @@ class _ShardWriter:
         self._crc = 0
         self._bytes = 0
         self._index = np.full((spec.chunks_per_shard, 2), np.iinfo(np.uint64).max, "<u8")
-        self._gathered: list[Array] = []
+        self._gathered: Array | None = None
         self._gathered_bytes = 0
         self._encoder = None if spec.codec == "none" else encoder(spec.codec)
         shape = (spec.chunk_rows,) if spec.columns is None else (spec.chunk_rows, spec.columns)
@@ -209,21 +209,22 @@ class _ShardWriter:
         self._write(data)
 
     def _write(self, data: Array) -> None:
-        """Bytes of the shard; kept until there are enough of them."""
+        """Bytes of the shard; small pieces are gathered until there are enough of them."""
         self._bytes += len(data)
-        if len(data) < GATHER_BYTES:
-            self._gathered.append(data.copy())
-            self._gathered_bytes += len(data)
-            if self._gathered_bytes >= GATHER_BYTES:
-                self._flush()
+        if len(data) >= GATHER_BYTES:
+            self._flush()
+            self._put(data)
             return
-        self._flush()
-        self._put(data)
+        if self._gathered_bytes + len(data) > GATHER_BYTES:
+            self._flush()
+        if self._gathered is None:
+            self._gathered = np.empty(GATHER_BYTES, np.uint8)
+        self._gathered[self._gathered_bytes : self._gathered_bytes + len(data)] = data
+        self._gathered_bytes += len(data)
 
     def _flush(self) -> None:
-        if self._gathered:
-            self._put(np.concatenate(self._gathered))
-            self._gathered.clear()
+        if self._gathered is not None and self._gathered_bytes:
+            self._put(self._gathered[: self._gathered_bytes])
             self._gathered_bytes = 0
 
     def _put(self, data: Array) -> None:
@@ -293,17 +294,16 @@ def read_rows_to(folder: Storage, spec: ArraySpec, start: int, out: Array, place
     if spec.codec != "none" or spec.row_bytes < SCATTERED_BYTES:
         out[place] = read_rows(folder, spec, start, stop)
         return
-    whole = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    rows = out.reshape(len(out), -1).view(np.uint8)
     size = spec.row_bytes
     for shard in range(start // spec.shard_rows, spec.n_shards(stop) if len(place) else 0):
         first, last = max(start, shard * spec.shard_rows), min(stop, (shard + 1) * spec.shard_rows)
-        at = (place[first - start : last - start] * size).tolist()
-        path, begin = spec.shard_path(shard), (first - shard * spec.shard_rows) * size
+        path, there = spec.shard_path(shard), place[first - start : last - start]
         try:
-            got = folder.read_scattered(path, begin, [whole[byte : byte + size] for byte in at])
+            got = folder.read_to_rows(path, (first - shard * spec.shard_rows) * size, rows, there)
         except FileNotFoundError:
             raise LakeCorrupt(f"{folder.url}/{path} is missing; run millpond verify") from None
-        _check_length(folder, path, got, len(at) * size)
+        _check_length(folder, path, got, len(there) * size)
 
 
 def _check_length(folder: Storage, path: str, got: int, wanted: int) -> None:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.store.dtypes import decode_into
+from millpond.store.dtypes import decode, decode_into
 from millpond.store.errors import InvalidInput, LakeCorrupt
 
 SKETCH_ROWS = 64
-BLOCK_ROWS = SKETCH_ROWS
-"""Rows absorbed at once, few enough for a core's cache: float32 sums about the first block's mean, float64 across blocks."""
-SKETCHED_BLOCKS = 16
-"""Blocks whose rows are added to the sketch in float32 before they go to that in float64."""
+BLOCK_BYTES = 1 << 22
+"""Rows are absorbed in blocks of at most so many bytes of float32: sums are float32 within a block, float64 across blocks."""
+SKETCHED_GROUPS = 64
+"""Groups whose signs and buckets are drawn at once, and added to the sketch in float32 before they go to that in float64."""
 
 _FIELDS = {"mean": "F64", "squares": "F64", "maximum": "F64", "totals": "F64", "weights": "F64", "buckets": "I64"}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "I64": "<i8"}
@@ -41,7 +42,7 @@ class MassiveDimensions:
 class HookStatistics:
     """Count, mean, variance, norms, largest magnitudes and a Gram sketch of one hook's rows, (d_model,) each.
 
-    `update` costs 2 ns a value on one core (d_model 2048) and buffers `BLOCK_ROWS` rows as float32.
+    `update` costs 1 to 2 ns a value on one core and buffers `block_rows` rows as stored.
 
     The sketch S has `SKETCH_ROWS` = k rows; the expected squared Frobenius error of SᵀS as an
     estimate of the centred Gram matrix G is at most 2/k of trace(G)² (k = 64: 18 % of the trace),
@@ -49,25 +50,35 @@ class HookStatistics:
     `key` and on the rows' order: statistics that will be merged must have different keys.
     """
 
-    def __init__(self, d_model: int, key: int = 0) -> None:
+    def __init__(self, d_model: int, key: int = 0, scratch: Scratch | None = None) -> None:
+        """Statistics of no rows.
+
+        Args:
+            d_model: values of a row.
+            key: of the sketch's random numbers.
+            scratch: working memory, which those that are updated by turns share.
+        """
         if d_model < 1:
             raise InvalidInput(f"d_model is {d_model}; give 1 or more")
         if key < 0:
             raise InvalidInput(f"key is {key}; give 0 or more, such as int(segment_id, 16)")
         self.d_model = d_model
+        self.block_rows = block_rows(d_model)
         self._key = key
-        self._blocks = 0
+        self._scratch = Scratch() if scratch is None else scratch
+        self._groups = 0
         self._absorbed = 0
         self._mean = np.zeros(d_model)
         self._squares = np.zeros(d_model)
         self._maximum = np.zeros(d_model)
         self._norms = np.zeros(2)  # sum, largest
         self._weights = np.zeros(SKETCH_ROWS)
-        self._origin: NDArray[np.floating[Any]] = np.zeros(d_model)
+        self._origin = np.zeros(d_model)
         self._sketch = np.zeros((SKETCH_ROWS, d_model))  # of the rows less the origin
-        self._recent: NDArray[np.float32] | None = None  # what the last few blocks add to it
-        self._buffer: NDArray[np.float32] | None = None
+        self._recent: NDArray[np.float32] | None = None  # what the last few groups add to it, in planes
+        self._buffer: NDArray[np.generic] | None = None  # a block of stored rows, each group of them by bucket
         self._buffered = 0
+        self._first = 0  # bucket of the first row of the group being filled
 
     def update(self, rows: NDArray[np.generic]) -> None:
         """Take in `rows`, (n, d_model), as they are stored: uint16 is bfloat16 bits; float16 and float32 are values.
@@ -79,73 +90,94 @@ class HookStatistics:
             raise InvalidInput(
                 f"statistics got {rows.dtype}{rows.shape}; give uint16, float16 or float32 of shape (n, {self.d_model})"
             )
-        if self._buffer is None:
-            self._buffer = np.zeros((BLOCK_ROWS, self.d_model), np.float32)
-        for start in range(0, len(rows), BLOCK_ROWS):
-            piece = rows[start : start + BLOCK_ROWS]
-            while len(piece):
-                taken = piece[: BLOCK_ROWS - self._buffered]
-                place = self._buffer[self._buffered : self._buffered + len(taken)]
-                decode_into(taken, "bfloat16" if taken.dtype == np.uint16 else taken.dtype.name, place)
-                self._buffered += len(taken)
-                piece = piece[len(taken) :]
-                if self._buffered == BLOCK_ROWS:
-                    self._absorb_block()
+        if self._buffer is None or self._buffer.dtype != rows.dtype:
+            self._absorb()
+            self._buffer = np.empty((self.block_rows, self.d_model), rows.dtype)
+        done = 0
+        while done < len(rows):
+            group, filled = divmod(self._buffered, SKETCH_ROWS)
+            taken = rows[done : done + SKETCH_ROWS - filled]
+            self._lay_down(taken, group, filled)
+            done += len(taken)
+            self._buffered += len(taken)
+            if self._buffered == self.block_rows:
+                self._absorb_block()
+
+    def _lay_down(self, rows: NDArray[np.generic], group: int, filled: int) -> None:
+        """Put rows into the buffer, behind the `filled` ones that their group has.
+
+        The rows of a group go to consecutive buckets from a random one on: no two of a group share one, and two of
+        different groups do with probability 1 / `SKETCH_ROWS`, which is all that the error of the sketch depends on.
+        """
+        assert self._buffer is not None
+        if not filled:
+            _, self._first = self._drawn(group)
+        buckets = self._buffer[group * SKETCH_ROWS : (group + 1) * SKETCH_ROWS]
+        start = (self._first + filled) % SKETCH_ROWS
+        fits = min(SKETCH_ROWS - start, len(rows))
+        buckets[start : start + fits] = rows[:fits]
+        buckets[: len(rows) - fits] = rows[fits:]
+
+    def _drawn(self, group: int) -> tuple[NDArray[np.float32], int]:
+        """Signs by bucket of a group of the buffer, and its first row's bucket."""
+        number = self._groups + group
+        signs, first = _draw(self._key, number // SKETCHED_GROUPS)
+        return signs[number % SKETCHED_GROUPS], int(first[number % SKETCHED_GROUPS])
 
     def _absorb(self) -> None:
         """Take in what is buffered, so that every total is up to date."""
-        self._absorb_block()
-        if self._recent is not None:
-            self._sketch += self._recent
-            self._recent = None
+        if self._buffered:
+            self._absorb_block()
+        self._add_recent()
 
     def _absorb_block(self) -> None:
-        if self._buffer is not None and self._buffered:
-            with np.errstate(over="ignore", invalid="ignore"):  # rows may be kept that are not finite
-                self._absorb_buffer(self._buffer)
+        """Take in the rows of the buffer; zeros in the empty places of their last group change nothing."""
+        assert self._buffer is not None
+        n, self._buffered = self._buffered, 0
+        groups = -(-n // SKETCH_ROWS)
+        stored = self._buffer[: groups * SKETCH_ROWS]
+        held = np.ones(len(stored), bool)
+        if n < len(stored):
+            held[SKETCH_ROWS * (groups - 1) :] = np.roll(
+                np.arange(SKETCH_ROWS) < n - len(stored) + SKETCH_ROWS, self._first
+            )
+            stored[~held] = 0  # rows of the block before
+        planes = self._scratch.planes(stored)
+        decode_planes(stored, planes)
+        with np.errstate(over="ignore", invalid="ignore"):  # rows may be kept that are not finite
+            self._add_sketch(planes, held.reshape(groups, SKETCH_ROWS))
+            norms = np.sqrt((planes[:, :, None] @ planes[..., None]).sum((0, 2, 3)), dtype=np.float64)
+            for odd in np.flatnonzero(~np.isfinite(norms)):  # beyond float32's range when squared
+                norms[odd] = np.linalg.norm(planes[:, odd].astype(np.float64))
+            self._norms = np.array([self._norms[0] + norms.sum(), max(self._norms[1], norms.max())])
+            np.maximum(self._maximum, _largest(stored), out=self._maximum)
+            mean, squares = _moments(planes, n)
+            unsafe = ~((n * mean**2 <= 64 * squares) & (squares < np.inf))  # the mean drowns the variance
+            if unsafe.any():
+                exact = _decode(stored[:, unsafe][held]).astype(np.float64)
+                mean[unsafe] = exact.mean(0)
+                squares[unsafe] = ((exact - mean[unsafe]) ** 2).sum(0)
+            self._add(n, mean, squares)
 
-    def _absorb_buffer(self, buffer: NDArray[np.float32]) -> None:
-        rows, n = buffer[: self._buffered], self._buffered
-        self._buffered = 0
-        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows), dtype=np.float64)
-        for odd in np.flatnonzero(~np.isfinite(norms)):  # beyond float32's range when squared
-            norms[odd] = np.linalg.norm(rows[odd].astype(np.float64))
-        self._norms = np.array([self._norms[0] + norms.sum(), max(self._norms[1], norms.max())])
-        np.maximum(self._maximum, np.maximum(rows.max(0), -rows.min(0)), out=self._maximum)
-        if not self._absorbed:
-            self._origin = rows.mean(0, dtype=np.float64).astype(np.float32)
-        rows -= self._origin
-        mean, squares = _moments(rows)
-        self._add_sketch(rows)
-        self._add(n, mean + self._origin, squares)
-
-    def _add_sketch(self, rows: NDArray[np.float32]) -> None:
-        """Add each row, by a random sign, to a bucket; overwrites the rows.
-
-        The rows of a block go to consecutive buckets from a random one on: no two of a block share one, and two of
-        different blocks do with probability 1 / `SKETCH_ROWS`, which is all that the error of the sketch depends on.
-        """
-        now = self._blocks % SKETCHED_BLOCKS
-        if not now:
-            self._draw()
+    def _add_sketch(self, planes: NDArray[np.float32], held: NDArray[np.bool_]) -> None:
+        """Add each row, by a random sign, to its bucket."""
+        if self._origin.any():  # of statistics from a file
+            self._sketch += np.outer(self._weights, self._origin)
+            self._origin = np.zeros(self.d_model)
+        signs = np.stack([self._drawn(group)[0] for group in range(len(held))]) * held
+        self._weights += signs.sum(0)
         if self._recent is None:
-            self._recent = np.zeros((SKETCH_ROWS, self.d_model), np.float32)
-        self._blocks += 1
-        signs, first = self._signs[now, : len(rows)], int(self._first[now])
-        rows *= signs[:, None]
-        end = min(SKETCH_ROWS - first, len(rows))
-        for buckets, part in ((slice(first, first + end), slice(end)), (slice(len(rows) - end), slice(end, None))):
-            self._recent[buckets] += rows[part]
-            self._weights[buckets] += signs[part]
-        if self._blocks % SKETCHED_BLOCKS == 0:
-            self._sketch += self._recent
-            self._recent = None
+            self._recent = np.zeros((len(planes), SKETCH_ROWS, planes.shape[2]), np.float32)
+        for plane, recent in zip(planes, self._recent, strict=True):
+            recent += np.einsum("gk,gkd->kd", signs, plane.reshape(len(held), SKETCH_ROWS, -1))
+        self._groups += self.block_rows // SKETCH_ROWS  # those that a last block leaves out stay unused
+        if self._groups % SKETCHED_GROUPS == 0:
+            self._add_recent()
 
-    def _draw(self) -> None:
-        """Signs and first buckets of the next blocks."""
-        rng = np.random.default_rng([self._key, self._blocks])
-        self._signs = rng.integers(0, 2, (SKETCHED_BLOCKS, SKETCH_ROWS), np.int8).astype(np.float32) * 2 - 1
-        self._first = rng.integers(0, SKETCH_ROWS, SKETCHED_BLOCKS)
+    def _add_recent(self) -> None:
+        if self._recent is not None:
+            self._sketch.reshape(SKETCH_ROWS, -1, len(self._recent))[...] += self._recent.transpose(1, 2, 0)
+            self._recent = None
 
     def _add(self, n: int, mean: Float64, squares: Float64) -> None:
         total = self._absorbed + n
@@ -256,17 +288,75 @@ class HookStatistics:
         return {**named, "sketch": ("F32", sketch[used])}
 
 
-def _moments(rows: NDArray[np.float32]) -> tuple[Float64, Float64]:
-    """Mean and sum of squares about it; the rows are centred anew where the mean would drown the variance."""
-    n = len(rows)
-    mean = (np.ones(n, np.float32) @ rows).astype(np.float64) / n
-    squares = np.einsum("ij,ij->j", rows, rows) - n * mean**2
-    unsafe = ~(n * mean**2 <= 64 * squares)
-    if unsafe.any():
-        exact = rows[:, unsafe].astype(np.float64)
-        mean[unsafe] = exact.mean(0)
-        squares[unsafe] = ((exact - mean[unsafe]) ** 2).sum(0)
-    return mean, squares
+def block_rows(d_model: int) -> int:
+    """Rows of a block: one, two, four or eight groups of `SKETCH_ROWS`."""
+    groups = 8
+    while groups > 1 and 4 * groups * SKETCH_ROWS * d_model > BLOCK_BYTES:
+        groups //= 2
+    return groups * SKETCH_ROWS
+
+
+class Scratch:
+    """Room for one block of rows as float32, reused: fresh memory would cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.float32)
+
+    def planes(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """Room for `decode_planes` of stored rows (n, d_model): (planes, n, d_model / planes)."""
+        if self._memory.size < stored.size:
+            self._memory = np.empty(stored.size, np.float32)
+        planes = 2 if stored.dtype == np.uint16 and stored.shape[1] % 2 == 0 else 1
+        return self._memory[: stored.size].reshape(planes, len(stored), -1)
+
+
+def decode_planes(stored: NDArray[Any], planes: NDArray[np.float32]) -> None:
+    """Stored rows (n, d_model) as float32 (planes, n, d_model / planes): dimension i is in plane i modulo their number.
+
+    Two neighbouring bfloat16 are one 32-bit word, whose halves two plain operations on whole words separate.
+    """
+    if len(planes) == 1:
+        decode_into(stored, "bfloat16" if stored.dtype == np.uint16 else stored.dtype.name, planes[0])
+        return
+    words, (even, odd) = stored.view("<u4"), planes.view(np.uint32)
+    np.left_shift(words, _HALF_WORD, out=even)
+    np.bitwise_and(words, _UPPER_HALF, out=odd)
+
+
+_HALF_WORD, _UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
+
+
+def _moments(planes: NDArray[np.float32], n: int) -> tuple[Float64, Float64]:
+    """Mean of n rows, to which zeros may be added, and the sum of squares about it, from float32 sums."""
+    sums = np.ones(planes.shape[1], np.float32) @ planes
+    squares = np.einsum("pij,pij->pj", planes, planes)
+    mean = sums.T.reshape(-1).astype(np.float64) / n
+    return mean, squares.T.reshape(-1).astype(np.float64) - n * mean**2
+
+
+def _largest(stored: NDArray[Any]) -> Float64:
+    """Largest magnitude in each dimension.
+
+    As signed integers the bits of positive values ascend; as unsigned ones those of negative values do, above them.
+    """
+    signed, unsigned = ("<i2", "<u2") if stored.itemsize == 2 else ("<i4", "<u4")
+    positive = np.maximum(stored.view(signed).max(0), 0).view(unsigned)
+    negative = stored.view(unsigned).max(0) & np.iinfo(signed).max
+    return _decode(np.maximum(positive, negative).view(stored.dtype)).astype(np.float64)
+
+
+def _decode(stored: NDArray[Any]) -> NDArray[np.float32]:
+    return decode(stored, "bfloat16" if stored.dtype == np.uint16 else stored.dtype.name)
+
+
+@lru_cache(maxsize=4)  # all hooks of a segment draw the same
+def _draw(key: int, number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Signs by bucket, (`SKETCHED_GROUPS`, `SKETCH_ROWS`), and first buckets of so many groups."""
+    rng = np.random.default_rng([key, number])
+    signs = rng.integers(0, 2, (SKETCHED_GROUPS, SKETCH_ROWS), np.int8).astype(np.float32) * 2 - 1
+    first = rng.integers(0, SKETCH_ROWS, SKETCHED_GROUPS)
+    signs.flags.writeable = first.flags.writeable = False
+    return signs, first
 
 
 def pack_statistics(statistics: Mapping[str, HookStatistics]) -> bytes:

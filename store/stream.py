@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 Rows = NDArray[Any]
 READERS = 2
 """Threads that read."""
+TASK_BYTES = 8 << 20
+"""What a thread reads before it looks for something else to do."""
+PAGE_BYTES = 4096
+"""Memory begins at a multiple: the system copies a seventh faster to pages than across them."""
 
 
 @contextmanager
@@ -189,8 +194,8 @@ class ActivationStream(Iterator[Any]):
             filled = 0
             try:
                 while ahead:
-                    held = ahead.result()
-                    ahead = loader.submit(next(groups, None))
+                    held, ahead = ahead.result(), None
+                    wanted = True
                     at = held.skip
                     while at < held.count:
                         take = min(self.batch_rows - filled, held.count - at)
@@ -208,8 +213,16 @@ class ActivationStream(Iterator[Any]):
                             if filled:
                                 continue
                             parts, batch = batch, {}
+                        # the next group is begun when the batch before this group's first was given back, so that it can
+                        # have the memory of the group before
+                        if wanted and at == held.count:
+                            ahead, wanted = loader.submit(next(groups, None)), False
                         yield self._as_asked(parts)
                         del parts
+                        if wanted:
+                            ahead, wanted = loader.submit(next(groups, None)), False
+                    if wanted:  # no batch ended in it
+                        ahead = loader.submit(next(groups, None))
                     del held  # its memory is used again when no batch of it is left
             finally:
                 if ahead:
@@ -228,24 +241,28 @@ class ActivationStream(Iterator[Any]):
 
 
 class _Memory:
-    """Arrays of one shape whose memory is used again when nobody holds them, nor a view, tensor or buffer of them.
+    """Arrays of one shape whose memory is used again when nobody holds a view, tensor or buffer of them.
 
     New memory has to be mapped and zeroed by the system, which takes longer than reading rows into it.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], most: int) -> None:
         self._shape, self._dtype, self._most = shape, dtype, most
-        self._arrays: list[Rows] = []
+        self._blocks: list[Rows] = []  # which NumPy makes the base of every view of a view of them
         self._alone = _uses([np.empty(0)], 0)
 
     def take(self) -> Rows:
         """An array with any values."""
-        for number in range(len(self._arrays)):
-            if _uses(self._arrays, number) <= self._alone:
-                return self._arrays[number]
-        rows = np.empty(self._shape, self._dtype)
-        self._arrays = [*self._arrays, rows][-self._most :]
-        return rows
+        for number in range(len(self._blocks)):
+            if _uses(self._blocks, number) <= self._alone:
+                return self._array(self._blocks[number])
+        block = np.empty(math.prod(self._shape) * self._dtype.itemsize + PAGE_BYTES, np.uint8)
+        self._blocks = [*self._blocks, block][-self._most :]
+        return self._array(block)
+
+    def _array(self, block: Rows) -> Rows:
+        start = -block.ctypes.data % PAGE_BYTES
+        return block[start : start + len(block) - PAGE_BYTES].view(self._dtype).reshape(self._shape)
 
 
 def _uses(arrays: list[Rows], number: int) -> int:
@@ -274,11 +291,12 @@ class _Pending:
 
 
 class _Loader:
-    """Reads groups: every chunk is one task of the readers, which puts its rows where the group's order wants them."""
+    """Reads groups: a few chunks are one task of the readers, which puts their rows where the group's order wants them."""
 
     def __init__(self, stream: ActivationStream, readers: ThreadPoolExecutor) -> None:
         self.stream, self.readers = stream, readers
-        self._array = stream.plan.spec.activation_array
+        self._array = array = stream.plan.spec.activation_array
+        self._chunks = max(TASK_BYTES // (array.row_bytes * array.chunk_rows * len(stream.hooks)), 1)
         self._epoch = -1
         self._order: NDArray[np.int64] = np.zeros(0, np.int64)
         self._before: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -296,17 +314,24 @@ class _Loader:
         )
         first = int(np.searchsorted(self._before, group.start, "right")) - 1
         last = int(np.searchsorted(self._before, group.stop, "left"))
-        tasks = []
+        parts = []
         for index in range(first, last):
             low = max(int(self._before[index]), group.start)
             high = min(int(self._before[index + 1]), group.stop)
             chunk = int(self._order[index])
             inside = slice(low - int(self._before[index]), high - int(self._before[index]))
-            there = place[low - group.start : high - group.start]
-            tasks.append(self.readers.submit(self._load, chunk, inside, rows, there))
+            parts.append((chunk, inside, place[low - group.start : high - group.start]))
+        tasks = [
+            self.readers.submit(self._load, parts[begin : begin + self._chunks], rows)
+            for begin in range(0, len(parts), self._chunks)
+        ]
         return _Pending(rows, n, group.skip, tasks)
 
-    def _load(self, chunk: int, inside: slice, target: dict[str, Rows], place: NDArray[np.int64]) -> None:
+    def _load(self, parts: Sequence[tuple[int, slice, NDArray[np.int64]]], target: dict[str, Rows]) -> None:
+        for chunk, inside, place in parts:
+            self._load_chunk(chunk, inside, place, target)
+
+    def _load_chunk(self, chunk: int, inside: slice, place: NDArray[np.int64], target: dict[str, Rows]) -> None:
         """The chosen rows `inside` of a chunk, the number of which counts those that have any, to their places."""
         plan = self.stream.plan
         block = self.stream._table[int(self.stream._chunks[chunk])]

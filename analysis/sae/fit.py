@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from millpond.analysis.passes import tell_figure
 from millpond.analysis.sae import checkpoint
 from millpond.analysis.sae.batches import Batch, Source
 from millpond.analysis.sae.blocks import SaeWeights
@@ -319,6 +320,7 @@ class _Log:
         self.bar.set_postfix_str(
             f"loss {one.loss:.3f}, FVU {one.fvu:.3f}, L0 {one.l0:.1f}, dead {one.dead:.1%}", refresh=False
         )
+        tell_figure(trainer.tokens / self.tokens, one.fvu)
         rate = (trainer.tokens - self.first) / (time.perf_counter() - self.started)
         for board, learning, found in zip(self.boards, trainers, stats, strict=True):
             if board is not None:

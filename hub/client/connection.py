@@ -26,6 +26,8 @@ from millpond.store.errors import (
 API = 1
 MEDIA_TYPE = "application/octet-stream"
 _ATTEMPTS = 5
+_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=60.0)
+"""A connection outlives the longest pause between looks at a job: the meter counts each handshake."""
 _FIRST_WAIT = 0.2
 T = TypeVar("T", bound=Body)
 
@@ -43,6 +45,11 @@ _ERRORS: dict[ErrorCode, tuple[type[MillpondError], str]] = {
         "not allowed: the token is unknown, expired or lacks the scope; get a new one and set MILLPOND_TOKEN",
     ),
     ErrorCode.TOO_LARGE: (QuotaExceeded, "the request is too large; send it in parts"),
+    ErrorCode.TIME_LIMIT: (GatewayRefused, "the job ran longer than a job may, and was ended; ask for less at once"),
+    ErrorCode.DISK_QUOTA: (
+        QuotaExceeded,
+        "what you or the project has sent takes all the room there is; reuse handles of prompts, or ask an operator",
+    ),
     ErrorCode.TOO_MANY: (QuotaExceeded, "too many jobs of yours are waiting; let some finish, or cancel them"),
     ErrorCode.JOB_FAILED: (
         GatewayRefused,
@@ -84,7 +91,9 @@ class Connection:
         headers = {"Accept": MEDIA_TYPE} | ({"Authorization": f"Bearer {self.token}"} if self.token else {})
         if self.url.startswith("unix:"):
             path = self.url.removeprefix("unix:").replace("//", "/")
-            transport = httpx.HTTPTransport(uds=path, verify=False)  # no TLS on a socket, so no certificates to load
+            transport = httpx.HTTPTransport(
+                uds=path, verify=False, limits=_LIMITS
+            )  # no TLS on a socket, so no certificates to load
             self._http = httpx.Client(
                 transport=transport,
                 base_url="http://millpond",
@@ -94,7 +103,9 @@ class Connection:
                 verify=False,  # noqa: S501
             )
         elif self.url.startswith(("http://", "https://")):
-            self._http = httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout)
+            self._http = httpx.Client(
+                base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout, limits=_LIMITS
+            )
         else:
             raise InvalidInput(f"the gateway's address is {self.url!r}; give http://, https:// or unix:PATH")
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MARGIN = 0.005
+_PATIENCE, _MOST_PATIENCE = 1 / 8, 20.0
+"""A job is looked at again after this part of the time that it has taken, in seconds at most: each look is some 130 bytes on the
+wire, whatever it is charged."""
 _BUDGET_AGE = 3600.0
 _EARLIER = "job"
 _MAKERS = ("probe", "sae_train", "capture", _EARLIER)
@@ -63,7 +66,7 @@ class JobFuture(Generic[T]):
         self._finish = finish
         self._started = time.monotonic()
         self._ended: float | None = None
-        self._due = self._started + _next_slot(0.0)
+        self._due = self._started + _next_look(0.0)
         self._value: list[T] = []
 
     def done(self) -> bool:
@@ -123,7 +126,7 @@ class JobFuture(Generic[T]):
 
     def _saw(self, status: JobStatus) -> None:
         self.status = status
-        self._due = self._started + _next_slot(time.monotonic() - self._started)
+        self._due = self._started + _next_look(time.monotonic() - self._started)
         if self._settled and self._ended is None:
             self._ended = time.monotonic()
 
@@ -149,8 +152,8 @@ class JobFuture(Generic[T]):
     def _answers(self) -> list[Any]:
         ask = self.lake.connection.open
         count = self.job.answers()
-        if self.status.state == "failed":
-            ask("GET", f"jobs/{self.handle}/answers/0")  # says why
+        if self.status.state == "failed" or (self.status.state == "refused" and not count):
+            check_released([ask("GET", f"jobs/{self.handle}/answers/0")])  # says why
             raise GatewayRefused(
                 f"job {self.handle} failed; run the same lines on lake.twin(run), which shows errors in full"
             )
@@ -235,8 +238,9 @@ def _answer(body: Any) -> bool:
     return isinstance(body, ReleasedResult | Texts)
 
 
-def _next_slot(elapsed: float) -> float:
-    """Seconds after submission at which the next state becomes visible."""
+def _next_look(elapsed: float) -> float:
+    """Seconds after submission at which to look again: at the end of a slot, when a state becomes visible."""
     charges = Charges()
-    number = slot_of(int(elapsed * 1000), charges)
+    patience = min(elapsed * _PATIENCE, _MOST_PATIENCE)
+    number = slot_of(int((elapsed + patience) * 1000), charges)
     return slot_end_ms(number + 1, charges) / 1000 + _MARGIN

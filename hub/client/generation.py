@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from millpond.hub.body import Texts
-from millpond.hub.kinds.generate import GenerateJob
+from millpond.hub.kinds.generate import GenerateJob, Judge
 from millpond.store.errors import InvalidInput
 from millpond.store.result import Result
 
@@ -24,14 +24,18 @@ class Generation:
 
     rates: Result | None
     """`rates`, `rates_low` and `rates_high`: the share of completions that match, overall and then of each group, with its
-    95 % interval; and the counts `rows` of completions and `prompts`, near-duplicates counted once. None without a score."""
+    95 % interval; of a judge those of its first choice, then those of the next one. Of a probe also `scores`, `scores_low`
+    and `scores_high`, the means. And the counts `rows` of completions and `prompts`, near-duplicates counted once. None
+    without a score."""
     groups: tuple[str, ...]
     """The groups' names, in the order of the rates after the first."""
     texts: tuple[tuple[str, ...], ...] | None
     """The completions of each prompt; None if they were not asked for."""
+    choices: tuple[str, ...] = ()
+    """A judge's, in the order of the rates."""
 
     def table(self) -> pd.DataFrame:
-        """The rates with their intervals, overall and by group.
+        """The rates with their intervals, overall and by group; a judge's by choice, a probe's with the mean scores.
 
         Raises:
             InvalidInput: no score was asked for.
@@ -40,10 +44,15 @@ class Generation:
 
         if self.rates is None:
             raise InvalidInput("no rates were asked for; give a score")
-        values = {
-            name: self.rates.values[f"rates{end}"] for name, end in (("rate", ""), ("low", "_low"), ("high", "_high"))
-        }
-        return pd.DataFrame(values, index=["overall", *self.groups])
+        ends = {"": "", "low": "_low", "high": "_high"}
+        values = {name or "rate": self.rates.values[f"rates{end}"] for name, end in ends.items()}
+        if "scores" in self.rates.values:
+            values |= {f"score_{name}".rstrip("_"): self.rates.values[f"scores{end}"] for name, end in ends.items()}
+        parts = ["overall", *self.groups]
+        if self.choices:
+            index = pd.MultiIndex.from_product([self.choices, parts], names=["choice", "group"])
+            return pd.DataFrame(values, index=index)
+        return pd.DataFrame(values, index=parts)
 
 
 def group_names(prompts: Any, by: str | None) -> tuple[str, ...]:
@@ -73,6 +82,6 @@ def finished(
     if coded is not None:
         n = job.sampling.n
         count = len(prompts.ids) if prompts is not None else len(job.prompts)
-        flat = reader.decode(coded, count * n)
+        flat = reader.decode(coded, count * n, job.text_bytes)
         texts = tuple(tuple(flat[start : start + n]) for start in range(0, count * n, n))
-    return Generation(rates, groups, texts)
+    return Generation(rates, groups, texts, job.score.choices if isinstance(job.score, Judge) else ())

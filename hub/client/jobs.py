@@ -74,6 +74,9 @@ def _generate(parts: Mapping[str, Any]) -> dict[str, Any]:
     sampling = {name: given.pop(name) for name in ("max_tokens", "temperature", "seed", "n", "stop") if name in given}
     if isinstance(score, str):
         score = {"regex": score}
+    elif isinstance(score, Mapping):
+        held = getattr(score.get("probe"), "remote_", score.get("probe"))
+        score = {**score, "probe": held.handle} if hasattr(held, "handle") else dict(score)
     elif isinstance(score, Sequence):
         score = {"contains": list(score)}
     return given | {

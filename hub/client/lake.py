@@ -113,7 +113,7 @@ class RemoteLake(Mapping[str, RemoteRun]):
     def __init__(self, connection: Connection, version: Mapping[str, Any], dictionary: Path | None = None) -> None:
         self.connection = connection
         self.version = version
-        self.texts = TextReader(dictionary, version.get("dictionary_sha256"))
+        self.texts = TextReader(dictionary, version.get("dictionary_sha256"), version.get("text_model"))
         self._views: dict[str, RunView] = {}
         self._listed = False
 
@@ -323,7 +323,10 @@ class RemoteLake(Mapping[str, RemoteRun]):
             prompts: what `prompts` returned, or prompts as it takes them (ids and texts alone are kept of those).
             model: its name in the vault.
             max_tokens: of a completion.
-            score: what counts as a match: a regular expression (RE2's syntax), or a list of texts of which one is in it.
+            score: what counts as a match: a regular expression (RE2's syntax); a list of texts of which one is in it;
+                `{"probe": probe, "threshold": 0.0, "of": "mean"}` (or `max`, `last`; and `hook`, by default the probe's own);
+                or `{"template": "... {completion} ...", "choices": [" yes", " no"]}`, which a model of the vault answers
+                (the same one without interventions and adapter, or `model` and `adapter`).
             by: column of prompts that were sent: rates of its groups too.
             texts: also ask for the texts, which a reviewer must let pass; with rates in the same job, those wait with them.
             options: `temperature` (0), `seed`, `n` completions a prompt (1), `stop` texts, `adapter`, `interventions` as in

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from millpond.store.errors import InvalidInput
+from millpond.store.errors import InvalidInput, TextVersionUnknown
 
 if TYPE_CHECKING:
     from millpond.hub.textmodel import TextModel
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 class TextReader:
     """The dictionary of this side. It is read when the first text comes."""
 
-    def __init__(self, dictionary: Path | None, expected: str | None) -> None:
+    def __init__(self, dictionary: Path | None, expected: str | None, version: int | None = None) -> None:
         self.dictionary = dictionary
         self.expected = expected
         """SHA-256 of the gateway's, as it says when the two meet; None if it sends no texts."""
+        self.version = version
+        """Of the gateway's model, as it says then."""
         self._model: TextModel | None = None
 
     def check(self) -> None:
@@ -26,26 +28,32 @@ class TextReader:
 
         Raises:
             InvalidInput: the gateway has no dictionary, or this side none or another.
+            TextVersionUnknown: the gateway codes texts under another version of the model.
         """
         self._read()
 
-    def decode(self, coded: bytes, count: int) -> list[str]:
-        """The `count` texts of an answer.
+    def decode(self, coded: bytes, count: int, limit: int | None = None) -> list[str]:
+        """The `count` texts of an answer, cut at `limit` bytes.
 
         Raises:
             InvalidInput: as `check`, or they are no such texts.
         """
         from millpond.hub.textcode import decode
 
-        return decode(coded, count, self._read())
+        return decode(coded, count, self._read(), limit)
 
     def _read(self) -> TextModel:
         if self._model is not None:
             return self._model
-        from millpond.hub.textmodel import TextModel
+        from millpond.hub.textmodel import VERSION, TextModel
 
         if self.expected is None:
             raise InvalidInput("this gateway has no dictionary, so no texts leave; ask for rates")
+        if self.version != VERSION:
+            raise TextVersionUnknown(
+                f"the gateway codes texts under version {self.version} of the model, this client has {VERSION}; install the "
+                "gateway's version of millpond"
+            )
         if self.dictionary is None:
             raise InvalidInput(
                 "texts are coded with a dictionary; get the gateway's file and set MILLPOND_DICTIONARY, or connect(dictionary=...)"

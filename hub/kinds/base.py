@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
@@ -116,15 +117,15 @@ class Outcome:
 
 
 class Job(Wire):
-    """A declared job. Subclasses have a `kind` and say what they cost and how they are run."""
+    """A declared job. Subclasses have a `kind` and say what they cost and how they are run; one that does not cannot be made."""
 
     kind: str
     runs_on: ClassVar[Literal["executor", "worker"]] = "executor"
     """Who takes it: an executor, or first a capture worker."""
 
+    @abstractmethod
     def needs(self) -> Iterator[tuple[Needed, str]]:
         """Kind and handle of everything that it reads."""
-        raise NotImplementedError
 
     def row_sets(self) -> Iterator[RowSet]:
         """The rows that it reads."""
@@ -140,29 +141,29 @@ class Job(Wire):
             for name in (*(() if one is None else (one,)), *several):
                 yield rows.run, name
 
+    @abstractmethod
     def answers(self) -> int:
         """How many answers it has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer_bytes(self, facts: Facts) -> int:
         """Bytes of its answers together, at most.
 
         Raises:
             InvalidInput: it cannot be done, as far as declared facts say.
         """
-        raise NotImplementedError
 
     def quote(self, facts: Facts, charges: Charges) -> int:
         """Bytes that its answers can cost, each fetched once."""
         return self.answer_bytes(facts) + self.answers() * charges.response_bytes
 
+    @abstractmethod
     def run(self, vault: Vault, progress: Progress) -> Outcome:
         """Do it, in the vault. Run again from the same data, it gives the same.
 
         Raises:
             MillpondError: it cannot be done; clients are told only that.
         """
-        raise NotImplementedError
 
 
 def evaluation_bytes() -> int:

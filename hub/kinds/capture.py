@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from millpond.hub.kinds.base import Facts, Handle, Hook, Job, Needed, Wire
+from millpond.hub.kinds.base import Facts, Handle, Hook, Job, Needed, Outcome, Progress, Wire
+from millpond.store.errors import InvalidInput
 from millpond.store.interventions import Ablate, Add, Clamp, Patch, SpliceSae
 from millpond.store.positions import PositionFilter
+
+if TYPE_CHECKING:
+    from millpond.hub.vault import Vault
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
 
@@ -70,3 +74,7 @@ class CaptureJob(Job):
     def answer_bytes(self, facts: Facts) -> int:
         """Nothing."""
         return 0
+
+    def run(self, vault: Vault, progress: Progress) -> Outcome:
+        """Raises InvalidInput: it is done by a capture worker, to whom the gateway hands it."""
+        raise InvalidInput("a capture is done by a capture worker; start millpond worker")

@@ -50,18 +50,23 @@ class EvaluateJob(Job):
         """See the base class."""
         from millpond.hub.evidence import measure
         from millpond.hub.kinds.base import Answer
-        from millpond.hub.probing import evaluation, load_probe, load_sae, part_of, rows_of, sae_evaluation
+        from millpond.hub.probing import evaluation, fitted_to, load_probe, load_sae, part_of, rows_of, sae_evaluation
         from millpond.store.errors import InvalidInput
 
         artifact = vault.load(self.artifact)
         if artifact.kind == "sae":
             part = rows_of(vault, self.rows)
             result = sae_evaluation(load_sae(artifact).evaluate(part.view[self.hook]), part)
-            return Outcome((Answer(result, measure((part,))),))
+            return Outcome((Answer(result, measure((part,), behind=(fitted_to(vault, artifact),))),))
         if artifact.kind != "probe" or self.label is None:
             raise InvalidInput(f"a {artifact.kind} is evaluated against a label; name one")
         part, truth = part_of(vault, self.rows, self.label)
         probe = load_probe(artifact)
         result = evaluation(probe.evaluate(part.view[self.hook], truth))
         progress(0.8)
-        return Outcome((Answer(result, measure((part,), target="label", labels=(truth.values,))),))
+        coef = artifact.arrays()["coef"]
+        seen = measure(
+            (part,), target="label", labels=(truth.values,), parameters=coef.size + len(coef),
+            behind=(fitted_to(vault, artifact),),
+        )  # fmt: skip
+        return Outcome((Answer(result, seen),))

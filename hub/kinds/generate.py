@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from millpond.hub.kinds.base import Facts, Handle, Job, Needed, Outcome, Progress, Wire
+from millpond.hub.kinds.base import Facts, Finite, Handle, Hook, Job, Needed, Outcome, Progress, Wire
 from millpond.hub.kinds.capture import Edits, Prompt, needs_of
 from millpond.hub.shapes import result_bytes
 from millpond.hub.textcode import MAX_TEXT, most_bytes
 from millpond.store.errors import InvalidInput
-from millpond.store.generation import Sampling
+from millpond.store.generation import Question, Sampling
 
 if TYPE_CHECKING:
     from millpond.hub.vault import Vault
 
-HANDED_OVER = {"generate": "generated"}
-"""Kinds that a worker begins and an executor ends, and what they are called in the queue in between."""
 WORK = "work"
-"""Where such a job's specification holds the worker's part."""
+"""Where such a job's specification holds the workers' parts, by what the job is called in the queue while one does its own."""
+WORKERS = ("generate", "judge")
+"""What such a job is called in the queue while workers do their parts, in this order."""
+GENERATED = "generated"
+"""What it is called when an executor goes on."""
 MOST_COMPLETIONS = 200_000
 MOST_GROUPS = 1000
 
@@ -48,6 +50,31 @@ class Contains(Wire):
     ]
 
 
+class OverThreshold(Wire):
+    """A completion matches if what a probe of the project makes of it is over a threshold.
+
+    The probe scores the row that each of its tokens was drawn from, as the model runs: the prompt's last one, and those of
+    the generated tokens but the last.
+    """
+
+    probe: Handle
+    """One of two classes, or of a number."""
+    hook: Hook | None = None
+    """Where it reads; by default where it was trained."""
+    of: Literal["mean", "max", "last"] = "mean"
+    """What is made of the scores of a completion's rows."""
+    threshold: Finite = 0.0
+
+
+class Judge(Question):
+    """A model of the vault answers a question about each completion; the answer is the share of each of its choices."""
+
+    model: str | None = Field(default=None, min_length=1, max_length=200)
+    """Its name in the policy file; by default the job's own model."""
+    adapter: str | None = Field(default=None, max_length=200)
+    """Name of an adapter that the installation has for it. The job's interventions and adapter are not the judge's."""
+
+
 class GenerateJob(Job):
     """Completions of prompts. They stay in the vault; what leaves are rates, and texts only if a reviewer lets them."""
 
@@ -61,8 +88,8 @@ class GenerateJob(Job):
     """A handle that sending prompts gave, or the prompts."""
     interventions: Edits = ()
     sampling: Sampling
-    score: Regex | Contains | None = None
-    """What counts as a match; the answer is the share of completions that match."""
+    score: Regex | Contains | OverThreshold | Judge | None = None
+    """What counts as a match; the answer is the share of completions that match, with a probe also the mean score."""
     by: str | None = Field(default=None, max_length=120)
     """Column of the prompts that were sent: rates of its groups, in the order of their names, follow the overall one."""
     texts: bool = False
@@ -80,7 +107,13 @@ class GenerateJob(Job):
 
     def needs(self) -> Iterator[tuple[Needed, str]]:
         """Prompts, artifacts and runs that it names."""
-        return needs_of(self.prompts, self.interventions)
+        yield from needs_of(self.prompts, self.interventions)
+        if isinstance(self.score, OverThreshold):
+            yield "artifact", self.score.probe
+
+    def judging_model(self) -> str | None:
+        """The policy's name of the model that judges; None without a judge."""
+        return (self.score.model or self.model) if isinstance(self.score, Judge) else None
 
     def answers(self) -> int:
         """Rates, then texts, as asked."""
@@ -99,8 +132,17 @@ class GenerateJob(Job):
                 f"{MOST_GROUPS:,} are possible: send fewer prompts, or lower sampling.n"
             )
         found = 0
-        if self.score is not None:
-            found += result_bytes("rates", {"rates": (1 + groups,)})
+        if isinstance(self.score, OverThreshold):
+            probe = facts.artifact(self.score.probe)
+            if probe["kind"] != "probe" or probe["shape"][0] != 1:
+                raise InvalidInput(
+                    f"score.probe: the artifact is a {probe['kind']} of shape {tuple(probe['shape'])}; give a probe of two "
+                    "classes, or of a number"
+                )
+            found += result_bytes("probe-rates", {"rates": (1 + groups,), "scores": (1 + groups,)})
+        elif self.score is not None:
+            choices = len(self.score.choices) if isinstance(self.score, Judge) else 1
+            found += result_bytes("rates", {"rates": (choices * (1 + groups),)})
         if self.texts:
             if count * self.text_bytes > MAX_TEXT:
                 raise InvalidInput(
@@ -114,3 +156,9 @@ class GenerateJob(Job):
         from millpond.hub.generations import answers_of
 
         return Outcome(answers_of(self, vault, progress))
+
+
+def next_step(kind: str, work: Mapping[str, Any]) -> str:
+    """What a job is called in the queue when a worker has done the part `kind` of its `work`."""
+    later = WORKERS[WORKERS.index(kind) + 1 :]
+    return next((one for one in later if one in work), GENERATED)

@@ -51,11 +51,12 @@ class LatentsJob(Job):
         """See the base class."""
         from millpond.hub.evidence import measure
         from millpond.hub.kinds.base import Answer
-        from millpond.hub.probing import latent_results, load_sae, rows_of
+        from millpond.hub.probing import fitted_to, latent_results, load_sae, rows_of
 
         part = rows_of(vault, self.rows)
-        sae = load_sae(vault.load(self.artifact))
+        artifact = vault.load(self.artifact)
+        sae = load_sae(artifact)
         results = latent_results(sae, part.view, self.hook, self.latents, self.contexts)
         progress(0.7)
-        seen = measure((part,), hooks=(self.hook,))
+        seen = measure((part,), hooks=(self.hook,), behind=(fitted_to(vault, artifact),))
         return Outcome(tuple(Answer(result, seen) for result in results))

@@ -47,13 +47,20 @@ class SaeTrainJob(Job):
         import tempfile
         from pathlib import Path
 
+        import numpy as np
+
         from millpond.analysis.sae.config import SaeConfig
         from millpond.hub.evidence import measure
         from millpond.hub.kinds.base import Answer
         from millpond.hub.probing import build_sae, rows_of, sae_evaluation
+        from millpond.hub.rules import judge
+        from millpond.store.result import Result
 
         part = rows_of(vault, self.rows)
         (hook,) = part.view.match(self.hooks)
+        fitted = measure((part,))
+        curve = Result("curve", {"x": np.zeros(1), "y": np.zeros(1)})
+        vault.figures = judge(curve, fitted, (), vault.policy.disclosure).outcome == "pass"
         sae = build_sae(self.estimator)
         rows = int(self.estimator.checked.get("batch_size", SaeConfig.batch_size))
         sae.fit(self._batches(vault, part.view, hook, rows, progress), self.tokens)
@@ -63,12 +70,12 @@ class SaeTrainJob(Job):
             saved = sae.save(folder)
             config = json.loads((Path(saved) / "cfg.json").read_text())
             data = (Path(saved) / "sae_weights.safetensors").read_bytes()
-        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae), self.rows.run),)
+        made = (vault.keep("sae", data, config, (part.view.d_model, sae.d_sae), self, self.rows.run),)
         if self.test is None:
             return Outcome((), made)
         test = rows_of(vault, self.test)
         result = sae_evaluation(sae.evaluate(test.view[hook]), test)
-        return Outcome((Answer(result, measure((test,))),), made)
+        return Outcome((Answer(result, measure((test,), behind=(part,))),), made)
 
     def _batches(self, vault: Vault, view: Run, hook: str, rows: int, progress: Progress) -> Iterator[Any]:
         """Shuffled batches without end, looking up between them."""

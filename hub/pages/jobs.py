@@ -16,6 +16,7 @@ from millpond.hub.body import (
     Quote,
     ReleasedResult,
     Texts,
+    TrainingCurve,
     Withheld,
 )
 from millpond.hub.kinds import KINDS, parse_job
@@ -124,8 +125,14 @@ def job(view: View) -> Fixed:
     ended = status.state in ("done", "in_review", "refused")
     made = view.ask("GET", "/p/{project}/jobs/{job}/made") if status.state == "done" else Handles(())
     assert isinstance(made, Handles)
+    trains = found.kind == "sae_train" and status.state != "queued"
+    curve = view.ask("GET", "/p/{project}/jobs/{job}/curve") if trains else TrainingCurve(())
+    assert isinstance(curve, TrainingCurve)
     return view.show(
         "job.html",
+        trains=found.kind == "sae_train",
+        points=" ".join(f"{20 * place + 10},{254 - code}" for place, code in enumerate(curve.codes)),
+        reached=curve.values[-1] if curve.codes else None,
         here="Jobs",
         job=found,
         status=status,

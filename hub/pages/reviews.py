@@ -20,7 +20,6 @@ from millpond.hub.rules import REMEDIES
 from millpond.hub.serving import Fixed, NotThere
 from millpond.hub.tables import ACCOUNTS, ENTRIES
 from millpond.hub.textcode import decode
-from millpond.hub.textmodel import TextModel
 from millpond.hub.views import AuditView, EvidenceView, ReviewQueue, audit_view
 from millpond.store.errors import InvalidInput
 
@@ -54,8 +53,8 @@ def decide(view: View) -> Fixed:
         kept, sent = view.gateway.look(view.call.who, view.project, found.job, found.number)
         body = view.take(sent)
         if isinstance(body, Texts):  # decoded here: what is shown is what was charged, and the dictionary
-            assert view.gateway.dictionary is not None
-            texts = decode(body.coded, kept.result.evidence["rows"], TextModel(view.gateway.dictionary))
+            limit = kept.question.specification["job"]["text_bytes"]
+            texts = decode(body.coded, kept.result.evidence["rows"], view.gateway.text_model, limit)
             return _review(view, found, texts=texts)
         assert isinstance(body, ReleasedResult)
         return _review(view, found, result=lay_out(body.result))

@@ -22,6 +22,11 @@ _PROBLEMS: Mapping[ErrorCode, tuple[str, str]] = {
     ErrorCode.TOO_LARGE: ("Too large", "Send less at once."),
     ErrorCode.TOO_MANY: ("Too many jobs", "Wait for some of your jobs to end, or cancel some."),
     ErrorCode.JOB_FAILED: ("The job failed", "It could not be done. Its specification says what was asked."),
+    ErrorCode.TIME_LIMIT: (
+        "The job took too long",
+        "It was ended: it ran longer than a job may. Ask for less at once.",
+    ),
+    ErrorCode.DISK_QUOTA: ("No room", "What you or the project has sent takes all the room that is allowed."),
     ErrorCode.BAD_GRAPH: ("The graph is refused", "See the documentation of graphs for what is allowed."),
     ErrorCode.BAD_RUN: ("The run cannot be used", "It is open, or does not hold what was asked for."),
     ErrorCode.NOT_REPRODUCED: ("Not reproduced", "The job gave another result this time."),

@@ -21,6 +21,7 @@ from millpond.hub.workspace.supervise import Part
 from millpond.hub.workspace.up_config import UpConfig, toml
 from millpond.store.errors import InvalidInput, IsolationFailed
 
+_KINDS = ("capture", "generate", "judge")
 _PROCESSORS = Path("/sys/devices/system")
 """Where vLLM's CPU build finds which cores there are."""
 
@@ -148,7 +149,7 @@ class Vault:
                 "--lake",
                 str(self.lake),
             ]
-            arguments += ["--engine", json.dumps(model.engine), "--kinds", "capture", "generate"]
+            arguments += ["--engine", json.dumps(model.engine), "--kinds", *_KINDS]
             worker = self.command(f"worker-{name}", python("-m", "millpond.cli", *arguments))
             environment = self.environment(**self._worker(name, tokens))
             parts.append(Part(f"worker-{name}", worker, _started, environment, awaited=False))
@@ -158,7 +159,7 @@ class Vault:
         """A new token of a worker, and its line in the queue's file."""
         from millpond.hub.queue_api import new_worker
 
-        token, worker = new_worker(name, ("capture", "generate"))
+        token, worker = new_worker(name, _KINDS)
         with tokens.open("a") as handle:
             handle.write(f"[[workers]]\nname = {json.dumps(worker.name)}\nsha256 = {json.dumps(worker.sha256)}\n")
             handle.write(f"kinds = {json.dumps(sorted(worker.kinds))}\nsubmit = false\n\n")

@@ -92,6 +92,8 @@ class Serve:
     """Run of the requests that name none."""
     commit_seconds: float = 1.0
     """Rows are committed at most this long after their request has ended."""
+    saes: tuple[str, ...] = ()
+    """HOOK=ARTIFACT of each SAE that requests may splice in; needed on a GPU, where it is part of CUDA graphs."""
 
     def run(self) -> int:
         """Become `vllm serve`."""
@@ -104,6 +106,7 @@ class Serve:
             run=self.run_name,
             commit_seconds=self.commit_seconds,
             arguments=self.vllm,
+            saes=self.saes,
         )
         os.execv(command[0], command)  # noqa: S606 - vLLM's server takes this process's place
 
@@ -261,7 +264,7 @@ class Verify(VerifyStored):
     """Check every byte, count and value of a lake's runs against their manifests."""
 
     reference: bool = False
-    """Recompute the rows of some prompts with Hugging Face too, and print how far the stored ones are from them."""
+    """Recompute rows and reads of some prompts with Hugging Face too, and print how far the stored ones are from them."""
     model: Path | None = None
     """With --reference: the model's folder, where it is not where the run says."""
     adapter: Path | None = None

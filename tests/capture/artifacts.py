@@ -39,6 +39,22 @@ def make_artifacts(lake: Lake, folder: Path, d_model: int) -> dict[str, dict[str
     return made
 
 
+def save_small_sae(lake: Lake, folder: Path, d_in: int, d_sae: int, architecture: str = "jumprelu") -> None:
+    """A random SAE under the name of `folder`; top-k ones rescale by the norms of their decoder."""
+    generator = torch.Generator().manual_seed(d_sae)
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    weights = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    config: dict[str, Any] = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae}
+    if architecture == "topk":
+        config |= {"k": 3, "rescale_acts_by_decoder_norm": True}
+    else:
+        weights["threshold"] = torch.full((d_sae,), 0.3)
+    folder.mkdir()
+    save_file(weights, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_sae(lake, folder.name, folder)
+
+
 def dense_codes(weights: dict[str, torch.Tensor], x: np.ndarray) -> np.ndarray:
     """What an SAE's formula gives of rows (n, d_model): all latents (n, D_SAE), in float64."""
     w = {key: tensor.double().numpy() for key, tensor in weights.items()}

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from millpond.capture.params import capture_params
 from tests.capture.conftest import MODEL
 
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2])}
+"""One core for each of an engine's, or a data-parallel group's, two workers."""
 CHAT_TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -54,7 +56,7 @@ class Server:
         with self.log.open("ab") as log:
             environment = os.environ | dict(environment or {})
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while True:
             try:
                 if httpx.get(f"{self.url}/health", verify=False).status_code == 200:  # loading certificates is slow

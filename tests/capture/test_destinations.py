@@ -25,7 +25,7 @@ from millpond.store.errors import InvalidInput, RunBusy
 from millpond.store.lake import Lake, open_lake
 from millpond.store.verify import verify_run
 from tests.capture.conftest import D_MODEL, HOOK, MODEL, Reference
-from tests.capture.serving import Server
+from tests.capture.serving import TWO_CORES, Server
 from tests.store.conftest import S3, s3_server
 
 pytestmark = pytest.mark.slow
@@ -139,10 +139,11 @@ def told(response: httpx.Response) -> dict[str, Any]:
 
 
 def test_a_server_waits_for_s3_and_loses_nothing(s3: S3, tmp_path: Path, reference: Reference) -> None:
-    """Requests that are under way while S3 is gone are answered when it is back."""
+    """Requests that are under way while S3 is gone are answered when it is back; two engines and two API servers."""
     lake = open_lake(s3.url("served"), create=True)
     save_probe(lake, "p", COEF, INTERCEPT)
-    server = Server(tmp_path, lake=lake.url)
+    ranks = ["--data-parallel-size", "2", "--api-server-count", "2"]
+    server = Server(tmp_path, *ranks, lake=lake.url, environment=TWO_CORES)
     sent: dict[str, list[int]] = {}
     responses: list[httpx.Response] = []
     wish = {
@@ -179,6 +180,7 @@ def test_a_server_waits_for_s3_and_loses_nothing(s3: S3, tmp_path: Path, referen
     finally:
         server.stop()
     assert {told(response)["status"] for response in responses} == {"committed"}
+    assert {told(response)["engine"] for response in responses} == {0, 1}
     assert len(responses) == len(sent) - 1
     assert "new" not in lake
     check_whole(lake, "far", sent, reference)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from millpond.store.artifacts import save_sae
+from millpond.store.lake import open_lake
 from tests.capture.engine_runs import Ask, EngineRun
+from tests.capture.test_interventions import make_sae, sae_change
 from tests.capture.test_scheduler import ALL, POST, SHARED, VECTOR, World, capture, prompts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ON_DEVICE = {"device_taps": True, "staging_rows": 96, "edits_per_token": 2}
+SPLICE = {"op": "sae", "hook": POST[1], "artifact": "sae", "set_latents": {"3": 4.0}, "scale_latents": {"5": 0.0}}
+ON_DEVICE = {
+    "device_taps": True,
+    "staging_rows": 96,
+    "edits_per_token": 2,
+    "saes": [{"hook": POST[1], "artifact": "sae"}],
+}
 GENERATE = {"max_tokens": 12}
 
 
@@ -26,18 +37,22 @@ def mixed() -> list[Ask]:
         Ask(SHARED[:64], capture("list", positions=[0, 5, -1, 66]), GENERATE),
         Ask(SHARED[:90], capture("tokens", token_ids=SHARED[5:9], run="few"), GENERATE),
         Ask(SHARED[:40], {"intervene": [{"op": "add", "hook": POST[1], "vector": VECTOR}]}, GENERATE),
+        Ask(SHARED[:37], {"intervene": [SPLICE]}, GENERATE),
     ]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("device"))
+    make_sae(world.folder / "sae")
     few = {"run": ALL, "few": POST[1:]}
     stopping = {"max_tokens": 40, "temperature": 1.0, "stop_token_ids": list(range(3, 40)), "ignore_eos": False}
     asks = [*mixed(), Ask(SHARED[:44], capture("stopped", run="few"), stopping)]
 
     def add(name: str, asks: list[Ask], runs: dict[str, list[str]] | None = None, **engine: Any) -> EngineRun:
-        world.add(name, [asks], world.lake(name, **(runs or {})), **engine)
+        lake = world.lake(name, **(runs or {}))
+        save_sae(lake, "sae", world.folder / "sae")
+        world.add(name, [asks], lake, **engine)
         return world.runs[name]
 
     add("compiled", mixed(), few, max_num_batched_tokens=64, max_num_seqs=6, enforce_eager=False).settings = ON_DEVICE
@@ -53,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         run = add(name, asks, few, max_num_batched_tokens=64, max_num_seqs=6, **more)
         run.settings, run.asynchronous = settings, True
     world.run("compiled", "preempted", "host", "device")
-    stages = add("stages", [*mixed()[:2], mixed()[-1]], pipeline_parallel_size=2, max_num_batched_tokens=64)
+    stages = add("stages", [*mixed()[:2], *mixed()[-2:]], pipeline_parallel_size=2, max_num_batched_tokens=64)
     first, second = sorted(os.sched_getaffinity(0))[:2]
     stages.environment = {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}
     stages.settings = ON_DEVICE
@@ -62,12 +77,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def check_steered(world: World, name: str, first: int = 12) -> None:
-    """The first tokens of the steered request are Hugging Face's with the same vector added."""
-    (answer,) = [answer for ask, answer in world.answers(name) if len(ask.tokens) == 40]
-    handle = world.inside.edit(1, lambda x: x + torch.tensor(VECTOR))
-    steered = world.inside.greedy(SHARED[:40], first)
-    handle.remove()
-    assert answer.tokens[0][:first] == steered != world.inside.greedy(SHARED[:40], first)
+    """The first tokens of the steered requests are Hugging Face's with the same vector added, or the same SAE."""
+    spliced = sae_change(open_lake(world.folder / name), keep_error=False)
+    changes: dict[int, Callable[[Tensor], Tensor]] = {40: lambda x: x + torch.tensor(VECTOR), 37: spliced}
+    for length, change in changes.items():
+        (answer,) = [answer for ask, answer in world.answers(name) if len(ask.tokens) == length]
+        handle = world.inside.edit(1, change)
+        steered = world.inside.greedy(SHARED[:length], first)
+        handle.remove()
+        assert answer.tokens[0][:first] == steered != world.inside.greedy(SHARED[:length], first)
 
 
 @pytest.mark.parametrize("name", ["compiled", "host", "device"])

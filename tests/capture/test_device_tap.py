@@ -16,26 +16,43 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from millpond.capture.device_requests import DeviceFollower
+from millpond.capture.device_saes import DeviceSplice, LatentEdits
 from millpond.capture.device_tap import BankRow, DeviceTaps, VectorBank, edit_rows, stage_rows
 from millpond.capture.edits import Edits
-from millpond.capture.requests import BankedEdit, Following, PlannedEdit, RequestFollower
+from millpond.capture.requests import BankedEdit, BankedSplice, Following, PlannedEdit, RequestFollower
 from millpond.capture.ring import StagingRing
 from millpond.capture.tap import HookWork, edit_and_copy
 from millpond.store.capture_spec import CaptureWish
 from millpond.store.errors import InvalidInput
-from millpond.store.interventions import Ablate, Add, Clamp
+from millpond.store.interventions import Ablate, Add, Clamp, SpliceSae
+from millpond.store.lake import Lake, open_lake
+from tests.capture.artifacts import save_small_sae
 
 D, HOOKS = 8, ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 CPU = torch.device("cpu")
 
 
-def device_taps(*, ring_rows: int = 40, edits: int = 2, dtype: torch.dtype = torch.float32) -> DeviceTaps:
-    return DeviceTaps(len(HOOKS), ring_rows, 32, D, dtype, edits, 6, CPU)
+def device_taps(
+    *, ring_rows: int = 40, edits: int = 2, dtype: torch.dtype = torch.float32, splices: Any = ()
+) -> DeviceTaps:
+    return DeviceTaps(len(HOOKS), ring_rows, 32, D, dtype, edits, 6, CPU, splices)
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    folder = tmp_path_factory.mktemp("saes")
+    lake = open_lake(folder / "lake", create=True)
+    for architecture in ("jumprelu", "topk"):
+        save_small_sae(lake, folder / architecture, D, 13, architecture)
+    return lake
 
 
 def some_interventions(rng: np.random.Generator) -> list[Any]:
     vector = tuple(rng.normal(size=D).tolist())
+    latents = {"set_latents": {3: 4.0}, "scale_latents": {5: 0.0, int(rng.integers(6, 13)): 2.0}}
     return [
+        SpliceSae(hook=HOOKS[0], artifact="jumprelu", every=2, **latents),
+        SpliceSae(hook=HOOKS[1], artifact="topk", positions="prompt", keep_error=bool(rng.integers(2)), **latents),
         Add(hook=HOOKS[0], vector=vector, scale=2.0, positions="prompt"),
         Ablate(hook=HOOKS[0], vector=vector, first_position=1),
         Clamp(hook=HOOKS[1], vector=vector, min=-0.1, max=0.2, positions="generated"),
@@ -45,13 +62,16 @@ def some_interventions(rng: np.random.Generator) -> list[Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_both_ways_give_the_same_rows(seed: int, fused: bool, dtype: torch.dtype) -> None:
+def test_both_ways_give_the_same_rows(lake: Lake, seed: int, fused: bool, dtype: torch.dtype) -> None:
     """Random schedules: chunks, requests between each other, one that starts again from 0, an over-run, ring wraps."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    taps = device_taps(dtype=dtype)
+    edits = Edits(lake, D)
+    saes = ("jumprelu", "topk")
+    taps = device_taps(
+        dtype=dtype, splices=[(hook, DeviceSplice(edits.sae(name), 32, 3, CPU)) for hook, name in enumerate(saes)]
+    )
     host, device = RequestFollower(HOOKS, D, dtype), DeviceFollower(HOOKS, D, dtype, taps)
-    edits = Edits(None, D)
     wishes: list[dict[str, Any]] = [{}, {"positions": "generated"}, {"every": 3}, {"token_ids": (1, 2, 3)}]
     lengths, tokens, at = {}, {}, {}
     for number, wish in enumerate(wishes):
@@ -63,6 +83,10 @@ def test_both_ways_give_the_same_rows(seed: int, fused: bool, dtype: torch.dtype
             following.see(0, tokens[name][:n_prompt])
             where = [(HOOKS.index(i.hook), i) for i in asked]
             following.edits = tuple(PlannedEdit(hook, i, edits.make(i, i.hook, 0)) for hook, i in where)
+            following.splices = tuple(
+                BankedSplice(saes.index(i.artifact), i, LatentEdits.of(i)) for i in asked if isinstance(i, SpliceSae)
+            )
+            where = [(hook, i) for hook, i in where if not isinstance(i, SpliceSae)]
             following.banked = tuple(
                 BankedEdit(hook, i, edits.rows(i, i.hook, 0), [h for h, _ in where[:k]].count(hook))
                 for k, (hook, i) in enumerate(where)
@@ -94,6 +118,7 @@ def test_both_ways_give_the_same_rows(seed: int, fused: bool, dtype: torch.dtype
         host.take_rows()
         device.send_rows(torch.from_numpy(ids))
         assert not taps.places.any()
+        assert not any(splice.is_used for _, splice in taps.splices)
         assert (taps.target == taps.nowhere).all()
     for name in lengths:
         n_tokens = total[name]  # one position more was computed: the engine ran one step past the end
@@ -117,6 +142,36 @@ def operations(
 ) -> None:
     edit_rows(hidden, residual, places, bank)
     stage_rows(hidden, residual, target, ring)
+
+
+def test_one_graph_splices_in_every_step(lake: Lake) -> None:
+    sae = Edits(lake, D).sae("jumprelu")
+    splice = DeviceSplice(sae, 6, 2, CPU)
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(splice.apply, fullgraph=True, backend=count, dynamic=False)
+    for step in range(4):
+        hidden, residual = torch.randn(5, D), torch.randn(5, D)
+        value, before = hidden + residual, hidden.clone()
+        edits = LatentEdits((7,), (0.0,), (float(step),), keep_error=False)
+        if step != 2:
+            splice.load([(np.array([step]), edits)], 5)
+        compiled(hidden, residual)
+        others = torch.arange(5) != (step if step != 2 else -1)
+        assert torch.equal(hidden[others], before[others])
+        if step != 2:
+            latents = sae.encode(value[[step]])
+            latents[0, 7] = step
+            torch.testing.assert_close(hidden[[step]], sae.decode(latents))
+            assert residual[step].eq(0).all()
+        splice.clear()
+    assert graphs == 1
 
 
 def test_one_graph_serves_every_step() -> None:
@@ -240,7 +295,7 @@ def engine(**changes: Any) -> SimpleNamespace:
     parts = {
         "parallel_config": {"data_parallel_size": 1, "enable_dbo": False, "ubatch_size": 0},
         "scheduler_config": {"async_scheduling": False},
-        "model_config": {"enable_prompt_embeds": False, "is_encoder_decoder": False},
+        "model_config": {"enable_prompt_embeds": False, "is_encoder_decoder": False, "is_moe": False},
     }
     config = SimpleNamespace(speculative_config=changes.pop("speculative_config", None))
     for name, values in parts.items():
@@ -252,7 +307,6 @@ def engine(**changes: Any) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("data_parallel_size", 2),
         ("prefill_context_parallel_size", 2),
         ("enable_dbo", True),
         ("ubatch_size", 2),
@@ -265,6 +319,16 @@ def test_settings_that_would_lose_rows_are_refused_by_name(name: str, value: obj
     check_engine(engine(), on_device=True)
     with pytest.raises(InvalidInput, match=name):
         check_engine(engine(**{name: value}), on_device=True)
+
+
+def test_only_engines_that_are_independent_may_run_in_parallel() -> None:
+    from millpond.capture.engine_checks import check_engine
+
+    config = engine(data_parallel_size=2)
+    check_engine(config, on_device=True)
+    config.model_config.is_moe = True
+    with pytest.raises(InvalidInput, match="data_parallel_size above 1 is not supported with capture of a mixture"):
+        check_engine(config, on_device=True)
 
 
 def test_drafts_need_synchronous_scheduling() -> None:

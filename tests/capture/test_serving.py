@@ -191,6 +191,15 @@ def test_an_id_is_taken_once_and_beams_are_refused(server: Server) -> None:
     assert sorted(mp.open(server.lake)["ids"].prompts["id"]) == ["one", "two"]
 
 
+def test_the_run_of_a_job_is_left_to_it(server: Server) -> None:
+    mp.open(server.lake, create=True).create_run(
+        "of-a-job", hooks=(HOOK.format(0),), d_model=256, dtype="float32", provenance={"fingerprint": "f"}
+    )
+    response = server.post({"prompt": "x = 1"}, millpond={"run": "of-a-job", "hooks": [HOOK.format(0)]})
+    assert (response.status_code, "made by a capture job" in response.text) == (400, True)
+    assert len(mp.open(server.lake)["of-a-job"]) == 0
+
+
 def test_an_aborted_stream_leaves_nothing(server: Server) -> None:
     """A slow server may see the client leave too late; then the request has ended, and is stored whole."""
     body = {"model": "base", "prompt": "x = 1", "max_tokens": 400, "ignore_eos": True, "stream": True}

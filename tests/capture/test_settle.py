@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from millpond.capture.settle import Settler
+from millpond.capture.settle import Settler, Stored
 from millpond.store.errors import CaptureFailed
 
 
@@ -26,11 +26,11 @@ class Workers:
             asked = {capture_id for capture_id, _ in arguments[0]}
             return [
                 {
-                    capture_id: {"status": "failed" if error else "kept", "rows": 3, "error": error}
+                    capture_id: {"status": "failed" if error else "kept", "rows": 3, "error": error, "engine": rank}
                     for capture_id, error in worker.items()
                     if capture_id in asked
                 }
-                for worker in self.confirm
+                for rank, worker in enumerate(self.confirm)
             ]
         if method == "millpond_poll":
             if not self.polls:
@@ -54,13 +54,17 @@ def settle(workers: Workers, *capture_ids: str) -> list[Any]:
 def test_every_worker_that_keeps_a_request_must_commit_it() -> None:
     polls = [[news({"a": 3}), news()], [news({"b": 3}), news()], [news(), news({"a": 3})], [news(), news({"b": 3})]]
     workers = Workers([{"a": None, "b": None}, {"a": None, "b": None}], polls)
-    assert settle(workers, "a", "b") == [3, 3]
+    assert [stored.rows for stored in settle(workers, "a", "b")] == [3, 3]
     assert workers.calls[0] == ("millpond_confirm", [("a", 4), ("b", 4)])  # one call for both
     assert polls == []  # a waited for the second worker
+    polled = [names for method, *(names,) in workers.calls if method == "millpond_poll"]
+    assert polled[0] == ["a", "b"]  # by name: other servers poll the same workers
+    assert polled[-1] == ["b"]
 
 
 def test_a_worker_without_rows_of_the_request_is_not_waited_for() -> None:
-    assert settle(Workers([{"a": None}, {}], [[news({"a": 3}), news()]]), "a") == [3]
+    assert settle(Workers([{"a": None}, {}], [[news({"a": 3}), news()]]), "a") == [Stored(3, engine=0)]
+    assert settle(Workers([{}, {"a": None}], [[news(), news({"a": 3})]]), "a") == [Stored(3, engine=1)]
 
 
 @pytest.mark.parametrize(
@@ -83,10 +87,10 @@ def test_a_request_fails_with_the_first_worker_that_does(
 def test_dropped_requests_are_forgotten_before_others_are_confirmed() -> None:
     workers = Workers([{"a": None}], [[news({"a": 3})]])
 
-    async def run() -> int:
+    async def run() -> Stored:
         settler = Settler(workers)
         settler.drop(["gone"])
         return await settler.settle("a", 4)
 
-    assert asyncio.run(run()) == 3
+    assert asyncio.run(run()).rows == 3
     assert [call[0] for call in workers.calls] == ["millpond_drop", "millpond_confirm", "millpond_poll"]

@@ -32,6 +32,7 @@ NAMES = {
         "SchedulerOutput": "scheduled_new_reqs finished_req_ids",
     },
     "v1/engine/core.py": {"EngineCore": "preprocess_add_request(request)"},
+    "v1/engine/core_client.py": {"MPClient": "core_engines", "AsyncMPClient": "call_utility_all_async(method)"},
     "v1/engine/parallel_sampling.py": {"ParentRequest": "_get_child_sampling_params(index)"},
     "v1/request.py": {"Request": "get_skip_reading_prefix_cache cache_salt prompt_token_ids sampling_params"},
     "v1/engine/async_llm.py": {"AsyncLLM": "generate(prompt, sampling_params, request_id)"},
@@ -43,11 +44,11 @@ NAMES = {
     "entrypoints/openai/chat_completion/protocol.py": {"ChatCompletionRequest": "to_beam_search_params vllm_xargs"},
     "config/parallel.py": {
         "ParallelConfig": "data_parallel_size prefill_context_parallel_size ubatch_size enable_dbo "
-        "enable_expert_parallel worker_cls worker_extension_cls"
+        "enable_expert_parallel worker_cls worker_extension_cls data_parallel_index _api_process_count"
     },
     "config/scheduler.py": {"SchedulerConfig": "async_scheduling max_num_batched_tokens max_num_seqs"},
     "config/compilation.py": {"CompilationConfig": "max_cudagraph_capture_size"},
-    "config/model.py": {"ModelConfig": "enable_prompt_embeds is_encoder_decoder get_hidden_size hf_text_config"},
+    "config/model.py": {"ModelConfig": "enable_prompt_embeds is_encoder_decoder is_moe get_hidden_size hf_text_config"},
     "config/speculative.py": {"SpeculativeConfig": "enable_adaptive_verification"},
     "config/vllm.py": {"VllmConfig": "additional_config speculative_config"},
     "distributed/parallel_state.py": {"GroupCoordinator": "cpu_group ranks rank_in_group world_size is_first_rank"},

@@ -62,6 +62,7 @@ class Gatehouse:
         parameters: int = 8_000_000_000,
         port: int | None = None,
         jupyterhub: bool = False,
+        policy: str = "",
         **settings: object,
     ) -> None:
         self.folder = folder
@@ -85,7 +86,7 @@ class Gatehouse:
             text + '[models.m]\npath = "nowhere"\n' + "[jupyterhub]\ncache_seconds = 0\n" * jupyterhub
         )
         (folder / "policy.toml").write_text(
-            f"[models.m]\nparameters = {parameters}\n[models.other]\nparameters = 1000000000\n"
+            f"{policy}[models.m]\nparameters = {parameters}\n[models.other]\nparameters = 1000000000\n"
         )
         self.tokens = {}
         for user in ("ada", "ben", "rex", "eve"):

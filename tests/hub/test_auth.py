@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from millpond.hub.auth import Gatekeeper, Sessions, TokenFile, new_token
+from millpond.hub.auth import SESSIONS_OF_ONE, Gatekeeper, Sessions, TokenFile, new_token
 from millpond.store.errors import InvalidInput
 
 ORIGIN = "https://hub.example.org"
@@ -105,6 +105,30 @@ def test_a_session_ends_with_its_token_its_time_and_its_log_out(path):
     path.write_text("")
     os.utime(path, ns=(1, 1))
     assert sessions.identify(fresh) is None
+
+
+def test_nobody_logs_others_out_by_logging_in(path):
+    mine, other = new_token(path, "rex", ("review",), login=True), new_token(path, "eve", ("read",), login=True)
+    bearer = new_token(path, "eve", ("read",))
+    sessions = Sessions(TokenFile(path))
+    key = sessions.open(mine)
+    theirs = [sessions.open(other) for _ in range(200)]
+    assert all(sessions.open(wrong) is None for wrong in ("", "x", bearer, mine[:-1]))
+    assert sessions.identify(key).user == "rex"
+    alive = [one for one in theirs if sessions.identify(one)]
+    assert alive == theirs[-SESSIONS_OF_ONE:]
+    assert len(sessions._held) == 1 + SESSIONS_OF_ONE  # whatever strangers and eve try
+
+
+def test_of_a_browsers_user_and_a_tokens_the_token_counts(path):
+    """A browser logged in as a reviewer whose page sends another's token: one account, the token's, and no session."""
+    ada, rex = new_token(path, "ada", ("read", "run")), new_token(path, "rex", ("read", "review"), login=True)
+    keeper = Gatekeeper(TokenFile(path), ORIGIN)
+    cookie = {keeper.cookie: keeper.sessions.open(rex)}
+    both = keeper.identify({"authorization": f"Bearer {ada}", "origin": ORIGIN}, cookie)
+    assert (both.user, both.scopes, both.session, both.csrf) == ("ada", {"read", "run"}, False, "")
+    # the log-in token of the very session is no bearer's, and does not fall back to the session
+    assert keeper.identify({"authorization": f"Bearer {rex}"}, cookie) is None
 
 
 def test_a_browsers_change_needs_its_origin_and_its_secret(path):

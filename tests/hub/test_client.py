@@ -23,7 +23,7 @@ from millpond.hub.ledger import Payer
 from millpond.hub.local import LocalVault
 from millpond.hub.projection import RunView
 from millpond.hub.textcode import encode
-from millpond.hub.textmodel import TextModel
+from millpond.hub.textmodel import VERSION, TextModel
 from millpond.store.errors import (
     ActivationsStayInVault,
     BudgetSpent,
@@ -35,6 +35,7 @@ from millpond.store.errors import (
     LabelNotFound,
     NotReleased,
     RunNotFound,
+    TextVersionUnknown,
 )
 from millpond.store.lake import open_lake
 from millpond.store.seal import seal_run
@@ -431,11 +432,13 @@ def test_texts_are_read_with_the_gateways_dictionary_only(tmp_path):
     path.write_text(words)
     texts = ["def two(value):\n    return value + 2\n", "", "zwölf"]
     model = TextModel(words.encode())
-    assert TextReader(path, model.sha256).decode(encode(texts, model), 3) == texts
+    assert TextReader(path, model.sha256, VERSION).decode(encode(texts, model, 40), 3, 40) == texts
     with pytest.raises(InvalidInput, match="get the gateway's file"):
-        TextReader(path, "0" * 64).check()
+        TextReader(path, "0" * 64, VERSION).check()
     with pytest.raises(InvalidInput, match="MILLPOND_DICTIONARY"):
-        TextReader(None, model.sha256).check()
+        TextReader(None, model.sha256, VERSION).check()
+    with pytest.raises(TextVersionUnknown, match="version 1 "):
+        TextReader(path, model.sha256, 1).check()
     with pytest.raises(InvalidInput, match="ask for rates"):
         TextReader(path, None).check()
 

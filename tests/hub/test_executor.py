@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from tests.hub.gatehouse import HOOK, Gatehouse, probe, rows, write_run
 
 from millpond.hub.answers import Answers
-from millpond.hub.body import Handles, ReleasedResult, decode
+from millpond.hub.body import ErrorCode, Failure, Handles, ReleasedResult, decode
 from millpond.hub.executor import Executor, Progress, Workshop, verify_release
 from millpond.hub.tables import ANSWERS, ENTRIES
 from millpond.store.artifacts import artifact_names
@@ -219,6 +219,14 @@ def test_a_capture_is_queued_for_the_workers_and_its_run_is_the_projects(gate):
     assert decode(ada.get(f"{P}/jobs/{handle}/made").content).values == (run,)
     assert run in decode(ada.get(f"{P}/runs").content).values
     assert run not in decode(eve.get("/api/v1/p/two/runs").content).values
+    # two that wait under one name would resolve to the same run: the second is refused, and another project's is not
+    waiting = gate.submit(ada, job | {"name": "twice"})
+    refused = ada.post(f"{P}/jobs", json={"job": job | {"name": "twice"}})
+    assert decode(refused.content) == Failure(ErrorCode.BAD_REQUEST)
+    mine = {"kind": "capture", "model": "m", "name": "twice", "prompts": [{"id": "a", "text": "b"}], "hooks": [HOOK]}
+    assert gate.submit(eve, mine, "two")
+    ada.delete(f"{P}/jobs/{waiting}")
+    assert gate.submit(ada, job | {"name": "twice"})  # the first one will never be
     for wrong in ({"name": "fresh"}, {"model": "other"}, {"model": "nobody"}, {"adapter": "x"}, {"prompts": "0" * 16}):
         reply = ada.post(f"{P}/jobs", json={"job": job | {"name": "more"} | wrong})
         assert reply.status_code in (400, 404), wrong

@@ -74,21 +74,52 @@ def test_a_route_without_a_scope_cannot_be_made(gate):
 
 def test_a_response_says_nothing_beside_its_body(gate):
     ada = gate.client("ada")
-    names = {"content-type", "content-length", "cache-control", "x-content-type-options"}
+    names = {"content-type", "content-length"}
     for method, path in (
         ("GET", f"{P}/runs"), ("GET", f"{P}/runs/{NOBODY}"), ("GET", "/api/v1/version"), ("GET", "/nowhere"),
         ("POST", f"{P}/jobs"), ("PUT", f"{P}/jobs"), ("HEAD", f"{P}/runs"), ("TRACE", "/"), ("GET", f"{P}/runs/"),
     ):  # fmt: skip
         reply = ada.request(method, path, headers={"Accept-Encoding": "gzip", "X-Forwarded-For": "1.2.3.4"})
         assert set(reply.headers) == names, (method, path)
-        assert reply.headers["cache-control"] == "no-store"
     assert ada.head(f"{P}/runs").status_code == 404
+    browser, _ = gate.browser("ada")  # it guesses types and keeps answers, unless it is told not to
+    for path in (f"{P}/runs", f"{P}/runs/{NOBODY}", "/nowhere", "/api/v1/version", "/"):
+        headers = browser.get(path).headers
+        assert names | {"cache-control", "x-content-type-options"} <= set(headers)
+        assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
+
+
+def test_a_response_is_one_piece_and_the_connection_is_kept(gate):
+    """The meter charges 16 bytes a piece, TLS a record; a new connection costs a handshake."""
+    request = (
+        f"GET {P}/jobs/{NOBODY} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {gate.tokens['ada']}\r\n\r\n"
+    ).encode()
+    with socket.create_connection(("127.0.0.1", gate.port), timeout=10) as wire:
+        for _ in range(5):
+            wire.sendall(request)
+            whole = wire.recv(65536)
+            head, _, body = whole.partition(b"\r\n\r\n")
+            assert decode(body) == Failure(ErrorCode.NOT_FOUND)
+            assert len(whole) <= 90, head
+
+
+def test_a_labels_text_cannot_fill_the_memory(gate):
+    """Text takes the longest value's room for every row: one of 100 kB for 1,200 rows took 480 MB."""
+    ada = gate.client("ada")
+    for value in ("x" * 201, "x" * 100_000, ["x" * 300] * 20):
+        by = "token" if isinstance(value, list) else "prompt"
+        values = {f"p{number}": value for number in range(PROMPTS)}
+        reply = ada.post(f"{P}/runs/{gate.run}/labels", json={"name": "long", "by": by, "values": values})
+        assert code(reply) == ErrorCode.BAD_REQUEST
+    for column in ("x" * 201, {"a": 1}, [1, 2]):
+        sent = {"name": "long", "prompts": [{"id": "a", "text": "b", "column": column}]}
+        assert code(ada.post(f"{P}/prompts", json=sent)) == ErrorCode.BAD_REQUEST
 
 
 def test_constants_are_the_same_for_everybody(gate):
     one, other = gate.client().get("/api/v1/version"), gate.client("eve").get("/api/v1/version")
     assert one.content == other.content
-    assert set(one.json()) == {"version", "api", "dictionary_sha256"}
+    assert set(one.json()) == {"version", "api", "dictionary_sha256", "text_model"}
     spec = gate.client().get("/api/v1/openapi.json").json()
     assert set(spec["paths"]) >= {"/api/v1/p/{project}/jobs", "/api/v1/p/{project}/budget"}
     assert gate.client("ada").get("/api/v1/projects").json() == {"projects": ["one"]}
@@ -398,6 +429,67 @@ def test_what_is_left_is_shown_in_steps_and_dear_jobs_are_refused_first(tmp_path
         assert last.content == b"\x03"  # the notice that the budget is spent, to whatever is asked
         assert gate.ledger.balances(Payer("ada", "one", ("m",)))[0].spent <= 1000
         assert gate.client("ben").get(f"{P}/runs").status_code == 200  # a week of his own
+
+
+def test_a_token_beside_another_users_session_acts_and_pays_as_its_own_user(gate):
+    """The account is one: the token's. Neither the session's role nor its budget is used."""
+    browser, csrf = gate.browser("rex")
+    job = gate.submit(gate.client("ada"), STATISTICS | {"rows": rows(gate.run)})
+    headers = {"Authorization": f"Bearer {gate.tokens['ben']}", "X-CSRF-Token": csrf, "Origin": gate.origin}
+
+    def weeks():
+        return [gate.ledger.balances(Payer(user, "one", ("m",)))[0].spent for user in ("ben", "rex")]
+
+    before = weeks()
+    assert code(browser.get(f"{P}/reviews", headers=headers)) == ErrorCode.NOT_ALLOWED  # Rex may, Ben may not
+    reply = browser.post(f"{P}/reviews/{job}/0", headers=headers, json={"decision": "approved"})
+    assert code(reply) == ErrorCode.NOT_ALLOWED
+    assert decode(browser.get(f"{P}/jobs", headers=headers).content) == Handles(())  # Ben has none; Rex may not submit
+    submitted = decode(
+        browser.post(f"{P}/jobs", headers=headers, json={"job": STATISTICS | {"rows": rows(gate.run)}}).content
+    )
+    assert isinstance(submitted, Handles)
+    assert gate.app.state.gateway.queue.get(submitted.values[0].hex()).user == "ben"
+    after = weeks()
+    assert (after[0] > before[0], after[1]) == (True, before[1])
+    headers["Authorization"] = "Bearer nonsense"
+    assert code(browser.get(f"{P}/jobs", headers=headers)) == ErrorCode.NOT_ALLOWED
+    assert isinstance(decode(browser.get(f"{P}/reviews").content), Handles)  # the session itself goes on
+
+
+def test_plain_http_is_for_loopback_and_cookies_are_bound_to_their_host(tmp_path):
+    from millpond.hub.settings import Settings
+
+    common = {"lake": "l", "database": "d", "policy": "p", "tokens": "t"}
+    tls = {"certificate": tmp_path / "c", "key": tmp_path / "k"}
+    https = {"origin": "https://hub.example.org"}
+    for good in (
+        {}, {"listen": "127.0.0.1:1"}, {"listen": "[::1]:1", "origin": "http://[::1]:1"}, {"listen": "unix:/run/x"},
+        {"origin": "http://gateway.localhost:8000"}, https, https | {"listen": "unix:/run/x"},
+        https | tls | {"listen": "0.0.0.0:443"}, https | {"listen": "10.0.0.1:80", "tls_proxy": True},
+    ):  # fmt: skip
+        Settings.model_validate(common | good)
+    for bad, said in (
+        ({"origin": "http://hub.example.org"}, "loopback only"), ({"origin": "http://10.0.0.1:80", "tls_proxy": True}, "loopback"),
+        ({"origin": "http://127.0.0.1.example.org"}, "loopback only"), (tls, "https"), ({"tls_proxy": True}, "https"),
+        (https | {"listen": "0.0.0.0:80"}, "without a certificate"), (https | {"listen": "[::]:80"}, "without a certificate"),
+        (https | {"listen": "hub.example.org:80"}, "without a certificate"), ({"listen": "0.0.0.0:80"}, "without a certificate"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            Settings.model_validate(common | bad)
+    with Gatehouse(tmp_path) as plain:
+        cookie = (
+            plain.client(Origin=plain.origin).post("/login", data={"token": plain.logins["rex"]}).headers["set-cookie"]
+        )
+        assert cookie.startswith("millpond=")
+        gatekeeper = plain.app.state.gateway.gatekeeper
+        served = type(gatekeeper)(gatekeeper.tokens, "https://hub.example.org")
+        plain.app.state.gateway.gatekeeper = served
+        reply = plain.client(Origin=served.origin).post("/login", data={"token": plain.logins["rex"]})
+        name, _, rest = reply.headers["set-cookie"].partition("=")
+        assert name == "__Host-millpond"
+        assert rest.partition("; ")[2].split("; ") == ["Path=/", "HttpOnly", "SameSite=Lax", "Secure"]  # no Domain
+        assert served.state_cookie.startswith("__Host-")
 
 
 def test_settings_say_what_is_wrong(tmp_path):

@@ -24,12 +24,13 @@ from millpond.hub.executor import Executor, verify_release
 from millpond.hub.policy import Disclosure
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
-from millpond.hub.rates import matches, rate
+from millpond.hub.rates import matches, mean, rate
 from millpond.hub.rules import Evidence, Rule, judge
 from millpond.hub.settings import Weights
 from millpond.hub.shapes import TEXTS
+from millpond.store.artifacts import load_artifact
 from millpond.store.errors import GatewayRefused, InReview, InvalidInput, NotReleased
-from millpond.store.generation import read_completions
+from millpond.store.generation import Question, read_completions, read_judged
 from millpond.store.result import Result
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,27 @@ def test_a_rate_counts_prompts_and_not_completions():
     assert rate(matched, np.arange(20))[2] < high
 
 
+def test_a_mean_score_has_the_interval_of_a_ratio_over_prompts():
+    scores, prompts = np.array([1.0, 2.0, 3.0, 4.0, 10.0]), np.array([0, 0, 1, 1, 2])
+    # sums of deviations from 4 by prompt: -5, -1, 6; times 3/2 over 5 squared
+    half = 1.959964 * (1.5 * (25 + 1 + 36)) ** 0.5 / 5
+    assert mean(scores, prompts) == pytest.approx((4.0, 4.0 - half, 4.0 + half), abs=1e-5)
+    one = mean(scores[:2], prompts[:2])
+    assert one[0] == 1.5
+    assert np.isnan(one[1:]).all()
+
+
+def test_a_question_is_filled_in_once_and_must_show_what_is_judged():
+    question = Question(template="{prompt}|{completion} {x}?", choices=(" yes", " no"))
+    assert question.ask("{completion}", "{prompt}") == "{completion}|{prompt} {x}?"
+    for wrong in (
+        {"template": "{prompt}?", "choices": (" a", " b")},
+        {"template": "{completion}", "choices": (" a", " a")},
+    ):
+        with pytest.raises(ValueError, match=r"completion|same"):
+            Question(**wrong)
+
+
 def test_an_expression_cannot_hang_the_vault():
     started = time.process_time()
     assert matches(["a" * 100_000 + "b"], regex="(a+)+$").tolist() == [False]
@@ -73,6 +95,9 @@ def test_rates_of_added_vectors_pass_on_own_prompts_only_and_texts_never():
     assert judge(rates, restricted, (), limits).rules == (Rule.INTERVENED,)
     summary = Result("summary", {"mean": 1.0}, {})
     assert judge(summary, Evidence("own", matched=True, **steered), (), limits).rules == (Rule.INTERVENED,)
+    scored = Result("probe-rates", dict(rates.values), {})
+    assert judge(scored, Evidence("own", matched=True, **steered), (), limits).rules == (Rule.INTERVENED,)
+    assert judge(scored, Evidence("own", matched=True, **steered | {"intervened": False}), (), limits).outcome == "pass"
     texts = Result(TEXTS, {"coded": np.zeros(3, np.uint8)}, {})
     assert judge(texts, Evidence("own", rows=400, prompts=200), (), limits).rules == (Rule.TEXT,)
 
@@ -82,7 +107,7 @@ class Worker:
         # fmt: off
         command = [
             sys.executable, "-m", "millpond.cli", "worker", "--queue", address, "--model", str(MODEL),
-            "--lake", str(folder / "lake"), "--hooks", HOOK, "--lease", "4", "--kinds", "capture", "generate",
+            "--lake", str(folder / "lake"), "--hooks", HOOK, "--lease", "4", "--kinds", "capture", "generate", "judge",
             "--engine", json.dumps({"kv_cache_memory_bytes": 1 << 27, "max_num_batched_tokens": 512}),
         ]
         # fmt: on
@@ -104,7 +129,7 @@ def place(tmp_path_factory):
     gate = Gatehouse(folder, dictionary="words.txt")
     gate.settings = gate.settings.model_copy(update={"models": {"m": Weights(path=str(MODEL))}})
     sql = SqlQueue(gate.settings.database)
-    token, credential = new_worker("gpu", ["capture", "generate"])
+    token, credential = new_worker("gpu", ["capture", "generate", "judge"])
     executor = Executor(gate.settings, told=lambda _: None)
     thread = threading.Thread(target=executor.run)
     with gate, serving(create_queue_app(sql, [credential])) as address:
@@ -165,13 +190,113 @@ def test_steering_changes_how_often_the_model_writes_what_matches(place):
     assert place.gate.spent() - before < 2 * quoted + 400
 
 
+def transformer():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    return model, AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.mark.slow
+def test_a_probe_scores_what_is_written_and_its_rates_and_means_leave(place):
+    """The scores are those of a Hugging Face forward pass over prompt and completion."""
+    import torch
+
+    run = place.lake.capture(place.prompts, model="m", name="rows", hooks=HOOK)
+    run.labels.add("early", {row["id"]: number < 12 for number, row in enumerate(PROMPTS)})
+    probe = mp.LogisticProbe().fit(run[HOOK], run.labels["early"])
+    options = {"model": "m", "max_tokens": 12, "by": "kind"}
+    score = {"probe": probe, "of": "max", "threshold": 2.0}
+    before = place.gate.spent()
+    quoted = place.lake.quote("generate", {"prompts": place.prompts, "score": score, **options})
+    future = place.lake.submit_generate(place.prompts, score=score, **options)
+    made = future.result(timeout=240)
+    assert place.gate.spent() - before < 2 * quoted + 400
+    lake = place.gate.lake
+    table = read_completions(lake.storage, future.handle)
+    held = place.gate.app.state.gateway.projects.find("one", "artifact", bytes.fromhex(future.job.score.probe))
+    artifact = load_artifact(lake, held.target)
+    coef, intercept = (artifact.arrays()[name] for name in ("coef", "intercept"))
+    model, tokenizer = transformer()
+    compared = 0
+    for row, prompt in zip(table.itertuples(), PROMPTS, strict=True):
+        ids = tokenizer(prompt["text"] + row.text, return_tensors="pt")["input_ids"]
+        n = len(row.prompt_tokens)
+        if ids[0, :n].tolist() != list(row.prompt_tokens) or ids.shape[1] != n + row.tokens:
+            continue  # cut into other tokens than it was written in
+        with torch.no_grad():
+            hidden = model(ids, output_hidden_states=True).hidden_states[3]
+        scores = hidden[0, n - 1 : -1].float().numpy() @ coef[0] + intercept[0]
+        expected = (scores.mean(), scores.max(), scores[-1])
+        error = 0.03 * np.abs(scores).max()  # of bfloat16
+        assert (row.score_mean, row.score_max, row.score_last) == pytest.approx(expected, abs=error)
+        compared += 1
+    assert compared > len(PROMPTS) / 2
+    (kept,) = place.gate.app.state.gateway.answers.of(future.handle)
+    assert kept.result.values["rates"][0] == (table["score_max"] > 2.0).mean()
+    assert 0 < kept.result.values["rates"][0] < 1
+    assert kept.result.values["scores"][0] == pytest.approx(table["score_max"].mean())
+    shown = made.table()
+    assert (shown["score_low"] < shown["score"]).all()
+    assert (shown["score"] < shown["score_high"]).all()
+    assert shown.index.tolist() == ["overall", "check", "load", "read", "write"]
+    assert not [name for name in lake if name.startswith("generation-")]
+    steered = place.lake.submit_generate(place.prompts, score=score, interventions=[STEER], **options)
+    with pytest.raises(InReview, match="intervention"):
+        steered.result(timeout=240)
+    moved = read_completions(lake.storage, steered.handle)
+    assert (moved["score_max"] - table["score_max"]).abs().mean() > 1  # read where the vector was added
+
+
+@pytest.mark.slow
+def test_a_judge_in_the_vault_answers_about_each_completion_and_only_shares_leave(place):
+    """Its answers are the likelier of two tokens in a Hugging Face forward pass."""
+    import torch
+
+    score = {"template": "{prompt}{completion}", "choices": ["\n", " self"]}
+    options = {"model": "m", "max_tokens": 8, "score": score}
+    quoted = place.lake.quote("generate", {"prompts": place.prompts, **options})
+    assert quoted == 1 + -(-(8 + 1 + 17 + 2 * 40 + 2 * 41) // 8) + 16  # two rates with their intervals, two counts
+    future = place.lake.submit_generate(place.prompts, **options)
+    made = future.result(timeout=240)
+    table = read_completions(place.gate.lake.storage, future.handle)
+    chosen = read_judged(place.gate.lake.storage, future.handle)["choice"].to_numpy()
+    model, tokenizer = transformer()
+    answers = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in score["choices"]]
+    sure = 0
+    for row, choice, prompt in zip(table.itertuples(), chosen, PROMPTS, strict=True):
+        ids = tokenizer(prompt["text"] + row.text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1, answers].float()
+        if abs(float(logits[0] - logits[1])) > 0.25:
+            assert choice == int(logits.argmax())
+            sure += 1
+    assert sure > len(PROMPTS) / 2
+    assert made.choices == ("\n", " self")
+    shown = made.table()["rate"]
+    (kept,) = place.gate.app.state.gateway.answers.of(future.handle)
+    assert kept.result.values["rates"].tolist() == [float((chosen == 0).mean()), float((chosen == 1).mean())]
+    assert shown[("\n", "overall")] > shown[(" self", "overall")]
+    events = [event.event for event in place.sql.history(future.handle) if event.event != "heartbeat"]
+    assert events == ["submit", "claim", "hand over", "claim", "hand over", "claim", "finish"]
+    steered = place.lake.generate(place.prompts, interventions=[STEER], **options)
+    before, after = made.table().loc[("\n", "overall")], steered.table().loc[("\n", "overall")]
+    print(made.table(), steered.table())
+    assert before["low"] > after["high"] or after["low"] > before["high"]
+    with pytest.raises(GatewayRefused):  # the choices begin alike
+        place.lake.generate(PROMPTS[:1], **options | {
+            "score": score | {"choices": [" self.a", " self.b"]}})  # fmt: skip
+
+
 @pytest.mark.slow
 def test_texts_leave_after_a_review_only_and_are_what_is_in_the_vault(place):
     options = {"model": "m", "max_tokens": 30, "texts": True, "n": 2, "temperature": 0.8}
     prompts = PROMPTS[:3]
     future = place.lake.submit_generate(prompts, **options)
     with pytest.raises(InReview):
-        future.result(timeout=120)
+        future.result(timeout=240)
     browser, csrf = place.gate.browser("rex")
     rex = place.gate.spent("rex")
     seen = browser.post(f"/p/one/reviews/{future.handle}/0", data={"do": "view", "csrf_token": csrf})
@@ -195,7 +320,7 @@ def test_texts_leave_after_a_review_only_and_are_what_is_in_the_vault(place):
 def test_a_refused_review_sends_nothing(place):
     future = place.lake.submit_generate(PROMPTS[:2], model="m", max_tokens=10, texts=True)
     with pytest.raises(InReview):
-        future.result(timeout=120)
+        future.result(timeout=240)
     browser, csrf = place.gate.browser("rex")
     path = f"{P}/reviews/{future.handle}/0"
     browser.post(path, json={"decision": "denied"}, headers={"X-CSRF-Token": csrf})
@@ -226,6 +351,7 @@ def test_what_cannot_be_done_is_refused_before_it_is_queued(place):
         ("max_tokens", {"max_tokens": 5000}),
         ("temperature", {"temperature": -1}),
         ("score", {"score": []}),
+        ("completion", {"score": {"template": "Good?", "choices": [" yes", " no"]}}),
         ("by", {"by": "kind"}),
         ("texts", {"score": None}),
     ):

@@ -19,7 +19,7 @@ from millpond.hub.projects import Projects
 from millpond.hub.rules import Rule, judge
 from millpond.hub.shapes import Context, write_result
 from millpond.hub.vault import Vault, label_mark
-from millpond.store.errors import InvalidInput, LabelNotFound, NotHeld
+from millpond.store.errors import InvalidInput, LabelNotFound, NotHeld, TooFewPrompts
 from millpond.store.lake import open_lake
 
 POLICY = Policy(models={"m": ModelPolicy(parameters=8_000_000_000)})
@@ -294,7 +294,6 @@ ATTACKS = {
     "mean of one row": ("shared", "own", MEAN, "prompt == 3 and position == 2", "refuse", Rule.NO_VARIANCE),
     "mean weighed by a label": ("shared", "own", MEAN | {"of": WEIGHED}, None, "review", Rule.CUSTOM_OUTPUT),
     "mean of a steered run": ("steered", "own", MEAN, None, "review", Rule.INTERVENED),
-    "few prompts of somebody's": ("shared", "restricted", MEAN, "prompt < 12", "refuse", Rule.TOO_FEW_PROMPTS),
     "one prompt many times": ("copies", "restricted", MEAN, None, "refuse", Rule.TOO_FEW_PROMPTS),
 }
 
@@ -306,6 +305,12 @@ def test_the_evidence_shows_what_a_result_would_give_away(vault, name):
     found = verdict(answer)
     assert found.outcome == outcome
     assert rule in found.rules
+
+
+@pytest.mark.parametrize("where", ["prompt < 19", "prompt == 3", "prompt > 1000"])
+def test_few_prompts_of_somebody_else_are_not_selected_at_all(vault, where):
+    with pytest.raises(TooFewPrompts, match="fewer than 20 restricted prompts"):
+        do(vault, expression(vault.handles["shared", "restricted"], MEAN, where))
 
 
 @pytest.mark.parametrize("name", ["MassMeanProbe", "RidgeProbe"])

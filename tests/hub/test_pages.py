@@ -17,12 +17,14 @@ import httpx
 import numpy as np
 import pandas as pd
 import pytest
+import sqlalchemy as sa
 from tests.browser import Browser
 from tests.queue_serving import serving
 
 import millpond as mp
 from millpond.hub.auth import new_token
-from millpond.hub.body import JobStatus, decode, encode
+from millpond.hub.body import JobStatus, TrainingCurve, decode, encode
+from millpond.hub.database import open_database
 from millpond.hub.ledger import Payer
 from millpond.hub.local import LocalVault
 from millpond.hub.pages.charts import bar_chart, line_chart
@@ -33,6 +35,7 @@ from millpond.hub.policy import Disclosure
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
 from millpond.hub.shapes import Context
+from millpond.hub.tables import ENTRIES
 from millpond.store.lake import open_lake
 from millpond.store.result import Result
 from millpond.store.seal import seal_run
@@ -169,6 +172,17 @@ def charged(site):
     return found
 
 
+def curve_charges(site):
+    """What each look at a training curve has cost."""
+    engine = open_database(site.vault.database)
+    with engine.connect() as connection:
+        details = [
+            json.loads(one) for one in connection.scalars(sa.select(ENTRIES.c.detail).where(ENTRIES.c.kind == "charge"))
+        ]
+    engine.dispose()
+    return [one["bytes"] for one in details if one["what"] == "TrainingCurve"]
+
+
 def cost(text):
     return int(re.search(r"This page cost ([\d,]+) bytes", text)[1].replace(",", ""))
 
@@ -235,6 +249,49 @@ def test_a_sweep_is_drawn_from_the_released_numbers(browser, site):
     assert len(heights) == 3
     assert heights == sorted(heights, reverse=True)  # up is better, and later layers are better
     assert browser.js(f"{chart}.closest('figure').querySelectorAll('tbody tr').length") == 3
+
+
+@pytest.mark.slow
+def test_a_training_is_watched_while_it_goes_on(browser, site, tmp_path):
+    """The curve grows at ends of slots, is charged when it is looked at, and is not shown of others' prompts."""
+    log_in(browser, site, "ada")
+    params = {"d_sae": 64, "k": 4, "batch_size": 128}
+    job = {
+        "kind": "sae_train", "estimator": {"name": "BatchTopKSae", "params": params}, "hooks": [HOOKS[3]],
+        "rows": {"run": site.run}, "tokens": 800_000,
+    }  # fmt: skip
+    browser.go(f"{site.origin}/p/deception/submit")
+    fill(browser, "#job", json.dumps(job))
+    press(browser, "button[value=submit]")
+    points = "document.querySelector('polyline.curve').getAttribute('points')"
+    browser.wait_for(f"document.querySelector('[data-follow]') && {points}.trim().split(' ').length >= 3")
+    early = browser.js(points).split()
+    browser.screenshot(tmp_path / "curve.png")
+    browser.wait_for("document.querySelector('[data-state]').textContent == 'done'", seconds=120)
+    late = browser.js(points).split()
+    assert late[: len(early)] == early  # what was shown stays
+    assert len(late) == 16
+    at = [tuple(map(int, point.split(","))) for point in late]
+    assert [x for x, _ in at] == [20 * place + 10 for place in range(16)]
+    fvu = [(254 - y) / 200 for _, y in at]
+    assert fvu[-1] < fvu[0]
+    assert browser.js("document.querySelector('[data-reached]').textContent") == f"{fvu[-1]:.4g}"
+    paid = curve_charges(site)
+    assert 2 <= len(paid) <= 40
+    assert set(paid) == {16 + 17}
+    theirs = site.vault.projects.hold(
+        "deception", "run", "others", "run-1", model="toy", detail={"prompts": "restricted"}
+    ).handle.hex()
+    with httpx.Client(base_url=site.origin, timeout=30) as http:
+        token = new_token(site.vault.folder / "tokens.toml", "ada", ("read", "run"))
+        http.headers["authorization"] = f"Bearer {token}"
+        sent = http.post("/api/v1/p/deception/jobs", json={"job": job | {"rows": {"run": theirs}, "tokens": 100_000}})
+        (handle,) = decode(sent.content).values
+        path = f"/api/v1/p/deception/jobs/{handle.hex()}"
+        while not decode(http.get(path).content).final:
+            time.sleep(0.1)
+        assert decode(http.get(path).content).state == "done"
+        assert decode(http.get(f"{path}/curve").content) == TrainingCurve(())
 
 
 @pytest.mark.slow

@@ -60,6 +60,21 @@ def test_differencing_two_means(vault, door):
     assert np.median(np.abs(found)) < 0.35
 
 
+def test_an_approval_does_not_undo_what_was_released_meanwhile(vault, door):
+    """A sum waits for a reviewer, the same sum without one prompt passes; approved after that, the two were a row."""
+    x = vault.hooks[RESID][:, LAST]
+    n = len(x)
+    waiting = Result("summary", {"norm": float(np.linalg.norm(x, axis=1).mean())})
+    evidence = measure(vault, RESID, last_rows(vault, range(n)))
+    verdict, _ = door.release(ask(1), waiting, evidence, ADA)
+    assert (verdict.outcome, verdict.rules) == ("review", (Rule.NO_STANDARD_ERROR,))
+    others = measure(vault, RESID, last_rows(vault, range(1, n)))
+    assert released(door, 2, {"mean": x[1:].mean(0)}, others)[0].outcome == "pass"
+    verdict, sent = door.release(ask(1), waiting, evidence, ADA, approved=True)
+    assert (verdict.outcome, verdict.rules) == ("refuse", (Rule.DIFFERENCING,))
+    assert isinstance(decode(sent.body), Withheld)
+
+
 def test_one_hot_label_mask(vault, door):
     x = vault.hooks[RESID][:, LAST]
     mask = np.arange(len(x)) == 7
@@ -197,7 +212,7 @@ def test_steering_turns_the_mlp_into_an_oracle(vault, door):
     evidence = measure(gentle, hook, spots, prompts_are="own", intervened=True)
     verdict, body, _ = released(door, 2, {"mean": made[:, LAST].mean(0)}, evidence)
     assert (verdict.outcome, verdict.rules) == ("review", (Rule.INTERVENED,))
-    sent = door.approved(ask(2), Result("mean", {"mean": made[:, LAST].mean(0)}), evidence, ADA)
+    _, sent = door.release(ask(2), Result("mean", {"mean": made[:, LAST].mean(0)}), evidence, ADA, approved=True)
     assert sent.charged == 16 + len(sent.body)
     assert len(sent.body) < 256 * 6 / 8 + 16
 

@@ -397,6 +397,32 @@ def _browser(served, user):
         yield http, {"Origin": ORIGIN, "X-CSRF-Token": csrf[1]}
 
 
+def test_who_leaves_a_project_meanwhile_gets_nothing_of_it(served):
+    """Neither the answer of a job of their own nor its state; and a lesser role loses what it does not have."""
+    handles = served.project("leaving", "ada", heldout=("heldout", "own"))
+    job = {"kind": "statistics", "rows": {"run": handles["heldout"].hex()}, "hook": RESID}
+    with served.http(served.local.add_token("bob", "read", "run")) as http:
+
+        def ask(method, path):
+            return http.request(method, f"/api/v1/p/leaving/{path}")
+
+        served.local.projects.set_role("leaving", "bob", "researcher", by="ada")
+        (handle,) = decode(http.post("/api/v1/p/leaving/jobs", json={"job": job}).content).values
+        mine = f"jobs/{handle.hex()}"
+        served.local.projects.set_role("leaving", "bob", "reader", by="ada")
+        assert decode(ask("DELETE", mine).content) == Failure(ErrorCode.NOT_ALLOWED)
+        served.local.projects.set_role("leaving", "bob", None, by="ada")
+        absent = http.get(f"/api/v1/p/no-such-project/{mine}")
+        spent = served.balances("bob", "leaving")[1]
+        for path in (mine, f"{mine}/answers/0", f"{mine}/made", "jobs", "budget"):
+            assert ask("GET", path).content == absent.content
+        assert ask("DELETE", mine).content == absent.content
+        assert served.balances("bob", "leaving")[1] == spent  # the refusals are not the project's to pay
+    with served.lake_of("ada", "leaving") as lake:  # the job went on, and those who stayed have its answer
+        future = lake.job(handle.hex(), answers=1)
+        assert future.result(timeout=60)
+
+
 def test_payers_are_the_users_that_tokens_name(served):
     """One user's spending is another's in the project, and in nobody's week but the spender's."""
     served.project("shared", "ada", heldout=("heldout", "own"))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 import millpond as mp
 from millpond.hub.body import ErrorCode, Failure, Withheld, decode
+from millpond.hub.policy import Disclosure
+from millpond.hub.rules import Rule, Verdict, judge
 from millpond.store.errors import GatewayRefused, InReview, NotReleased
+from millpond.store.result import Result
 
-from .conftest import LAYER, correlation, run_model, store
+from .conftest import LAYER, correlation, measure, run_model, store
 
 RESID = f"blocks.{LAYER}.hook_resid_post"
 MLP = f"blocks.{LAYER}.hook_mlp_out"
@@ -191,6 +196,81 @@ def test_as_many_label_sets_as_rows(vault, restricted):
     sums = np.array([direction for _, direction in kept])
     guess = np.linalg.lstsq(np.array([sign for sign, _ in kept]), sums, rcond=None)[0]
     assert abs(correlation(guess - guess.mean(0), x - x.mean(0))) < 0.45
+
+
+def test_a_refusal_does_not_tell_whether_somebodys_prompt_is_there(vault, served, restricted):
+    """A condition that no prompt meets must not look different from one that a single prompt meets, or nineteen."""
+    limits = Disclosure()
+    rules = [
+        judge(
+            Result("summary", {"mean": 1.0}), measure(vault, RESID, [(p, LAST) for p in range(count)]), (), limits
+        ).rules
+        for count in (1, 5, 19)
+    ]
+    assert len(set(rules)) == 3  # told in full, the rules are a count; and of no rows there is no verdict at all
+    found = []
+    with served.http(served.local.add_token("ada", "read", "run")) as http:
+        for kind in ("statistics", "probe"):
+            for where in ("prompt > 5000", "prompt == 3", "prompt < 5", "prompt < 19"):
+                job = {"kind": kind, "hook": RESID}
+                rows = {"run": restricted.view.handle, "where": where}
+                if kind == "statistics":
+                    job |= {"rows": rows}
+                else:
+                    job |= {"estimator": {"name": "MassMeanProbe"}, "label": "twos", "train": rows}
+                    restricted.labels.add("twos", {f"p{number}": number % 2 for number in range(240)})
+                (handle,) = decode(http.post("/api/v1/p/restricted/jobs", json={"job": job}).content).values
+                while not (status := decode(http.get(f"/api/v1/p/restricted/jobs/{handle.hex()}").content)).final:
+                    time.sleep(0.02)
+                answer = http.get(f"/api/v1/p/restricted/jobs/{handle.hex()}/answers/0")
+                made = http.get(f"/api/v1/p/restricted/jobs/{handle.hex()}/made")
+                found.append((status, answer.status_code, answer.content, made.content))
+    assert len(set(found)) == 1
+    assert decode(found[0][2]) == Withheld(Verdict("refuse", (Rule.TOO_FEW_PROMPTS,)))
+
+
+def test_what_a_probe_of_others_rows_says_of_ones_own_is_judged_by_the_rows_it_was_fitted_to(vault, served, restricted):
+    """Laundering: fitted to a restricted row, evaluated on single own rows, whose losses are equations for that row."""
+    x = vault.hooks[RESID][:, LAST].astype(np.float64)
+    hot = np.arange(len(x)) == 7
+    w = x[hot].mean(0) - x[~hot].mean(0)
+    mine = vault.hooks[RESID][:, :40:2].reshape(-1, 256).astype(np.float64)
+    z = mine @ w / np.abs(mine @ w).max() * 5
+    losses = np.logaddexp(0, -z), np.logaddexp(0, z)  # log loss of a single row whose label is 1, and 0
+    shown = [np.array([float(f"{value:.3g}") for value in loss]) for loss in losses]
+    guess = np.linalg.lstsq(mine, shown[1] - shown[0], rcond=None)[0]
+    assert correlation(guess, w) > 0.9  # ungated: a direction that the gate refuses to release
+
+    served.project("laundry", "ada", others=("heldout", "restricted"))
+    store(served.lake, "bench", vault.tokens, {RESID: vault.hooks[RESID]})
+    edit = [{"op": "add", "hook": f"blocks.{LAYER}.hook_resid_mid"}]
+    store(served.lake, "edited", vault.tokens, {RESID: vault.hooks[RESID]}, intervene=edit)
+    for name in ("bench", "edited"):
+        served.local.projects.hold("laundry", "run", name, name, model="m", detail={"prompts": "own"})
+    with served.lake_of("ada", "laundry") as lake:
+        bench, edited, others = lake["bench"], lake["edited"], lake["others"]
+        for run in (bench, edited, others):
+            run.labels.add("hot", {f"p{number}": int(number == 7) for number in range(240)})
+            run.labels.add("twos", {f"p{number}": number % 2 for number in range(240)})
+        last = others.select(position=LAST)
+        probe = mp.MassMeanProbe(progress=False).fit(last[RESID], last.labels["hot"])
+        single = bench.select(where="prompt < 2", position=5)
+        with pytest.raises(NotReleased, match="small_class"):
+            probe.evaluate(single[RESID], single.labels["twos"])
+        sae = mp.BatchTopKSae(d_sae=32, k=2, batch_size=64, progress=False).fit(
+            others.select(where="prompt < 20", position=LAST)[RESID], tokens=640
+        )
+        with pytest.raises(NotReleased, match="too_few_rows"):
+            sae.latents(bench[RESID], [0])
+        with pytest.raises(NotReleased, match="too_few_rows"):
+            sae.evaluate(bench[RESID])
+        # the same with an intervened run of one's own: what is fitted to it waits as it does itself
+        probe = mp.MassMeanProbe(progress=False).fit(edited[RESID], edited.labels["twos"])
+        with pytest.raises(InReview, match="intervened"):
+            probe.evaluate(bench[RESID], bench.labels["twos"])
+        # and what is fitted to enough of others' prompts may be evaluated on one's own
+        probe = mp.MassMeanProbe(progress=False).fit(others[RESID], others.labels["twos"])
+        assert 0 <= probe.evaluate(bench[RESID], bench.labels["twos"])["auroc"] <= 1
 
 
 def test_a_withheld_answer_says_the_rules_and_nothing_else(served, restricted):

@@ -1,14 +1,17 @@
 """Retention `consumed`: what followers used is dropped, and nothing else is."""
 
+import uuid
+
 import numpy as np
 import pytest
 
 from millpond.store import versions
 from millpond.store.collect import collect_run
 from millpond.store.compaction import compact
-from millpond.store.configuration import LakeConfiguration, used_bytes, write_configuration
+from millpond.store.configuration import QUOTA_BYTES, LakeConfiguration, used_bytes, write_configuration
 from millpond.store.errors import InvalidInput, QuotaExceeded
 from millpond.store.follow import Follower, consumed, position
+from millpond.store.lake import open_lake
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 from millpond.store.verify import verify_run
@@ -192,3 +195,40 @@ def test_a_writer_stops_at_the_quota_and_what_it_has_can_be_committed(grown):
         RunWriter(grown.folder, writer.spec).append(requests[3])
     write_configuration(grown.lake, LakeConfiguration())
     RunWriter(grown.folder, writer.spec).append(requests[3])
+
+
+def test_writers_that_all_looked_at_the_same_time_do_not_pass_the_quota_together():
+    """Each sees all the room there is; none may take it before it looks again, although no minute passes."""
+    lake = open_lake(f"memory://{uuid.uuid4().hex}", create=True)
+    quota, rows = 24 << 20, 64
+    spec = lake.create_run("many", hooks=(HOOK,), d_model=1024, dtype="float32", chunk_rows=rows, shard_rows=10 * rows)
+    write_configuration(lake, LakeConfiguration(quota_bytes=quota))
+    writers = [RunWriter(lake.run_storage("many"), spec, compact_every=0, statistics=False) for _ in range(8)]
+    steps, values = np.arange(rows, dtype=np.int32), np.ones((rows, 1024), np.float32)
+    left, number = list(writers), 0
+    while left:
+        for writer in list(left):
+            number += 1
+            try:
+                writer.append(CapturedRequest(f"p{number}", steps, rows, steps, {HOOK: values}))
+                writer.commit()
+            except QuotaExceeded:
+                left.remove(writer)
+    assert used_bytes(lake) <= quota + len(writers) * QUOTA_BYTES
+    assert lake["many"].n_rows * 4096 > 0.8 * quota
+
+
+def test_shards_of_the_open_segment_count_once(monkeypatch):
+    lake = open_lake(f"memory://{uuid.uuid4().hex}", create=True)
+    sizes = {"hooks": (HOOK,), "d_model": 1024, "dtype": "float32", "chunk_rows": 32, "shard_rows": 64}
+    spec = lake.create_run("one", **sizes)
+    need = 16 * 64 * 4096 * 1.05
+    write_configuration(lake, LakeConfiguration(quota_bytes=int(need)))
+    writer = RunWriter(lake.run_storage("one"), spec, segment_rows=16 * 64, compact_every=0, statistics=False)
+    monkeypatch.setattr("millpond.store.configuration.QUOTA_SECONDS", -1)  # looks at every request
+    steps, values = np.arange(64, dtype=np.int32), np.ones((64, 1024), np.float32)
+    for number in range(15):
+        writer.append(CapturedRequest(f"p{number}", steps, 64, steps, {HOOK: values}))
+    assert used_bytes(lake) > 0.8 * need  # all but what waits is there to be listed
+    writer.append(CapturedRequest("last", steps, 64, steps, {HOOK: values}))
+    assert lake["one"].n_rows == 1024
