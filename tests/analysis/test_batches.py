@@ -4,7 +4,7 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from millpond.analysis.aligned import StoredBfloat16
+from millpond.analysis.lazy_chunks import StoredBfloat16
 from millpond.analysis.sae.batches import ShuffledBatches, check_finite
 from millpond.analysis.sae.drawn import DrawnRows
 from millpond.store.dtypes import decode, encode_bfloat16
