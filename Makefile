@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo up test test-gpu soak docs check lint types layers format clean help
+.PHONY: demo up test test-gpu soak docs screenshots check lint types layers format clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,10 @@ soak: ## install, then an hour or two of random traffic, kills and races, everyt
 docs: ## install, then build the handbook into site/
 	$(PYTHON) tools/install.py --for test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+screenshots: ## install, then take the handbook's pictures anew; after make demo
+	$(PYTHON) tools/install.py --for test
+	$(BIN)/python tools/screenshots.py
 
 check: lint types layers ## everything that needs no test run
 

@@ -75,6 +75,22 @@ def chosen_cluster(
     return lake_cluster(lake, settings)
 
 
+def look_around(lake_url: str) -> dict[str, str]:
+    """Versions that must be the same on both sides, once the lake was opened there; for `Client.run`.
+
+    Raises:
+        MillpondError: the lake cannot be reached from here.
+    """
+    import platform
+    from importlib.metadata import version
+
+    from millpond.store.lake import open_lake
+
+    open_lake(lake_url).runs()
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"Python": python, **{name: version(name) for name in ("millpond", "dask", "distributed", "numpy")}}
+
+
 def with_workers(settings: ClusterSettings | None, workers: int) -> ClusterSettings:
     """The same cluster with exactly so many workers, or as many of this machine where none is declared."""
     if settings is None:

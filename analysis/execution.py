@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import pickle
 import threading
@@ -22,6 +23,9 @@ from millpond.analysis.passes import (
     one_blas_thread,
 )
 from millpond.store.errors import Cancelled, ClusterUnavailable
+from millpond.store.logs import job_id, log_once, of_job
+
+logger = logging.getLogger(__name__)
 
 _TOPIC = "millpond-pass"
 _WORKERS_TIMEOUT = 60
@@ -121,7 +125,7 @@ def run_on_cluster(
     for threads, limit in _workers(client):
         if limit:
             check_memory(passes, threads, limit, "a worker", description)
-    token = uuid.uuid4().hex
+    token = f"{job_id()}/{uuid.uuid4().hex}"
     client.subscribe_topic(_TOPIC, lambda event: report(event[1][1]) if event[1][0] == token else None)
     finished, left = threading.Event(), itertools.count(1)
 
@@ -189,8 +193,23 @@ def _graph(client: Any, one: Pass, token: str, hosts: Mapping[str, str]) -> Any:
 
 
 def _map_task(what: Box, rows: Box, span: tuple[int, int], first_row: int, token: str, *held: Box | None) -> Box:
-    worker = _worker()
+    """`token` is the job's id and the pass's mark; Dask logs it too where a task fails."""
+    worker, started = _worker(), time.monotonic()
     _limit_threads(worker)
+    with of_job(token.partition("/")[0]):
+        if job_id():
+            log_once()
+        total = _map_span(worker, what, rows, span, first_row, token, *held)
+        logger.info(
+            "mapped",
+            extra={"worker": worker.name, "blocks": span[1] - span[0], "seconds": round(time.monotonic() - started, 3)},
+        )
+    return Box(total)
+
+
+def _map_span(
+    worker: Any, what: Box, rows: Box, span: tuple[int, int], first_row: int, token: str, *held: Box | None
+) -> Any:
     sources, all_blocks = rows.value
     memory = [None if box is None else (first_row, box.value) for box in held]
 
@@ -203,7 +222,7 @@ def _map_task(what: Box, rows: Box, span: tuple[int, int], first_row: int, token
     mapping = pickle.loads(packed)  # noqa: S301  # from our own client
     total = map_range(mapping, state, read_ahead(sources, all_blocks[slice(*span)], memory, stop), tick)
     tick.send()
-    return Box(total)
+    return total
 
 
 def _combine_task(what: Box, left: Box, right: Box) -> Box:

@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from millpond.analysis.gram import Covariance, covariance_of, first_mean, gram_bytes
 from millpond.analysis.passes import AlignedRows, Pass, join, run_pass
+from millpond.analysis.probes.inputs import check_one_hook
 from millpond.analysis.tiles import Rows, tiles
 from millpond.store.errors import InvalidInput
 
@@ -45,6 +46,7 @@ class PcaReducer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         """
         import scipy.linalg
 
+        check_one_hook(X)
         X = _two_dimensional(X)
         rows = AlignedRows(X, stored=True)
         width = int(X.shape[1])
@@ -59,6 +61,8 @@ class PcaReducer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         if n < 2:
             raise InvalidInput(f"X has {n} row; give at least 2")
         _, mean, covariance = covariance_of(found)
+        if not np.isfinite(covariance).all():
+            raise InvalidInput("some rows are so large that float32 does not hold their squares; scale X down")
         first = width - self.n_components
         values, vectors = scipy.linalg.eigh(covariance, subset_by_index=[first, width - 1])
         components = vectors[:, ::-1].T

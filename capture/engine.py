@@ -295,14 +295,25 @@ class CaptureEngine:
         before, self._committed = self._committed, (rows, prompts)
         return rows - before[0], prompts - before[1]
 
+    def tell_job(self, job: str) -> None:
+        """Let the engine's processes write the id of the job that they work on into their logs.
+
+        Raises:
+            CaptureFailed: the engine died.
+        """
+        self._call("millpond_tell_job", job)
+
     def check_alive(self) -> None:
         """Check that the engine answers.
 
         Raises:
             CaptureFailed: it does not.
         """
+        self._call("millpond_poll")
+
+    def _call(self, method: str, *arguments: Any) -> None:
         try:
-            self._engine.collective_rpc("millpond_poll")
+            self._engine.collective_rpc(method, args=arguments)
         except Exception as error:
             raise CaptureFailed(f"the engine died: {_reason(error)}") from error
 

@@ -1,6 +1,6 @@
 """Capture with vLLM's own `LLM` class: its requests are admitted like a server's, and confirmed as they finish.
 
-`install` wraps two methods of the class; requests that ask nothing of Millpond pass through unchanged.
+`install` wraps three methods of the class, and the start of its engine; requests that ask nothing of Millpond pass through unchanged.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from collections.abc import Callable, Collection
 from copy import copy
 from typing import Any
 
+from millpond.capture.admission import EngineFacts
 from millpond.capture.frontend import Admitted, CaptureFrontend
 from millpond.capture.serving import served_facts, wrap_method
 from millpond.store.errors import CaptureFailed, InvalidInput
+from millpond.store.lake import open_lake
 
 _CONFIRM_EVERY = 16  # requests a call to the workers
 
 
 def install() -> None:
-    """Wrap `LLM`'s requests where this process has imported it; doing it twice changes nothing."""
+    """Wrap `LLM` where this process has imported it; doing it twice changes nothing."""
     module = sys.modules.get("vllm.entrypoints.common.offline")
     if module is None or getattr(module.OfflineInferenceMixin._add_request, "_millpond", False):
         return
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    wrap_method(LLMEngine, "__init__", _start)
     for around in (_add_request, _render_and_add_requests, _run_engine):
         wrap_method(module.OfflineInferenceMixin, around.__name__, around)
 
@@ -117,6 +122,15 @@ class _Captures:
             self._rpc("millpond_drop", args=([name for admitted in left for name in admitted.ids],))
         for admitted in left:
             self.frontend.release(admitted, admitted.ids)
+
+
+def _start(original: Callable[..., None], engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """A setting that cannot be used ends the start here, in one line, and not in a worker that has loaded the model."""
+    if "millpond" in (vllm_config.additional_config or {}):
+        facts = EngineFacts.of(vllm_config)
+        if facts.lake_url:
+            open_lake(facts.lake_url, create=True)
+    original(engine, vllm_config, *args, **kwargs)
 
 
 def _add_request(original: Callable[..., str], llm: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:

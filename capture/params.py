@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from millpond.store.capture_spec import RequestArgs, first_problem
 from millpond.store.errors import InvalidInput
+from millpond.store.interventions import Intervention
 
 
 def capture_params(
@@ -18,7 +19,7 @@ def capture_params(
     positions: str | Sequence[int] = "all",
     id: str | None = None,  # noqa: A002 - the field's name
     reads: Sequence[Mapping[str, Any]] | None = None,
-    intervene: Sequence[Mapping[str, Any]] = (),
+    intervene: Sequence[Mapping[str, Any] | Intervention] = (),
     capture: bool = True,
     http: bool = False,
     **more: Any,
@@ -37,7 +38,7 @@ def capture_params(
         reads: for such a run, what is computed of each row and kept, such as `{"read": "probe", "artifact": "lie", "hook":
             "blocks.3.hook_resid_post"}` or `{"read": "sae_topk", "artifact": "sae", "hook": ..., "k": 32}`; without
             `hooks`, in place of rows.
-        intervene: interventions, each an object as docs/capture.md describes.
+        intervene: interventions, each an object as docs/capture.md describes or one of `millpond.store.interventions`.
         capture: whether anything is captured at all; False only intervenes.
         http: one JSON string, which is all that `vllm_xargs` takes.
         **more: further fields of the capture, such as `first_position`.
@@ -53,7 +54,7 @@ def capture_params(
     elif any(value is not None for value in (run, hooks, reads, id)) or more or positions != "all":
         raise InvalidInput("capture=False, but run, hooks, reads, positions, id or another field of a capture is given")
     if intervene:
-        asked["intervene"] = list(intervene)
+        asked["intervene"] = [_object(one) for one in intervene]
     if not asked:
         raise InvalidInput("capture=False and no interventions: nothing is asked for")
     try:
@@ -63,3 +64,10 @@ def capture_params(
     if http:
         return {"millpond": checked.model_dump_json(exclude_unset=True)}
     return {"millpond": checked.model_dump(mode="json", exclude_unset=True)}
+
+
+def _object(given: Any) -> Any:
+    """An intervention with its `op`, which nobody sets who names the class."""
+    if not isinstance(given, BaseModel):
+        return given
+    return given.model_dump(mode="json", exclude_unset=True) | {"op": getattr(given, "op", None)}

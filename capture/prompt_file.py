@@ -6,8 +6,8 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from millpond.store.capture_spec import PromptsSection
-from millpond.store.errors import InvalidInput, PromptTooLong
+from millpond.store.errors import InvalidInput, PromptTooLong, StorageFailed
 from millpond.store.labels import check_label_name, label_dtype
+from millpond.store.objects import open_storage
 from millpond.store.prompts import COLUMNS
 
 
@@ -51,8 +52,7 @@ def read_prompts(section: PromptsSection, model_folder: Path, max_tokens: int, v
         PromptTooLong: a prompt has more than `max_tokens` tokens.
         InvalidInput: the file or a value in it cannot be used.
     """
-    path = Path(section.path)
-    table = _read_table(path, section)
+    table = _read_table(section)
     if table.empty:
         raise InvalidInput(f"prompt file {section.path!r} has no prompts; give at least one")
     if section.id not in table:
@@ -115,40 +115,61 @@ def read_texts(section: PromptsSection) -> list[str]:
     Raises:
         InvalidInput: the file cannot be read, or a prompt has no text.
     """
-    table = _read_table(Path(section.path), section)
+    table = _read_table(section)
     if section.text not in table:
         raise InvalidInput(f"{section.path}: there is no column {section.text!r}; it has {_names(table)}")
     return _texts(table, section)
 
 
-def _read_table(path: Path, section: PromptsSection) -> pd.DataFrame:
+def _read_table(section: PromptsSection) -> pd.DataFrame:
+    path = section.path
+    suffix = PurePosixPath(path).suffix
     try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        if path.suffix == ".jsonl":
+        if suffix == ".parquet":
+            return pd.read_parquet(_open(path))
+        if suffix == ".jsonl":
             return _read_jsonl(path)
-        if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-            return pd.DataFrame({section.text: [line for line in lines if line.strip()]})
+        if suffix == ".txt":
+            with _open_text(path) as handle:
+                return pd.DataFrame({section.text: [line for line in handle.read().split("\n") if line.strip()]})
     except FileNotFoundError:
-        raise InvalidInput(f"prompt file {str(path)!r} does not exist; check prompts.path") from None
+        raise InvalidInput(f"prompt file {path!r} does not exist; check prompts.path") from None
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except InvalidInput:
+    except (InvalidInput, StorageFailed):
         raise
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"prompt file {str(path)!r} cannot be read: {error}") from error
-    raise InvalidInput(f"prompt file {str(path)!r} ends in {path.suffix!r}; give .jsonl, .parquet or .txt")
+        raise InvalidInput(f"prompt file {path!r} cannot be read: {error}") from error
+    raise InvalidInput(f"prompt file {path!r} ends in {suffix!r}; give .jsonl, .parquet or .txt")
 
 
-def _read_jsonl(path: Path) -> pd.DataFrame:
+def _open(path: str) -> BinaryIO:
+    """A local file, or an object by its URL."""
+    if "://" not in path:
+        return Path(path).open("rb")
+    folder, _, name = path.rpartition("/")
+    return io.BytesIO(open_storage(folder).get(name))
+
+
+def _open_text(path: str) -> TextIO:
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig")
+
+
+def _read_jsonl(path: str) -> pd.DataFrame:
     rows = []
-    with path.open(encoding="utf-8-sig") as handle:
+    with _open_text(path) as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
+                if "\\ud" in line.lower():  # only an escape can make half of a surrogate pair, which is no text
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise InvalidInput(
+                    f"{path}:{number}: {half!r} is half of a surrogate pair, which is no text; write the whole character"
+                ) from None
             except (ValueError, RecursionError) as error:
                 raise InvalidInput(f"{path}:{number}: not JSON ({error}); give one object a line") from None
             if not isinstance(row, dict):

@@ -19,6 +19,7 @@ from typing import Any
 from millpond.capture.admission import EngineFacts
 from millpond.capture.engine_checks import check_engine
 from millpond.capture.frontend import Admitted, CaptureFrontend
+from millpond.capture.metrics import offer_to_prometheus
 from millpond.capture.provenance import model_provenance
 from millpond.store.errors import CaptureFailed, InvalidInput, StorageFailed
 from millpond.store.lake import open_lake
@@ -95,6 +96,7 @@ def _build_frontend(original: Callable[..., None], self: Any, vllm_config: Any, 
 
     if served is not None:
         self._millpond_frontend = CaptureFrontend(*served, rpc, len(self.engine_core.core_engines))
+        offer_to_prometheus()
     else:
         self._millpond_frontend = None
 

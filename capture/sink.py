@@ -16,6 +16,18 @@ logger = logging.getLogger(__name__)
 _SLOW_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
+class SinkCounts:
+    """What a sink has done and has before it."""
+
+    queued_requests: int
+    queued_bytes: int
+    committed: dict[str, tuple[int, int]]
+    """Rows and requests by run."""
+    lost: dict[str, int]
+    """Requests by run whose rows could not be written."""
+
+
 @dataclass
 class _Destination:
     """One run that is written."""
@@ -46,8 +58,8 @@ class LakeSink:
     def __init__(
         self, open_run: Callable[[str], RunWriter], max_bytes: int = 1 << 30, commit_seconds: float | None = None
     ) -> None:
-        self.waited = 0.0
-        """Seconds that `put` has blocked in all."""
+        self._waited = 0.0
+        self._waits_since: float | None = None
         self.written_bytes = 0
         self.busy = 0.0
         """Seconds that the writing thread has worked."""
@@ -60,6 +72,7 @@ class LakeSink:
         self._committed: dict[str, int] = {}
         self._failed: dict[str, str] = {}
         self._totals: dict[str, tuple[int, int]] = {}
+        self._lost: dict[str, int] = {}
         self._error: str | None = None
         self._writing: tuple[str, float] | None = None
         """Run that is being written, and since when."""
@@ -77,6 +90,7 @@ class LakeSink:
         `poll` tells of it by its capture id: two runs may hold prompts of one id.
         """
         started = time.perf_counter()
+        self._waits_since = started
         with self._change:
             while not self._change.wait_for(lambda: self._bytes < self._max_bytes, _SLOW_SECONDS):
                 logger.warning("the engine has waited %.0f s for the lake (run %r)", time.perf_counter() - started, run)
@@ -84,7 +98,8 @@ class LakeSink:
             self._bytes += request.nbytes
             self._change.notify_all()
         waited = time.perf_counter() - started
-        self.waited += waited
+        self._waits_since = None
+        self._waited += waited
         if waited > 1:
             logger.warning("the engine waited %.1f s for the lake (run %r)", waited, run)
 
@@ -121,6 +136,17 @@ class LakeSink:
                 committed = {name: self._committed.pop(name) for name in asked if name in self._committed}
                 failed = {name: self._failed.pop(name) for name in asked if name in self._failed}
         return committed, failed
+
+    @property
+    def waited(self) -> float:
+        """Seconds that `put` has blocked in all, the wait under way included."""
+        since = self._waits_since
+        return self._waited + (0.0 if since is None else time.perf_counter() - since)
+
+    def counts(self) -> SinkCounts:
+        """What is done and what waits; from any thread."""
+        with self._change:
+            return SinkCounts(len(self._waiting), self._bytes, dict(self._totals), dict(self._lost))
 
     @property
     def error(self) -> str | None:
@@ -213,6 +239,7 @@ class LakeSink:
             del self._destinations[run]
         with self._change:
             self._failed.update(dict.fromkeys(lost, reason))
+            self._lost[run] = self._lost.get(run, 0) + len(lost)
             self._error = reason
         if destination is not None:
             with suppress(Exception):  # nothing of it is visible; sealing or deleting the run sweeps what is left

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from millpond.capture.device_requests import DeviceFollower
 from millpond.capture.device_saes import DeviceSplice, LatentEdits
 from millpond.capture.device_tap import DeviceTaps
 from millpond.capture.engine_checks import check_engine
+from millpond.capture.metrics import FOLDER, MetricsFile, capture_metrics
 from millpond.capture.requests import BankedEdit, BankedSplice, Following, PlannedEdit, PlannedRead, RequestFollower
 from millpond.capture.sink import LakeSink
 from millpond.capture.stages import Confirmed, gather_stages
@@ -27,6 +30,7 @@ from millpond.store.capture_spec import RequestArgs, read_request_args
 from millpond.store.errors import CaptureFailed
 from millpond.store.hooks import match_hooks
 from millpond.store.interventions import Patch, SpliceSae
+from millpond.store.logs import log_as_parent
 from millpond.store.reads import ReadSpec
 from millpond.store.segment import RunWriter
 
@@ -87,7 +91,12 @@ class Tapping:
         self._run_of: dict[str, str] = {}
         self._claims = PromptClaims() if facts.clients > 1 and self._sink is not None else None
         self._engine = config.parallel_config.data_parallel_index
+        self._failed: dict[str, int] = {}
         self._input_ids: Any = None
+        self._rank = int(worker.rank)
+        self._log = log_as_parent()
+        folder = os.environ.get(FOLDER)
+        self._metrics = MetricsFile(Path(folder), self.metrics) if folder and self._keeps else None
         install_taps(model, n_layers, taps)
         self._follow_row_order(worker)
 
@@ -221,6 +230,7 @@ class Tapping:
                 mine[capture_id] = self._follower.confirm(capture_id, n_tokens)
             except CaptureFailed as error:
                 mine[capture_id] = error
+                self._failed[run] = self._failed.get(run, 0) + 1
         whole = gather_stages(self._pipeline, mine)
         if self._sink is None:
             return {}
@@ -258,7 +268,20 @@ class Tapping:
 
     def commit(self) -> tuple[int, int, str | None]:
         """Commit everything confirmed: rows and prompts committed in all, and what was lost, if anything was."""
-        return self._sink.commit() if self._sink else (0, 0, None)
+        committed = self._sink.commit() if self._sink else (0, 0, None)
+        if self._metrics is not None:  # perhaps the last time that somebody asks
+            self._metrics.write()
+        return committed
+
+    def tell_job(self, job: str) -> None:
+        """Whose requests follow: its id goes into every log record of this process."""
+        if self._log is not None:
+            self._log.job = job
+
+    def metrics(self) -> str:
+        """What is counted here in Prometheus' text format; from any thread."""
+        counts = None if self._sink is None else self._sink.counts()
+        return capture_metrics(self._rank, self.statistics(), [*self._run_of.values()], {**self._failed}, counts)
 
     def statistics(self) -> dict[str, float]:
         """Counts and seconds since the start, and this process's CPU seconds."""

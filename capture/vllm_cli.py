@@ -7,15 +7,19 @@ An answer is given through `importlib.metadata`'s own extension point: no instal
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from millpond.capture.metrics import FOLDER
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
 from millpond.store.errors import InvalidInput
 from millpond.store.lake import open_lake
+from millpond.store.logs import log_to
 from millpond.store.manifest import check_run_name
 
 _SET_BY_MILLPOND = ("--worker-cls", "--worker-extension-cls", "--additional-config", "--model")
@@ -112,15 +116,30 @@ def _sae(given: str) -> dict[str, str]:
     return {"hook": hook, "artifact": artifact}
 
 
+def memory_arguments(arguments: Sequence[str]) -> list[str]:
+    """Room for keys and values where none is given and there is no GPU: vLLM would take nearly all of the machine's memory."""
+    from vllm.platforms import current_platform
+
+    names = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    if names & {"--kv-cache-memory-bytes", "--gpu-memory-utilization"} or not current_platform.is_cpu():
+        return []
+    return ["--kv-cache-memory-bytes", str(1 << 30)]
+
+
 def main() -> None:
     """Run vLLM's command line with this process's arguments."""
     check_vllm_version()
     set_environment()
     name_the_cpu_wheel_vllm()
+    log_to()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"
-    vllm_main()
+    if sys.argv[1:2] == ["serve"]:
+        sys.argv += memory_arguments(sys.argv[2:])
+    with TemporaryDirectory(prefix="millpond-metrics-") as folder:
+        os.environ.setdefault(FOLDER, folder)  # the engine's processes write there, and /metrics shows it
+        vllm_main()
 
 
 if __name__ == "__main__":

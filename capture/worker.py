@@ -44,6 +44,10 @@ class TapMethods:
         """See `Tapping.commit`."""
         return self._millpond.commit()
 
+    def millpond_tell_job(self, job: str) -> None:
+        """See `Tapping.tell_job`."""
+        self._millpond.tell_job(job)
+
     def millpond_statistics(self) -> dict[str, float]:
         """See `Tapping.statistics`."""
         return self._millpond.statistics()

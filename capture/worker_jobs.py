@@ -103,6 +103,7 @@ def work(
                 check()
                 claimed = queue.claim(name, set(config.kinds), config.lease_seconds)
                 if claimed is not None:
+                    engine.tell_job(claimed.id)
                     with of_job(claimed.id):
                         ended += _run(queue, claimed, config, facts, engine, told)
                 elif until_empty:

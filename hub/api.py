@@ -87,7 +87,7 @@ def read_version(call: Call) -> Reply:
 
 def read_openapi(_: Call) -> Reply:
     """What there is here, as OpenAPI."""
-    return _fixed(_openapi())
+    return _fixed(openapi())
 
 
 def read_projects(call: Call) -> Reply:
@@ -316,7 +316,8 @@ def _fixed(value: Any) -> Fixed:
 
 
 @cache
-def _openapi() -> dict[str, Any]:
+def openapi() -> dict[str, Any]:
+    """The description of every endpoint under /api."""
     parts = ADAPTER.json_schema(ref_template="#/components/schemas/{model}")
     schemas: dict[str, Any] = parts.pop("$defs", {})
     schemas["Job"] = parts

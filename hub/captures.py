@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -22,7 +21,6 @@ from millpond.hub.vault import Vault, label_mark
 from millpond.store import capture_spec
 from millpond.store.artifacts import load_artifact
 from millpond.store.errors import InvalidInput, NotHeld
-from millpond.store.files import write_whole
 from millpond.store.interventions import Patch, SpliceSae
 
 if TYPE_CHECKING:
@@ -42,10 +40,10 @@ def send_prompts(gateway: Gateway, project: str, name: str, rows: Sequence[Mappi
     fields = list(rows[0])
     if any(list(row) != fields for row in rows):
         raise InvalidInput("the prompts have different fields; give each the same")
-    path = _write(gateway, rows)
+    target = _write(gateway, rows)
     columns = [field for field in fields if field not in _RESERVED]
     return gateway.projects.hold(
-        project, "prompts", name, str(path), model="", detail={"prompts": len(rows), "columns": columns}
+        project, "prompts", name, target, model="", detail={"prompts": len(rows), "columns": columns}
     )
 
 
@@ -123,7 +121,7 @@ def prompts_file(gateway: Gateway, vault: Vault, prompts: str | Sequence[Prompt]
     rows = [one.model_dump() for one in prompts]
     if len({row["id"] for row in rows}) < len(rows):
         raise InvalidInput("two prompts have the same id; give ids that differ")
-    return str(_write(gateway, rows)), ()
+    return _write(gateway, rows), ()
 
 
 def registered(gateway: Gateway, job: ProjectJob) -> Held | None:
@@ -164,12 +162,11 @@ def _model_of(gateway: Gateway, project: str, spec: capture_spec.CaptureJob) -> 
     return next(iter([*mine, *capped, *found]), None)
 
 
-def _write(gateway: Gateway, rows: Sequence[Mapping[str, Any]]) -> Path:
-    folder = gateway.settings.prompts
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{secrets.token_hex(16)}.jsonl"
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return path.resolve()
+def _write(gateway: Gateway, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Keep prompts in the lake, which the workers reach wherever they are; returns the path or URL."""
+    path = f"prompts/{secrets.token_hex(16)}.jsonl"
+    gateway.lake.storage.put(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return f"{gateway.lake.url}/{path}"
 
 
 def intervention(vault: Vault, one: Any) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from millpond.store.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 _MIGRATION_LOCK = 7_061_998
 """Any number: two processes that open a new PostgreSQL database must not both migrate it."""
@@ -58,12 +61,34 @@ def _sqlite(url: sa.URL) -> sa.Engine:
     return engine
 
 
-def _migrate(engine: sa.Engine) -> None:
-    from alembic import command
+def revision(connection: sa.Connection) -> str | None:
+    """The schema that a database has; None before its first migration."""
+    from alembic.migration import MigrationContext
+
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def newest_revision() -> str:
+    """The schema that this Millpond works with."""
+    from alembic.script import ScriptDirectory
+
+    newest = ScriptDirectory.from_config(_alembic()).get_current_head()
+    assert newest is not None
+    return newest
+
+
+def _alembic() -> Config:
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    return config
+
+
+def _migrate(engine: sa.Engine) -> None:
+    from alembic import command
+
+    config = _alembic()
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))

@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from millpond.hub.chain import pairs
 from millpond.hub.policy import SCOPES, Policy
 from millpond.hub.tables import ACCOUNTS, ANSWERS, CAPS, HEAD, JOBS, REVIEWS
-from millpond.store.metrics import exposition
+from millpond.store.metrics import Sample, exposition
 
-_HELP = {
+HELP = {
     "millpond_jobs": "Jobs by kind and state.",
     "millpond_job_oldest_waiting_seconds": "Age of the oldest job of a kind that waits.",
     "millpond_jobs_silent": "Claimed jobs whose lease ran out: their executor or worker is gone.",
@@ -26,8 +26,6 @@ _HELP = {
     "millpond_budget_cap_bytes": "Most bytes that may leave, by model and scope.",
 }
 
-Sample = tuple[str, str, float]
-
 
 def hub_metrics(engine: sa.Engine, policy: Policy, *, now: float | None = None) -> str:
     """The metrics, from the database of `open_database`, in the text exposition format 0.0.4."""
@@ -37,7 +35,7 @@ def hub_metrics(engine: sa.Engine, policy: Policy, *, now: float | None = None) 
             *_answers(connection),
             *_budgets(connection, policy),
         ]
-    return exposition(_HELP, samples)
+    return exposition(HELP, samples)
 
 
 def _jobs(connection: sa.Connection, now: float) -> Iterator[Sample]:

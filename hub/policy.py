@@ -66,8 +66,11 @@ class Budgets(_Section):
     """Caps as fractions of a model's `secret_bytes` (`[budgets]`)."""
 
     user_week: float = Field(default=2.5e-4, gt=0, le=1e-3)
+    """Of one user in a week."""
     project: float = Field(default=0.01, gt=0, le=0.02)
+    """Of one project, ever."""
     lifetime: float = Field(default=0.10, gt=0, le=0.25)
+    """Of everybody, ever."""
 
 
 class Jobs(_Section):
@@ -81,6 +84,7 @@ class ModelPolicy(_Section):
     """One model whose activations the vault holds (`[models.NAME]`)."""
 
     parameters: int = Field(gt=0)
+    """How many the model has."""
     public: bool = False
     """Weights anybody can download: metered, not capped."""
     secret_bytes: int | None = Field(default=None, gt=0)
@@ -88,7 +92,9 @@ class ModelPolicy(_Section):
     user_week_bytes: int | None = Field(default=None, gt=0)
     """These three replace the fractions."""
     project_bytes: int | None = Field(default=None, gt=0)
+    """Of one project, ever."""
     lifetime_bytes: int | None = Field(default=None, gt=0)
+    """Of everybody, ever."""
 
     @property
     def secret(self) -> int:
@@ -117,6 +123,7 @@ class Policy(_Section):
     budgets: Budgets = Budgets()
     jobs: Jobs = Jobs()
     models: dict[str, ModelPolicy] = {}
+    """By name."""
 
     def model(self, name: str) -> ModelPolicy:
         """The entry of model `name`.

@@ -41,6 +41,7 @@ class Worker(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1)
+    """The worker's."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of its token."""
     kinds: frozenset[str] = Field(min_length=1)

@@ -58,9 +58,8 @@ class Settings(_Section):
     """In place of a token file."""
     dictionary: Path | None = None
     """What both sides prime the text model with; without it no text leaves."""
-    prompts: Path = Path("prompts")
-    """Folder for the prompts that clients send; capture workers must see it."""
     models: dict[str, Weights] = {}
+    """By their names in the policy file."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Dask workers that the executor starts; 0 runs passes in its own process."""
     lease_seconds: float = Field(default=60.0, ge=1, le=3600)
@@ -144,7 +143,7 @@ def read_settings(path: Path) -> Settings:
     folder = path.resolve().parent
     changes: dict[str, object] = {
         name: folder / value
-        for name in ("policy", "tokens", "dictionary", "prompts", "certificate", "key")
+        for name in ("policy", "tokens", "dictionary", "certificate", "key")
         if (value := getattr(found, name)) is not None
     }
     if "://" not in found.lake:

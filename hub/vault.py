@@ -20,6 +20,7 @@ from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.policy import Policy
 from millpond.hub.projects import Held, HeldKind, Projects
 from millpond.store.errors import Cancelled, InvalidInput, LabelNotFound, NotHeld, TooFewPrompts
+from millpond.store.objects import open_storage
 
 if TYPE_CHECKING:
     from millpond.analysis.expressions import Expression
@@ -238,8 +239,9 @@ class Vault:
         held = self.held("prompts", prompts)
         if column not in held.detail["columns"]:
             raise InvalidInput(f"by: the prompts have no column {column!r}; name one that was sent with them")
-        with Path(held.target).open() as lines:
-            return [str(json.loads(line)[column]) for line in lines]
+        folder, _, name = held.target.rpartition("/")
+        lines = open_storage(folder).get(name).decode().splitlines()
+        return [str(json.loads(line)[column]) for line in lines]
 
     def statistic(self, graph: str, d_model: int) -> int:
         """See `kinds.base.Facts`."""

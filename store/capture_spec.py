@@ -51,7 +51,7 @@ class PromptsSection(_Section):
     """Where the prompts come from and which of their columns are kept."""
 
     path: str
-    """A `.jsonl`, `.parquet` or `.txt` file (text: one prompt a line)."""
+    """A `.jsonl`, `.parquet` or `.txt` file (text: one prompt a line), also as `s3://bucket/prefix/file.jsonl`."""
     id: str = "id"
     """Column with a unique id; missing, prompts are numbered."""
     text: str = "text"
@@ -74,7 +74,9 @@ class DestinationSection(_Section):
     run: str
     """Name of the new run."""
     chunk_rows: int = Field(default=512, gt=0)
+    """Rows of a Zarr chunk: what is compressed and checked together."""
     shard_rows: int = Field(default=32_768, gt=0, le=1 << 24)
+    """Rows of an object; a multiple of `chunk_rows`."""
     reuse: tuple[str, ...] = ()
     """Runs of the lake whose rows are taken, not computed again, for prompts that they hold with the same computation."""
     consumed_by: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")], ...] = ()
@@ -124,7 +126,9 @@ class RequestArgs(_Section):
     """What `SamplingParams.extra_args["millpond"]` of one request says."""
 
     capture: CaptureWish | None = None
+    """What is kept; nothing by default."""
     intervene: tuple[Intervention, ...] = ()
+    """What is done to the activations, in this order."""
 
     @property
     def salt(self) -> str | None:

@@ -44,6 +44,11 @@ class Expression:
     """A parsed condition: `names` are the columns that it needs, and `evaluate` gives a boolean a row."""
 
     def __init__(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise InvalidInput(
+                f'where is a {type(text).__name__}; write the condition as text, such as "bracket_depth > 1", or keep what '
+                "you computed as a label (run.labels.add) and name that"
+            )
         self.text = text
         self.names: set[str] = set()
         if len(text) > LONGEST:

@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 
 from millpond.store.positions import PositionFilter
 
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""Interventions are computed in float32."""
 Vector = Annotated[str, Field(min_length=1)] | Annotated[tuple[float, ...], Field(min_length=1)]
 """The name of a vector kept in the lake, or its d_model numbers."""
 
@@ -28,13 +30,14 @@ class _Intervention(PositionFilter):
 
 class _Directed(_Intervention):
     vector: Vector
+    """Name of a vector of the lake, or its numbers."""
 
     @model_validator(mode="after")
     def _finite(self) -> _Directed:
         if isinstance(self.vector, tuple):
             norm = math.hypot(*self.vector)
-            if not math.isfinite(norm):
-                raise ValueError("vector holds a value that is not finite")
+            if not norm <= FLOAT32_MAX:
+                raise ValueError("vector holds a value that is not finite, or its length is none in float32")
             if norm == 0 and not isinstance(self, Add):
                 raise ValueError("vector is zero, which is no direction")
         return self
@@ -44,7 +47,8 @@ class Add(_Directed):
     """x + scale * vector."""
 
     op: Literal["add"] = "add"
-    scale: float = Field(default=1.0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=-FLOAT32_MAX, le=FLOAT32_MAX)
+    """Factor of the vector."""
 
 
 class Ablate(_Directed):
@@ -58,7 +62,9 @@ class Clamp(_Directed):
 
     op: Literal["clamp"] = "clamp"
     min: float | None = Field(default=None, allow_inf_nan=False)
+    """Lower end; none by default."""
     max: float | None = Field(default=None, allow_inf_nan=False)
+    """Upper end; none by default."""
 
     @model_validator(mode="after")
     def _interval(self) -> Clamp:

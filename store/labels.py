@@ -195,7 +195,12 @@ class Labels(Mapping[str, "xr.DataArray"]):
     @property
     def known(self) -> tuple[str, ...]:
         """The names that are known without reading: those captured, and all once any label was looked for."""
-        return tuple(self) if "_records" in self.__dict__ else tuple(self._captured)
+        return tuple(self) if self.looked_for else tuple(self._captured)
+
+    @property
+    def looked_for(self) -> bool:
+        """Whether the labels that were added have been listed."""
+        return "_records" in self.__dict__
 
     def versions(self, name: str) -> tuple[int, ...]:
         """The versions of a label, ascending.
@@ -216,7 +221,10 @@ class Labels(Mapping[str, "xr.DataArray"]):
 
     def _missing(self, name: str) -> LabelNotFound:
         run, held = self._plan.spec.name, ", ".join(self) or "none"
-        return LabelNotFound(f"label {name!r} is not in run {run!r}, which has {held}; name one of these")
+        remedy = "name one of these"
+        if name in self._prompts:
+            remedy += f", or make a label of that column: run.labels.add({name!r}, run.prompts[['id', {name!r}]])"
+        return LabelNotFound(f"label {name!r} is not in run {run!r}, which has {held}; {remedy}")
 
     def _find(self, key: str) -> tuple[Storage, LabelRecord]:
         name, _, version = key.partition("@")

@@ -338,7 +338,10 @@ class Lake(Mapping[str, "Run"]):
         return xr.DataTree.from_dict({name: self[name].to_xarray() for name in (self.runs() if runs is None else runs)})
 
     def __repr__(self) -> str:
-        return f"<Lake {self.url!r}: {len(self)} runs>"
+        runs = self.runs()
+        more = ", ..." if len(runs) > _NAMED else ""
+        named = f": {', '.join(runs[:_NAMED])}{more}" if runs else ""
+        return f"<Lake {self.url!r}, {len(runs)} {'run' if len(runs) == 1 else 'runs'}{named}>"
 
     def _repr_html_(self) -> str:
         from millpond.store.reprs import lake_html

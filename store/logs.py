@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from contextvars import ContextVar
 from typing import TextIO
 
 _JOB: ContextVar[str] = ContextVar("job", default="")
+_INHERITED = "MILLPOND_LOGS"
+"""Environment variable by which a process's children know that they log as it does."""
 
 
 @contextmanager
@@ -34,6 +37,8 @@ def job_id() -> str:
 class JsonLines(logging.Formatter):
     """A log record as one JSON object: time, level, logger, event, the job, and the fields given with `extra`."""
 
+    job = ""
+    """The job of records that are written outside `of_job`: where a whole process works for one at a time."""
     _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
     def format(self, record: logging.LogRecord) -> str:
@@ -44,7 +49,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
-            **({"job": job_id()} if job_id() else {}),
+            **({"job": job_id() or self.job} if job_id() or self.job else {}),
             **fields,
         }
         if record.exc_info:
@@ -60,4 +65,21 @@ def log_to(stream: TextIO | None = None) -> logging.Handler:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    if stream is None:
+        os.environ[_INHERITED] = "json"
     return handler
+
+
+def log_as_parent() -> JsonLines | None:
+    """Where the process that started this one has called `log_to`, do the same, once; returns the formatter then."""
+    return log_once() if os.environ.get(_INHERITED) == "json" else None
+
+
+def log_once() -> JsonLines:
+    """`log_to` on standard error, unless this process has called it before; returns the formatter."""
+    held = [handler.formatter for handler in logging.getLogger("millpond").handlers]
+    formatter: logging.Formatter | None = next((one for one in held if isinstance(one, JsonLines)), None)
+    if formatter is None:  # on a descriptor of its own: vLLM writes a prefix before every line of sys.stderr's
+        formatter = log_to(os.fdopen(os.dup(2), "w", buffering=1)).formatter
+    assert isinstance(formatter, JsonLines)
+    return formatter

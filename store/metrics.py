@@ -10,7 +10,10 @@ from millpond.store.errors import MillpondError
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
 
-_HELP = {
+Sample = tuple[str, str, float]
+"""Name, labels with their braces or nothing, value."""
+
+HELP = {
     "millpond_run_rows": "Visible rows of a run.",
     "millpond_run_prompts": "Visible prompts of a run.",
     "millpond_run_dropped_rows": "Rows of a run that retention took away.",
@@ -28,7 +31,7 @@ def metrics(lake: Lake) -> str:
     """The lake's metrics in the text exposition format 0.0.4."""
     from millpond.store.configuration import read_configuration, used_bytes
 
-    samples: list[tuple[str, str, float]] = []
+    samples: list[Sample] = []
     for name in lake.runs():
         label = f'{{run="{name}"}}'  # run names need no escaping
         try:
@@ -50,17 +53,24 @@ def metrics(lake: Lake) -> str:
     if quota is not None:
         samples.append(("millpond_lake_quota_bytes", "", quota))
     samples.append(("millpond_lake_deleted_runs", "", sum(1 for _ in lake.storage.list("deleted"))))
-    return exposition(_HELP, samples)
+    return exposition(HELP, samples)
 
 
-def exposition(help_texts: Mapping[str, str], samples: Iterable[tuple[str, str, float]]) -> str:
-    """Samples (name, labels, value) in the text exposition format 0.0.4, in the order of `help_texts`."""
+def exposition(help_texts: Mapping[str, str], samples: Iterable[Sample]) -> str:
+    """The samples in the text exposition format 0.0.4, in the order of `help_texts`; `..._total` are counters.
+
+    Raises:
+        KeyError: a sample has no text, and so no entry in the handbook.
+    """
     lines = []
     held = list(samples)
+    if strange := {name for name, _, _ in held} - set(help_texts):
+        raise KeyError(f"{min(strange)} has no help text")
     for name, text in help_texts.items():
         of_name = [sample for sample in held if sample[0] == name]
         if of_name:
-            lines.append(f"# HELP {name} {text}\n# TYPE {name} gauge\n")
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n")
             lines += [
                 f"{name}{label} {value:g}\n" if value < 1e6 else f"{name}{label} {int(value)}\n"
                 for _, label, value in of_name

@@ -230,7 +230,8 @@ def open_storage(url: str | os.PathLike[str], **options: Any) -> Storage:
     text = os.fspath(url)
     scheme, mark, rest = text.partition("://")
     if not mark:
-        scheme, rest = "file", str(Path(text).absolute())
+        path = Path(text)  # links stay links, but where '..' leads only the file system knows
+        scheme, rest = "file", str(path.resolve() if ".." in path.parts else path.absolute())
     if scheme in ("s3", "s3a"):
         from millpond.store.s3 import S3Storage
 

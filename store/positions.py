@@ -15,9 +15,10 @@ Positions = Literal["all", "prompt", "generated", "last"] | Annotated[tuple[int,
 class PositionFilter(BaseModel):
     """A choice of token positions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     positions: Positions = "all"
+    """Which tokens; a list counts from 0, and from the end of the prompt where negative."""
     first_position: int = Field(default=0, ge=0)
     """Positions before this one are left out; 1 leaves out the beginning-of-sequence token."""
     end_position: int | None = Field(default=None, ge=1)

@@ -42,8 +42,9 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
     if run.n_dropped_rows:
         facts.append(("dropped", f"{run.n_dropped_rows:,} rows that were used and not kept"))
     labels = run.labels.known
-    if labels:
-        facts.append(("labels", ", ".join(labels)))
+    more = () if run.labels.looked_for else ("see run.labels",)
+    if labels or more:
+        facts.append(("labels", "; ".join([", ".join(labels), *more] if labels else more)))
     return facts
 
 

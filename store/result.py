@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Value = float | int | str | NDArray[Any]
+_SHOWN = 8
+"""Values of an array that are shown one by one."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,16 @@ class Result:
     """Run, hook, estimator, its parameters and seed, versions."""
 
     def __getitem__(self, name: str) -> Value:
+        if name not in self.values:
+            raise KeyError(f"{name!r} is no value of this {self.kind}; it has {', '.join(self.values)}")
         return self.values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def keys(self) -> KeysView[str]:
+        """The names of the values, so that `dict(result)` holds them."""
+        return self.values.keys()
 
     def plot(self) -> Figure:
         """Values with their intervals; beside them the reliability curve, or the losses of a path, where there is one.
@@ -65,7 +76,7 @@ class Result:
     def _rows(self) -> list[tuple[str, str]]:
         rows = []
         for name, value in self.values.items():
-            text = f"array{value.shape}" if isinstance(value, np.ndarray) else _number(value)
+            text = _array(value) if isinstance(value, np.ndarray) else _number(value)
             if name in self.intervals:
                 low, high = self.intervals[name]
                 text += f" [{_number(low)}, {_number(high)}]"
@@ -97,6 +108,14 @@ def _draw_reliability(ax: Any, curve: NDArray[Any]) -> None:
     ax.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     ax.plot(curve[kept, 0], curve[kept, 1], marker="o")
     ax.set(xlabel="mean predicted probability", ylabel="fraction that is so", xlim=(0, 1), ylim=(0, 1))
+
+
+def _array(values: NDArray[Any]) -> str:
+    if values.size > _SHOWN or values.dtype.kind not in "biufU":
+        return f"array{values.shape}"
+    if values.ndim:
+        return "[" + ", ".join(map(_array, values)) + "]"
+    return _number(values.item())
 
 
 def _number(value: float | int | str) -> str:

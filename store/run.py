@@ -171,7 +171,12 @@ class Run:
         return activations(self.plan, self._one(hook)).assign_attrs(state=self.state)
 
     def _one(self, hook: str) -> str:
-        names = self.match(hook) if isinstance(hook, str) else ()
+        if not isinstance(hook, str):
+            raise HookNotCaptured(
+                f"{hook!r} is no hook point; name one: run {self.name!r} holds {summarize_hooks(self.hooks)}; "
+                "run.select(...) chooses rows"
+            )
+        names = self.match(hook)
         if len(names) != 1:
             raise HookNotCaptured(
                 f"{hook!r} names {len(names)} hook points; name one: run {self.name!r} holds {summarize_hooks(self.hooks)}"
@@ -216,6 +221,8 @@ class Run:
 
         plan = self.plan
         if prompts is not None:
+            if isinstance(prompts, str):
+                raise InvalidInput(f"prompts is {prompts!r}; give a list of ids, or a condition as where=")
             if isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts):
                 marks = prompts_by_id(self, prompts)
             else:

@@ -187,6 +187,8 @@ class SegmentWriter:
         expected = (np.dtype(stored.dtype), (len(positions), self.spec.d_model))
         if request.id in self._ids:
             raise InvalidInput(f"{what} was appended before; give each request an id of its own")
+        if not request.id or any("\ud800" <= letter <= "\udfff" for letter in request.id):
+            raise InvalidInput(f"{what} has an id that is empty, or holds half of a surrogate pair; give it another")
         for hook, rows in request.activations.items():
             if (rows.dtype, rows.shape) != expected:
                 raise InvalidInput(

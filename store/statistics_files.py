@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from millpond.store.errors import InvalidInput, LakeCorrupt
+from millpond.store.hooks import summarize_hooks
 from millpond.store.objects import PARALLEL_REQUESTS
 from millpond.store.stats import HookStatistics, add_statistics, unpack_statistics
 from millpond.store.versions import dropped_statistics
@@ -55,3 +56,8 @@ class RunStatistics(Mapping[str, HookStatistics]):
 
     def __len__(self) -> int:
         return len(self._run.hooks)
+
+    def __repr__(self) -> str:
+        return (
+            f"<RunStatistics of run {self._run.name!r}, {summarize_hooks(self._run.hooks)}: {self._run.n_rows:,} rows>"
+        )

@@ -158,6 +158,13 @@ class ActivationStream(Iterator[Any]):
     def __iter__(self) -> ActivationStream:
         return self
 
+    def __repr__(self) -> str:
+        epochs = "without end" if self.epochs is None else f"{self.epochs} epochs"
+        return (
+            f"<ActivationStream of run {self.plan.spec.name!r}, {', '.join(self.hooks)}: batches of {self.batch_rows:,} rows, "
+            f"{epochs}, {self.step:,} given out>"
+        )
+
     def __next__(self) -> Any:
         batch = next(self._batches)
         self.step += 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
+import importlib
 import os
 import re
 import subprocess
@@ -13,7 +16,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import millpond
+from millpond import cli
+from millpond.capture import metrics as capture_metrics
+from millpond.hub import metrics as hub_metrics
+from millpond.hub.api import ENDPOINTS
+from millpond.hub.kinds import KINDS
 from millpond.store import errors
+from millpond.store import metrics as store_metrics
 from millpond.store.lake import open_lake
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
@@ -59,6 +69,61 @@ def test_the_command_line_page_has_every_command(site):
     text = (site / "cli.html").read_text()
     for heading in ("millpond-capture", "millpond-verify", "millpond-budget-plan", "millpond-sae"):
         assert f'id="{heading}"' in text
+
+
+@pytest.fixture(scope="module")
+def handbook():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        yield importlib.import_module("handbook.settings"), importlib.import_module("handbook.api")
+
+
+def test_the_command_line_page_has_every_flag_of_a_command(site):
+    text = html.unescape(re.sub(r"<[^>]+>", "", (site / "cli.html").read_text()))
+    for field in dataclasses.fields(cli._COMMANDS["worker"]):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_every_public_name_has_an_entry(site, handbook):
+    """Names are taken from the packages; the pages that mkdocstrings makes must hold each, with its signature."""
+    _, api = handbook
+    names = dict(api.public_names())
+    assert {f"millpond.{name}" for name in millpond.__all__} <= set(names)
+    pages = {room: (site / "api" / f"{room}.html").read_text() for room in api.ROOMS}
+    index = (site / "api" / "index.html").read_text()
+    for name, home in names.items():
+        room = home.split(".")[1]
+        assert f'id="{home}"' in pages[room], name
+        assert f'href="{room}.html#{home}"' in index, name
+    assert "evaluate" in pages["analysis"]
+
+
+def test_every_setting_has_an_entry_and_a_meaning(site, handbook):
+    settings, _ = handbook
+    text = (site / "configuration.html").read_text()
+    seen = set()
+    for root, _ in settings.FILES.values():
+        for kind in settings.sections(root):
+            for name, what, _, meaning in settings.fields(kind):
+                seen.add((kind.__name__, name))
+                assert f"<code>{name}</code>" in text, (kind, name)
+                assert meaning or re.fullmatch(r"`'\w+'`", what), (kind, name)  # what tells kinds apart needs none
+    assert {("Settings", "lease_seconds"), ("Slurm", "walltime"), ("UpMeter", "cap"), ("SaeConfig", "d_sae")} <= seen
+
+
+def test_the_http_pages_and_metrics_are_those_of_the_code(site):
+    text = html.unescape((site / "http.html").read_text())
+    for one in ENDPOINTS:
+        if one.path.startswith("/api/"):
+            assert f"{one.method} {one.path}" in text, one
+    for kind in KINDS:
+        assert f"Job: {kind}" in text
+    text = (site / "metrics.html").read_text()
+    for table in (capture_metrics.HELP, store_metrics.HELP, hub_metrics.HELP):
+        for name in table:
+            assert f"<code>{name}</code>" in text
+    with pytest.raises(KeyError, match="millpond_new"):  # a metric without a text is not written either
+        store_metrics.exposition({}, [("millpond_new", "", 1.0)])
 
 
 def make_run(lake, name, *, layers, prompts, tokens, labels):

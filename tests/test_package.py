@@ -54,6 +54,20 @@ def test_the_version_is_the_packages() -> None:
     assert millpond.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("sqlalchemy", ["ledger", "verify", "--database", "sqlite:///none.db"], "hub"),
+        ("bcrypt", ["up", "--demo"], "workspace"),
+    ],
+)
+def test_a_command_whose_packages_are_missing_names_the_extra(package: str, command: list[str], extra: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom millpond.cli import main; sys.exit(main({command!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    needs = f"this command needs {package!r}, which is not installed: pip install 'millpond[{extra}]'"
+    assert (done.returncode, done.stderr) == (2, f"millpond: {needs}\n")
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_what_git_tracks(tmp_path: Path) -> None:
     subprocess.run(

@@ -52,7 +52,7 @@ SYSTEM_PACKAGES = {
         ),
     },
 }
-EXTRAS = {"demo": "analysis", "up": "analysis,workspace", "test": "analysis,hub,dev"}
+EXTRAS = {"demo": "analysis,hub", "up": "analysis,workspace", "test": "analysis,hub,dev"}
 
 
 def say(text: str) -> None:

@@ -107,6 +107,7 @@ class LinearProbe(HandedProbe, BaseEstimator):  # type: ignore[misc]
             return self
         self.check_parameters()
         strengths = self.strengths()
+        inputs.check_one_hook(X)
         inputs.check_sealed(X)
         X, labels = self._check(X, y, reset=True)
         n_rows, name = int(X.shape[0]), inputs.name_of(y, "y")
@@ -290,6 +291,8 @@ class LinearProbe(HandedProbe, BaseEstimator):  # type: ignore[misc]
     def _check(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, NDArray[Any]]:
         if y is None:
             raise InvalidInput(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        if isinstance(y, str):
+            raise InvalidInput(f"y is {y!r}; give one label a row, run.labels[{y!r}]")
         labels = inputs.to_memory(y)
         name = inputs.name_of(y, "y")
         labels = column_or_1d(labels, warn=True) if labels.ndim != 1 else labels

@@ -35,6 +35,12 @@ def source_of(array: Any) -> dict[str, Any]:
     return {key: value for key, value in getattr(array, "attrs", {}).items() if key in wanted}
 
 
+def check_one_hook(X: Any) -> None:
+    """Raises InvalidInput if `X` is a run, or stands in for one."""
+    if hasattr(X, "hooks") and hasattr(X, "labels"):
+        raise InvalidInput("X is a run; give the rows of one of its hooks, run[hook]")
+
+
 def check_sealed(X: Any) -> None:
     """Raises RunOpen if `X` says that its run may still grow."""
     attributes = getattr(X, "attrs", {})
@@ -66,9 +72,11 @@ def class_codes(labels: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[
 
     Raises:
         OneClass: there is only one.
-        InvalidInput: there are more than `MAX_CLASSES`.
+        InvalidInput: there is no row, or there are more than `MAX_CLASSES`.
     """
     classes, codes = np.unique(labels, return_inverse=True)
+    if len(classes) == 0:
+        raise InvalidInput(f"{name} has 0 rows; give at least one of each class")
     if len(classes) < 2:
         raise OneClass(
             f"{name} holds one class ({classes[0]}) in {len(labels):,} rows. a probe needs rows of more than one class"

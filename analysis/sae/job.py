@@ -29,6 +29,7 @@ class DataSection(_Section):
     lake: str
     """The lake's folder."""
     run: str
+    """Its name."""
     hook: str | None = None
     """Of an autoencoder, and the input of a transcoder."""
     hook_out: str | None = None
@@ -59,6 +60,7 @@ class TrainSection(_Section):
     tokens: int | None = Field(default=None, gt=0)
     """Rows to train on; by default all of the training part, `epochs` times."""
     epochs: int = Field(default=1, gt=0)
+    """Passes over the training part; `tokens` comes before it."""
     workers: int = Field(default=0, ge=0)
     """Dask workers that train together, of the cluster that the lake declares or, where it declares none, of this machine;
     0 trains in this process."""
@@ -69,8 +71,10 @@ class SaeJob(_Section):
 
     data: DataSection
     sae: dict[str, Any]
+    """Fields of `SaeConfig`, below."""
     train: TrainSection
     kind: Literal["sae", "transcoder", "crosscoder"] = "sae"
+    """By default what `data` asks for."""
 
     @model_validator(mode="before")
     @classmethod

@@ -54,7 +54,7 @@ class LatentCard:
     """Strongest first, each from another prompt."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Survey:
     """What one pass found about every latent."""
 
@@ -78,6 +78,11 @@ class Survey:
     """Best F1 of "the activation is at least t" for "the label is above 0", over the bins' edges t, (d_sae, labels)."""
     cut: NDArray[np.float64]
     """That t."""
+
+    def __repr__(self) -> str:
+        labels = f", labels {', '.join(self.labels)}" if self.labels else ""
+        dead = int((self.frequency == 0).sum())
+        return f"<Survey of {len(self.frequency):,} latents over {self.rows:,} rows: {dead:,} never fired{labels}>"
 
     def table(self, weights: SaeWeights | None = None, neighbours: int = 3) -> pd.DataFrame:
         """One row a latent: frequency, mean, maximum, the best label, and with `weights` the nearest decoder rows."""

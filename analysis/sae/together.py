@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from millpond.analysis.lazy_chunks import LazyChunks
+from millpond.analysis.probes.inputs import check_one_hook
 from millpond.analysis.sae.batches import GivenBatches, ShuffledBatches, Source, StreamBatches
 from millpond.analysis.sae.config import SaeConfig
 from millpond.analysis.sae.fit import Learner, Trained, train
@@ -143,6 +144,8 @@ def run_training(
     if epochs < 1:
         raise InvalidInput(f"epochs is {epochs}; give at least 1")
     arrays = list(arrays)
+    for array in arrays:
+        check_one_hook(array)
     if len(arrays) == 1 and isinstance(arrays[0], list | tuple):
         arrays[0] = _Listed(arrays[0])
     wanted = _tokens(arrays[0], tokens, epochs)

@@ -147,9 +147,11 @@ class RemoteRun:
                     raise InvalidInput(f"{name} is {value!r}; give a number from 0, or several")
                 found.append(f"{name} in {numbers.tolist()}")
         if prompts is not None:
-            ids = list(prompts)
+            ids = [] if isinstance(prompts, str) else list(prompts)
             if not ids or not all(isinstance(one, str) for one in ids):
-                raise InvalidInput("prompts must be ids of the prompts that were sent; a mask would need them here")
+                raise InvalidInput(
+                    "prompts must be a list of ids of the prompts that were sent; a mask would need them here"
+                )
             found.append(f"id in {ids!r}")
         if not found:
             return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,13 +58,45 @@ class Up:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Say what this machine lacks for `millpond up`, and what to do about it."""
+    """Say what this machine lacks, or what of an installation does not answer from here, and what to do about it.
+
+    Without flags, or with a file: what `millpond up` needs. With flags: what an installation on several hosts needs; give
+    on each host what it uses.
+    """
 
     config: Annotated[Path | None, tyro.conf.Positional] = None
     """As for `millpond up`; without it the defaults."""
+    gateway: Path | None = None
+    """The gateway's settings: looks at lake, clock, database, policy, certificates and cluster."""
+    lake: str | None = None
+    """Folder or URL of a lake: looks at it, its clock and its cluster."""
+    queue: str | None = None
+    """A capture worker's queue, with its token in MILLPOND_WORKER_TOKEN; looks at vLLM and GPUs too."""
+    model: Path | None = None
+    """Folder of a model that is captured here; looks at vLLM and GPUs too."""
+    meter: str | None = None
+    """Address at which notebooks and clients find the gateway: https://HOST:PORT of the egress meter."""
+    cluster: bool = True
+    """Look at the lake's cluster too; capture workers' hosts need not reach it."""
 
     def run(self) -> int:
         """Print one line a check; 1 if one fails."""
+        from millpond.hub.doctor import Subject, examine
+
+        subject = Subject(self.gateway, self.lake, self.queue, self.model, self.meter)
+        looks = subject != Subject()
+        subject = replace(subject, cluster=self.cluster)
+        bad = False
+        if self.config is not None or not looks:
+            bad = self._machine()
+        if looks:
+            for finding in examine(subject):
+                print(finding, flush=True)  # noqa: T201
+                bad = bad or not finding.ok
+        return int(bad)
+
+    def _machine(self) -> bool:
+        """What `millpond up` needs; whether anything is missing."""
         from millpond.hub.workspace.doctor import diagnose
         from millpond.hub.workspace.settings import Workspace
         from millpond.hub.workspace.up import settings_of
@@ -76,4 +108,4 @@ class Doctor:
         found = diagnose(settings, running=settings.helper_socket.exists())
         for name, problems in found.items():
             print(f"{'ok  ' if not problems else 'FAIL'} {name}{': ' if problems else ''}{'; '.join(problems)}")  # noqa: T201
-        return int(any(found.values()))
+        return any(found.values())

@@ -33,11 +33,17 @@ class WorkspaceLimits(_Section):
     """Of one user's workspace."""
 
     memory: int = Field(default=2 << 30, ge=256 << 20)
+    """Bytes."""
     cpus: float = Field(default=1.0, gt=0)
+    """Cores."""
     processes: int = Field(default=256, ge=32)
+    """Processes and threads."""
     home: int = Field(default=2 << 30, ge=16 << 20)
+    """Bytes of the home folder."""
     scratch: int = Field(default=256 << 20, ge=1 << 20)
+    """Bytes of /tmp."""
     connections: int = Field(default=64, ge=8)
+    """Open at a time."""
     daily_bytes: int = Field(default=64 << 20, ge=1 << 20)
     """That the proxy lets out of a workspace to the browser a day; outputs that carry plots are some 50 kB each."""
     required: bool = True
@@ -48,11 +54,13 @@ class Authentication(_Section):
     """Who people are: passwords kept by this hub, or an institution's OAuth provider."""
 
     kind: Literal["native", "oauth"] = "native"
+    """Where people's passwords are."""
     authenticator: str = "generic-oauth"
     """With oauth: the name of an OAuthenticator, such as github, google, azuread or generic-oauth."""
     options: dict[str, Any] = {}
     """With oauth: its traits, such as client_id, oauth_callback_url, allowed_groups; the secret comes from the environment."""
     admins: tuple[str, ...] = ()
+    """Users who may administer the hub."""
     groups: dict[str, tuple[str, ...]] = {}
     """Members of `researchers`, `reviewers` and `owners`; an OAuth provider that manages groups fills them itself."""
 
@@ -70,7 +78,9 @@ class Tls(_Section):
     """Of the proxy's public address."""
 
     certificate: Path
+    """PEM file of the certificate."""
     key: Path
+    """PEM file of its key."""
 
 
 class Workspace(_Section):

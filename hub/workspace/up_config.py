@@ -33,8 +33,11 @@ class UpProject(_Section):
     """`[projects.NAME]`, made when it is missing."""
 
     models: tuple[str, ...]
+    """Of those below `[models]`, which the project may use."""
     owner: str
+    """A user."""
     members: dict[str, Literal["reader", "researcher", "reviewer", "owner"]] = {}
+    """User to role."""
     runs: dict[str, str] = {}
     """Name for clients to run in the lake."""
     prompts: Literal["own", "restricted"] = "restricted"
@@ -61,12 +64,18 @@ class UpWorkspace(_Section):
     """`[workspace]`."""
 
     origin: str = "http://localhost:8000"
+    """Address of the hub in browsers; every user and the gateway get an origin of their own below it."""
     listen: str = "127.0.0.1:8000"
+    """HOST:PORT of the proxy."""
     gateway: str = "127.0.0.1:8911"
+    """HOST:PORT of the egress meter, before the gateway."""
     run: Path = Path("/run/millpond")
+    """Sockets; short, since a socket's path has at most 107 bytes."""
     tls: Tls | None = None
     database: str = ""
+    """URL of the hub's database; a SQLite file in the state folder when empty."""
     first_uid: int = 50_000
+    """The hub's; those of the other parts and of the users follow."""
     limits: WorkspaceLimits = WorkspaceLimits()
     authentication: Authentication = Authentication()
 
@@ -83,7 +92,9 @@ class UpConfig(_Section):
     workers: int = Field(default=1, ge=0)
     """Dask workers of the executor."""
     models: dict[str, UpModel] = {}
+    """By their names in the policy file."""
     projects: dict[str, UpProject] = {}
+    """By name."""
     meter: UpMeter = UpMeter()
     workspace: UpWorkspace = UpWorkspace()
 

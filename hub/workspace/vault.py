@@ -42,7 +42,7 @@ class Vault:
 
     def prepare(self) -> None:
         """Make the folders, the gateway's settings and the network namespace."""
-        for folder in (self.folder, self.folder / "home", self.folder / "prompts", self.lake, self._queue.parent):
+        for folder in (self.folder, self.folder / "home", self.lake, self._queue.parent):
             folder.mkdir(parents=True, exist_ok=True)
             if folder != self.lake or self.uid == self.settings.vault_uid:
                 os.chown(folder, self.uid, self.settings.front_gid)

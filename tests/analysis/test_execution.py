@@ -1,6 +1,7 @@
 """Passes on a real Dask cluster: the same bits as in this process, whatever happens to the workers."""
 
 import itertools
+import logging
 import os
 import pickle
 import signal
@@ -15,6 +16,7 @@ from tests.analysis.conftest import HOOKS
 
 from millpond.analysis.passes import AlignedRows, Pass, join, run_pass, run_passes, running
 from millpond.store.errors import Cancelled, InvalidInput, MemoryTooSmall
+from millpond.store.logs import job_id, of_job
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +130,20 @@ def test_each_block_is_mapped_once_in_order_and_next_to_the_data(run, client):
     assert os.getpid() not in {pid for _, _, pid in parts}
     # what goes to the cluster is a plan, not rows
     assert len(pickle.dumps(rows.sources)) < 10_000 < rows.n_rows * 64 / 10
+
+
+def job_of(state, x, numbers):
+    return [job_id()]
+
+
+def test_workers_log_for_the_job(run, client):
+    rows = AlignedRows(run[HOOKS[0]], range(len(run)), block_bytes=64 * 64)
+    with of_job("4f00"):
+        assert set(run_pass(Pass(rows, job_of, None, join))) == {"4f00"}
+    assert set(run_pass(Pass(rows, job_of, None, join))) == {""}
+    handlers = client.run(lambda: [type(one.formatter).__name__ for one in logging.getLogger("millpond").handlers])
+    assert set(map(tuple, handlers.values())) <= {(), ("JsonLines",)}  # once, where a task of a job has run
+    assert ["JsonLines"] in handlers.values()
 
 
 def test_progress_counts_every_block(rows, direction, client):

@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import dask.array as da
@@ -9,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
-from millpond.analysis import LdaProbe, LogisticProbe, MassMeanProbe, RidgeProbe
+from millpond.analysis import BatchTopKSae, LdaProbe, LogisticProbe, MassMeanProbe, PcaReducer, RidgeProbe
 from millpond.analysis.metrics import METRICS
 from millpond.analysis.probes import moments, solver
 from millpond.analysis.probes.targets import Design, Problem, Targets
@@ -330,6 +331,8 @@ def with_nan(x):
         (lambda x, y: (da.from_array(with_nan(x), chunks=(50, -1)), y), "1 of 200 rows hold NaN"),
         (lambda x, y: (lazy(x, y, 50)[0], lazy(x, y, 40)[1].data.astype(int)[:-1]), "rows"),
         (lambda x, y: (lazy(x, y, 50)[0][:, 0], y), "1 dimensions"),
+        (lambda x, y: (da.zeros((0, 4), dtype="float32"), y[:0]), "y has 0 rows; give at least one of each class"),
+        (lambda x, y: (x, "in_string"), "y is 'in_string'; give one label a row"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(make, words):
@@ -353,6 +356,15 @@ def test_labels_that_are_missing_have_errors_of_their_own(make, error, words):
         words = f"in {int((~y).sum())} of 200 rows"
     with pytest.raises(error, match=words):
         LogisticProbe().fit(da.from_array(x, chunks=(50, -1)), labels)
+
+
+def test_a_run_is_not_the_rows_of_a_hook(run):
+    words = re.escape("X is a run; give the rows of one of its hooks, run[hook]")
+    with pytest.raises(InvalidInput, match=words):
+        LogisticProbe().fit(run, "inside")
+    for estimator in (PcaReducer(2), BatchTopKSae(d_sae=8, k=2)):
+        with pytest.raises(InvalidInput, match=words):
+            estimator.fit(run)
 
 
 def test_rows_of_an_open_run_are_refused():

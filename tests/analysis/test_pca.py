@@ -51,3 +51,10 @@ def test_fvu_is_the_share_of_variance_left(rows):
 def test_what_cannot_be_fitted_is_refused(components, x, words):
     with pytest.raises(InvalidInput, match=words):
         PcaReducer(components).fit(x)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_rows_whose_squares_float32_does_not_hold_are_refused():
+    rows = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32) * np.float32(1e30)
+    with pytest.raises(InvalidInput, match="scale X down"):
+        PcaReducer(1).fit(rows)

@@ -19,9 +19,12 @@ import pytest
 
 import millpond as mp
 from millpond.capture.plan import plan_capture
+from millpond.capture.prompt_file import read_prompts
 from millpond.cli import main
-from millpond.store.capture_spec import read_job
+from millpond.store.capture_spec import PromptsSection, read_job
 from millpond.store.configuration import LakeConfiguration, write_configuration
+from millpond.store.errors import InvalidInput
+from millpond.store.objects import open_storage
 from millpond.store.verify import verify_run
 from tests.capture.conftest import MODEL
 
@@ -182,6 +185,22 @@ def test_malformed_jsonl_names_the_line(
     path = tmp_path / "broken.jsonl"
     path.write_text('{"id": "a", "token_ids": [1]}\n\n{"id": "b", \n')
     refused(write_job(path), capsys, "broken.jsonl:3")
+    path.write_text('{"id": "a", "text": "\\ud83d\\ude00"}\n{"id": "b", "text": "\\ud83d"}\n')
+    refused(write_job(path), capsys, "broken.jsonl:2", "'\\ud83d' is half of a surrogate pair")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+def test_prompts_may_be_objects_of_a_store(tmp_path: Path, name: str) -> None:
+    """Named by a URL, as the gateway hands them to workers on other hosts."""
+    table = pd.DataFrame(GOOD)
+    data = table.to_json(orient="records", lines=True).encode() if name == "p.jsonl" else table.to_parquet(index=False)
+    storage = open_storage(f"memory://{tmp_path.name}/prompts")
+    storage.put(name, data)
+    found = read_prompts(PromptsSection(path=f"{storage.url}/{name}", token_labels=("mark",)), MODEL, 16, 100)
+    assert (found.ids, found.token_ids) == (["a", "b"], [[0, 5, 6], [0, 7]])
+    assert found.token_labels["mark"]["a"].tolist() == [True, False, True]
+    with pytest.raises(InvalidInput, match="does not exist"):
+        read_prompts(PromptsSection(path=f"{storage.url}/other.jsonl"), MODEL, 16, 100)
 
 
 def test_malformed_toml_and_a_missing_job_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,11 +23,20 @@ from vllm import LLM, SamplingParams
 import millpond as mp
 
 model, lake, reads, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
-llm = LLM(
-    model, dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=1 << 27, enforce_eager=True,
-    async_scheduling=False, worker_cls="millpond.capture.worker.TapWorker",
-    additional_config={"millpond": {"lake": lake, "hooks": ["blocks.*.hook_resid_post"]}},
-)
+
+def start(**settings):
+    return LLM(
+        model, dtype="float32", max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=1 << 27, enforce_eager=True,
+        async_scheduling=False, worker_cls="millpond.capture.worker.TapWorker", additional_config={"millpond": settings},
+    )
+
+refused = []
+for settings in ({"lake": lake, "hooks": ["blocks.9.*"]}, {"lake": model, "hooks": ["blocks.*"]}):
+    try:
+        start(**settings)
+    except mp.MillpondError as error:
+        refused.append(str(error))
+llm = start(lake=lake, hooks=["blocks.*.hook_resid_post"])
 plain = SamplingParams(temperature=0.0, max_tokens=6)
 
 def asked(run, n=1, **more):
@@ -37,7 +46,6 @@ kinds = [plain, asked("one", id="a"), asked("one", id="b", n=2), asked("scores",
 given = [{"prompt_token_ids": prompt} for prompt in prompts]
 outputs = llm.generate(given, kinds, use_tqdm=False)
 shared = llm.generate(given[:2], asked("shared"), use_tqdm=False)
-refused = []
 for wrong in ([asked("one", id="a")], [asked("one", id="z"), asked("one", positions=[500], id="y")]):
     try:
         llm.generate(given[: len(wrong)], wrong, use_tqdm=False)
@@ -87,6 +95,7 @@ def test_llm_captures_like_a_server(tmp_path: Path, reference: Reference, python
     scores = reference.residuals(tokens[3][0][:-1])[2] @ coefficients(D_MODEL).T + INTERCEPT
     np.testing.assert_allclose(lake["scores"].reads["lie"]["scores"].values, scores, rtol=0, atol=1e-3)
     assert sorted(lake["shared"].prompts["id"]) == sorted(one["id"] for one in told[5:7])
-    assert ("'a' is in run 'one' already" in refused[0], "positions: 500" in refused[1]) == (True, True)
+    words = ["'blocks.9.*' selects no hook point", "is not a lake", "'a' is in run 'one' already", "positions: 500"]
+    assert [word for word, why in zip(words, refused, strict=True) if word not in why] == []
     for name in lake:
         assert verify_run(lake[name]).problems == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 import millpond as mp
+from millpond.capture.metrics import SECONDS
+from millpond.capture.vllm_cli import memory_arguments
 from millpond.cli import main
 from millpond.store.errors import InvalidInput
 from millpond.store.run import Run
@@ -241,6 +244,30 @@ def test_a_failed_write_fails_its_request_and_shows_none_of_its_rows(server: Ser
     told(server.post({"prompt": "x"}, millpond={"run": f"{name}-other"}))  # the engine goes on
 
 
+def test_vllms_metrics_have_what_was_captured(server: Server) -> None:
+    """The engine's process counts, the server's process is asked."""
+
+    def value(name: str) -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"millpond_capture_{name}($|[{{ ])", line))
+
+    time.sleep(1.5 * SECONDS)  # until what other tests wrote is told
+    bytes_before = value("written_bytes_total")
+    rows = sum(
+        told(server.post({"prompt": "x = 1\n" * 5}, millpond={"run": "counted", "id": f"{n}"}))["rows"]
+        for n in range(3)
+    )
+    deadline = time.monotonic() + 30
+    while value('committed_rows_total{.*,run="counted"}') < rows and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert value('committed_rows_total{.*,run="counted"}') == rows
+    assert value('committed_requests_total{.*,run="counted"}') == 3
+    assert value("written_bytes_total") - bytes_before == rows * N_LAYERS * mp.open(server.lake)["counted"].d_model * 4
+    assert value("open_requests") == 0
+    assert value("queue_bytes") == 0
+    assert value("cpu_seconds_total") > 0
+
+
 def test_adapters_and_the_base_share_batches_and_keep_their_rows(
     server: Server, adapters: dict[str, Path], python_prompts: list[list[int]]
 ) -> None:
@@ -279,6 +306,12 @@ def test_adapters_and_the_base_share_batches_and_keep_their_rows(
     assert difference.min() > 0.1  # the adapters matter, in every layer
     wrong = server.post({"model": "first", "prompt": "x"}, millpond={"run": "lora-second"})
     assert (wrong.status_code, "adapter" in wrong.text) == (400, True)
+
+
+def test_without_a_gpu_a_server_leaves_memory_to_others() -> None:
+    assert memory_arguments(["model", "--port", "1"]) == ["--kv-cache-memory-bytes", str(2**30)]
+    assert memory_arguments(["model", "--kv_cache_memory_bytes=5"]) == []
+    assert memory_arguments(["model", "--gpu-memory-utilization", "0.5"]) == []
 
 
 def test_parameters_are_checked_where_they_are_built() -> None:

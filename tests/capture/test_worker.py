@@ -155,6 +155,18 @@ def test_a_killed_worker_loses_and_repeats_nothing(jobs: tuple[Path, dict[str, Q
     assert ends["long"].result["rows"] == 600 * 101
 
 
+def test_the_engines_process_logs_for_the_job_too(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:
+    """Segments are committed in the engine's process, runs sealed in the worker's own."""
+    folder, ends = jobs
+    lines = [
+        json.loads(line) for line in (folder / "worker.log").read_text().splitlines() if line.startswith('{"time"')
+    ]
+    found = {(line["event"], line["run"], line.get("job")) for line in lines if "run" in line}
+    for run, name in {"long": "long", "again": "reuse"}.items():
+        assert ("committed", run, ends[name].id) in found
+        assert ("sealed", run, ends[name].id) in found
+
+
 def test_jobs_that_the_worker_cannot_do_fail_with_the_field(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:
     folder, ends = jobs
     for name, word in {"no tap": "blocks.1.hook_mlp_out", "other dtype": "bfloat16", "engine": "max_num_seqs"}.items():

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import textwrap
 import time
@@ -287,6 +288,22 @@ def test_a_probe_is_fitted_across_the_hosts_and_paid_for(installed):
     assert "worker-a" in installed.log("scheduler") or "Register worker" in installed.log("scheduler")
 
 
+def test_the_doctor_finds_nothing_on_any_host(installed):
+    """Each host is asked about what it uses, with its own certificates and behind its own firewall."""
+    installed.environment["MILLPOND_WORKER_TOKEN"] = installed.worker_token
+    told = installed.millpond("gateway", "doctor", "--gateway", installed.settings)
+    for line in ("ok   clock", "ok   database", "ok   certificate of the cluster's authority", "2 workers ran a task"):
+        assert line in told
+    told = installed.millpond(
+        "capture", "doctor", "--lake", f"s3://{BUCKET}", "--no-cluster", "--model", WEIGHTS,
+        "--queue", f"https://{installed.at['gateway']}:8911",
+    )  # fmt: skip
+    assert "knows the token" in told
+    assert "holds for 30 days" in installed.millpond(
+        "notebook", "doctor", "--meter", f"https://{installed.at['meter']}:8443"
+    )
+
+
 def test_the_notebooks_host_reaches_only_the_meter(installed):
     inner = (("s3", 8333), ("scheduler", 8786), ("worker-a", 9000), ("gateway", 8910), ("gateway", 8911))
     code = f"""
@@ -320,8 +337,6 @@ def run_sweep_and(installed, seed, harm, mend):
 
 
 def jobs(installed, state):
-    import sqlite3
-
     with sqlite3.connect(installed.folder / "hub.db", timeout=30) as connection:
         return connection.execute("SELECT id FROM jobs WHERE state = ?", (state,)).fetchall()
 
@@ -398,6 +413,10 @@ def test_a_capture_worker_is_killed_and_another_goes_on(installed):
         run = lake[name]
         print(run.n_rows, len(run.prompts), run.prompts["id"].nunique(), run.prompts["n_tokens"].sum())
     """
+    # the worker's host has nothing of the gateway's but the queue: the prompts came through S3
+    with sqlite3.connect(installed.folder / "hub.db", timeout=30) as connection:
+        (spec,) = connection.execute("SELECT spec FROM jobs WHERE kind = 'capture'").fetchone()
+    assert json.loads(spec)["prompts"]["path"].startswith(f"s3://{BUCKET}/prompts/")
     stored, prompts, distinct, tokens = map(int, installed.python("gateway", look).split())
     assert (stored, prompts, distinct) == (rows, 600, 600)
     assert stored == tokens  # a row a prompt token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -209,7 +208,7 @@ def test_a_capture_is_queued_for_the_workers_and_its_run_is_the_projects(gate):
         assert [line.count("text") for line in handle_] == [2, 2, 2]
     assert len(spec["intervene"][0]["vector"]) == 8
     assert "'one'" not in str(spec)  # a worker is not told whose it is
-    assert os.path.isabs(spec["prompts"]["path"])  # noqa: PTH117
+    assert spec["prompts"]["path"].startswith(f"{gate.lake.folder}/prompts/")  # where every worker can read it
     write_run(gate.lake, spec["destination"]["run"], seed=3)
     queue.finish(claimed, {"rows": 1200})
     assert gate.wait(ada, handle) == "done"

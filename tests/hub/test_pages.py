@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,12 @@ def write_run(lake, name):
 
 @pytest.fixture(scope="module")
 def site():
+    with serve_site() as found:
+        yield found
+
+
+@contextmanager
+def serve_site():
     """A gateway on a socket and the meter before it, whose address is the browsers' origin."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

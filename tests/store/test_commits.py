@@ -259,6 +259,9 @@ def test_bad_requests_are_refused(run):
     writer.append(request("x"))
     with pytest.raises(InvalidInput, match=r"'x' .* was appended before"):
         writer.append(request("x"))
+    for name in ("", "a\ud800"):
+        with pytest.raises(InvalidInput, match="an id that is empty, or holds half of a surrogate pair"):
+            writer.append(request(name))
     with pytest.raises(
         InvalidInput, match=r"infinity or NaN in 3 rows of blocks.0.hook_resid_post, first at position 0"
     ):

@@ -44,8 +44,11 @@ def test_refused_labels_leave_nothing(sealed):
         with pytest.raises(InvalidInput, match=r"is not allowed|is that of a row coordinate"):
             sealed.run.labels.add(name, np.arange(172))
     assert sorted(sealed.run.labels) == ["even", "source"]
-    with pytest.raises(LabelNotFound, match="label 'mine' is not in run 'made', which has even, source"):
+    with pytest.raises(LabelNotFound, match=r"'mine' is not in run 'made', which has even, source; name one of these$"):
         sealed.run.labels["mine"]
+    with pytest.raises(LabelNotFound, match="or make a label of that column"):
+        sealed.run.labels["n_tokens"]
+    assert sealed.run.labels.add("n_tokens", sealed.run.prompts[["id", "n_tokens"]]) == 1  # as that error says
 
 
 def test_stored_types():

@@ -143,6 +143,15 @@ def test_unusable_urls_and_options(url, options, message):
         open_storage(url, **options)
 
 
+def test_a_path_may_go_up(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/deep")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert open_storage("../lake").url == str(tmp_path / "lake")
+    assert open_storage(tmp_path / "link" / ".." / "lake").url == str(tmp_path / "elsewhere" / "lake")  # as `ls` goes
+    assert open_storage(tmp_path / "link").url == str(tmp_path / "link")
+
+
 def test_s3_settings_come_as_s3fs_users_write_them(ceph, tmp_path, monkeypatch):
     ceph.storage("settings").put("x", b"1")
     url, endpoint = f"s3://{ceph.bucket}/settings", ceph.environment["AWS_ENDPOINT_URL"]

@@ -26,7 +26,7 @@ def test_a_run_shows_itself_without_reading(sealed):
     assert "sealed" in text
     assert "blocks.0.hook_resid_post, blocks.1.hook_mlp_out (2)" in text
     assert "172 of 4 x bfloat16, 2.8 kB" in text  # 172 rows * 4 * 2 bytes * 2 hooks = 2752 bytes
-    assert "labels:  source" in text
+    assert "labels:  source; see run.labels" in text  # one by token was added, which only reading would tell
     assert "<td" in run._repr_html_()
 
 
@@ -35,7 +35,7 @@ def test_reprs_read_no_activation(sealed):
     run = sealed.run
     assert "float32" in repr(run["blocks.0.hook_resid_post"])
     assert "made" in sealed.lake._repr_html_()
-    assert repr(sealed.lake).endswith(": 1 runs>")
+    assert repr(sealed.lake).endswith(", 1 run: made>")
     assert repr(run.labels) == "<Labels by token: even; by prompt: source>"
     assert "labels:  even, source" in repr(run)
 

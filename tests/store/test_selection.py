@@ -162,6 +162,8 @@ def test_a_selection_reads_the_index_alone(made, monkeypatch):
         ({"sample": 129}, "sample is 129"),
         ({"sample": 1.0}, "a fraction between 0 and 1"),
         ({"sample": True}, "sample is True"),
+        ({"where": np.ones(128, bool)}, "where is a ndarray; write the condition as text"),
+        ({"prompts": "p1"}, "prompts is 'p1'; give a list of ids"),
         ({"prompts": ["p1", "q"]}, "prompt 'q' is not in this view of run 'made'"),
     ],
 )

@@ -1,0 +1,40 @@
+"""What `capture_params` makes of its arguments, and what it refuses as the server would."""
+
+import json
+from typing import Any
+
+import pytest
+
+import millpond as mp
+from millpond.store.errors import InvalidInput
+from millpond.store.interventions import Ablate, Add, Clamp, Patch, SpliceSae
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    ("typed", "plain"),
+    [
+        (Add(hook=HOOK, vector=(1.0, 0.0)), {"op": "add", "hook": HOOK, "vector": [1.0, 0.0]}),
+        (
+            Ablate(hook=HOOK, vector="lie", positions="last"),
+            {"op": "ablate", "hook": HOOK, "vector": "lie", "positions": "last"},
+        ),
+        (Clamp(hook=HOOK, vector="lie", max=2.0), {"op": "clamp", "hook": HOOK, "vector": "lie", "max": 2.0}),
+        (Patch(hook=HOOK, run="r", prompt="p"), {"op": "patch", "hook": HOOK, "run": "r", "prompt": "p"}),
+        (SpliceSae(hook=HOOK, artifact="sae"), {"op": "sae", "hook": HOOK, "artifact": "sae"}),
+    ],
+)
+def test_an_intervention_is_an_object_or_its_class(typed: Any, plain: dict[str, Any]) -> None:
+    for given in (typed, plain):
+        asked = mp.capture_params("r", intervene=[given])
+        assert asked["millpond"]["intervene"] == [plain]
+        assert json.loads(mp.capture_params("r", intervene=[given], http=True)["millpond"]) == asked["millpond"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"vector": [1e39, 0.0]}, {"vector": [float("nan")]}, {"vector": [1.0], "scale": 1e39}]
+)
+def test_what_float32_cannot_hold_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match=next(reversed(wrong))):
+        mp.capture_params("r", intervene=[{"op": "add", "hook": HOOK} | wrong])
