@@ -56,6 +56,7 @@ def change(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+@pytest.mark.slow
 def test_a_whole_installation(folder, capsys, monkeypatch):
     token, worker = new_worker("gpu-1", ["capture"])
     monkeypatch.setenv(TOKEN_VARIABLE, token)
