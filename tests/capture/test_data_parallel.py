@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -17,6 +18,7 @@ import pytest
 
 import millpond as mp
 from millpond.capture.claims import PromptClaims, engine_of
+from millpond.capture.metrics import SECONDS
 from millpond.store.verify import verify_run
 from tests.capture.conftest import Reference
 from tests.capture.serving import TWO_CORES, Server
@@ -75,6 +77,11 @@ def test_engines_and_servers_fill_one_run_with_their_own_rows(
     assert min(engines[0], engines[1]) > len(prompts) // 5
     assert len(run.prompts) == sum(body["n"] for body, _ in asked)
     assert verify_run(run).problems == []
+    time.sleep(1.5 * SECONDS)
+    shown = httpx.get(f"{server.url}/metrics").text  # whichever server answers knows both engines
+    committed = re.findall(r'^millpond_capture_committed_rows_total\{pid="(\d+)".*run="live"\} (\S+)$', shown, re.M)
+    assert len({pid for pid, _ in committed}) == 2
+    assert sum(float(rows) for _, rows in committed) == run.n_rows
 
 
 @pytest.mark.slow
