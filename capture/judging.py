@@ -55,7 +55,8 @@ def run_judging(
     tokenizer = AutoTokenizer.from_pretrained(Path(job.model.path), local_files_only=True)
     answers = first_tokens(tokenizer, job)
     prompts = read_texts(job.prompts)
-    asked = [job.ask(prompts[row.prompt], row.text) for row in table.itertuples()]
+    written = zip(table["prompt"].tolist(), table["text"].tolist(), strict=True)
+    asked = [job.ask(prompts[prompt], text) for prompt, text in written]
     token_ids = tokenizer(asked)["input_ids"]
     longest = max(map(len, token_ids))
     if longest >= context:

@@ -24,7 +24,7 @@ from millpond.capture.job import CaptureSummary, run_capture
 from millpond.capture.judging import run_judging
 from millpond.capture.plan import CapturePlan, ModelFacts, plan_capture, read_model_facts
 from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
-from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
+from millpond.store.errors import CaptureFailed, InvalidInput, LakeCorrupt, LeaseLost, RunBusy
 from millpond.store.generation import GenerationJob, JudgeJob
 from millpond.store.hooks import summarize_hooks
 from millpond.store.interventions import SpliceSae
@@ -87,10 +87,9 @@ def work(
     open_lake(config.lake, create=True)
     name = f"{socket.gethostname()}:{os.getpid()}"
     engine = CaptureEngine(
-        config.model,
+        facts,
         open_storage(config.lake).url,
         hooks,
-        facts.context,
         config.engine,
         max_adapters=config.max_adapters,
         max_rank=config.max_rank,
@@ -140,7 +139,7 @@ def _run(
     except LeaseLost as error:
         told(f"job {claimed.id}: {error}")
         return False
-    except (InvalidInput, CaptureFailed) as error:
+    except (InvalidInput, CaptureFailed, LakeCorrupt) as error:
         reason = " ".join(str(error).split())
         told(f"job {claimed.id}: {reason}")
         if isinstance(error, CaptureFailed):

@@ -75,8 +75,9 @@ def _generate(parts: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(score, str):
         score = {"regex": score}
     elif isinstance(score, Mapping):
-        held = getattr(score.get("probe"), "remote_", score.get("probe"))
-        score = {**score, "probe": held.handle} if hasattr(held, "handle") else dict(score)
+        probe = getattr(score.get("probe"), "remote_", score.get("probe"))
+        handle = getattr(probe, "handle", None)  # of an estimator or an artifact; a handle itself has none
+        score = dict(score) if handle is None else {**score, "probe": handle}
     elif isinstance(score, Sequence):
         score = {"contains": list(score)}
     return given | {

@@ -166,6 +166,15 @@ class Job(Wire):
         """
 
 
+FIRING_BINS = 14
+"""Intervals of `analysis.sae.evaluation.FREQUENCY_EDGES`."""
+
+
+def sae_evaluation_bytes() -> int:
+    """Bytes of an autoencoder's evaluation."""
+    return result_bytes("sae-evaluation", {"frequency_histogram": (FIRING_BINS,)})
+
+
 def evaluation_bytes() -> int:
     """Bytes of a probe's evaluation, of classes or of numbers."""
     return max(result_bytes("probe-evaluation", {}), result_bytes("regression-evaluation", {}))

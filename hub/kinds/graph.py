@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, Outcome, Progress, RowSet
+from millpond.hub.kinds.base import Facts, Hook, Job, LabelName, Needed, Outcome, Progress, RowSet, sae_evaluation_bytes
 from millpond.hub.shapes import result_bytes
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class GraphJob(Job):
         """See the base class; the graph is checked for it."""
         facts.hooks(self.rows.run, (self.hook,))
         size = facts.statistic(self.graph, facts.d_model(self.rows.run))
-        measured = max(result_bytes("sae-evaluation", {}), result_bytes("probe-evaluation", {}))
+        measured = max(sae_evaluation_bytes(), result_bytes("probe-evaluation", {}))
         return self.answers() * measured + result_bytes("group-means", {"means": (size,)})
 
     def run(self, vault: Vault, progress: Progress) -> Outcome:

@@ -18,6 +18,7 @@ from pathlib import Path
 from millpond.hub.workspace import relay as relay_program
 from millpond.hub.workspace import zone as zone_checks
 from millpond.hub.workspace.cgroups import Group, Limits, make_group
+from millpond.hub.workspace.dictionary import INSIDE
 from millpond.hub.workspace.homes import make_home, mount_home, unmount_home
 from millpond.hub.workspace.masks import write_masks
 from millpond.hub.workspace.sandbox import Sandbox, python_folders, python_path
@@ -128,6 +129,8 @@ class Session:
         lab = Path(__file__).parent / "lab"
         read, write = os.pipe()
         report = os.fdopen(write, "wb")
+        dictionary = settings.state / "dictionary"
+        texts = {dictionary: INSIDE} if dictionary.exists() else {}
         views = [*python_folders(), home, _ZONE]
         environment = {
             **given,
@@ -155,6 +158,7 @@ class Session:
             "MILLPOND_REPORT_FD": str(write),
             "MILLPOND_VIEWS": ":".join(map(str, views)),
             "MPLCONFIGDIR": "/tmp/matplotlib",
+            **({"MILLPOND_DICTIONARY": str(INSIDE)} if texts else {}),
         }
         filter_fd = os.memfd_create("seccomp")
         os.write(filter_fd, program())
@@ -171,6 +175,7 @@ class Session:
                 lab / "page_config.json": Path("/etc/jupyter/labconfig/page_config.json"),
                 self.folder / "hub.sock": _ZONE / "hub.sock",
                 self.folder / "gate.sock": _ZONE / "gate.sock",
+                **texts,
             },
             write={self._home: home},
             scratch=limits.scratch,

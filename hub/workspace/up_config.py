@@ -89,6 +89,8 @@ class UpConfig(_Section):
     """What must outlast a restart: homes, databases, ledgers, logs."""
     policy: Path | None = None
     """The release policy; it declares every model."""
+    dictionary: Path | None = None
+    """Public text that completions are coded with once a reviewer lets them leave; by default of Python's standard library."""
     workers: int = Field(default=1, ge=0)
     """Dask workers of the executor."""
     models: dict[str, UpModel] = {}
@@ -126,6 +128,7 @@ def read_up_config(path: Path) -> UpConfig:
             "lake": str(folder / config.lake),
             "state": folder / config.state,
             "policy": folder / config.policy,
+            "dictionary": None if config.dictionary is None else folder / config.dictionary,
             "models": models,
         }
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from millpond.hub.workspace.config import CLIENT_ID, SERVICE, gateway_origin
+from millpond.hub.workspace.dictionary import make_dictionary
 from millpond.hub.workspace.parts import answers, listens, python, python_environment, with_hub
 from millpond.hub.workspace.sandbox import Sandbox
 from millpond.hub.workspace.settings import HUB_PORT, Workspace
@@ -50,10 +51,12 @@ class Vault:
         os.chown(self.settings.gateway_socket.parent, self.uid, self.settings.meter_uid)
         assert self.config.policy is not None
         shutil.copyfile(self.config.policy, self.folder / "policy.toml")
+        shutil.copyfile(make_dictionary(self.settings.state, self.config.dictionary), self.folder / "dictionary")
         values = {
             "lake": str(self.lake),
             "database": self.database,
             "policy": "policy.toml",
+            "dictionary": "dictionary",
             "listen": f"unix:{self.settings.gateway_socket}",
             "origin": gateway_origin(self.settings),
             "workers": self.config.workers,
@@ -64,7 +67,7 @@ class Vault:
             if model.path is not None:
                 text += f"[models.{json.dumps(name)}]\npath = {json.dumps(str(model.path))}\n"
         self.gateway_toml.write_text(text)
-        for file in (self.gateway_toml, self.folder / "policy.toml"):
+        for file in (self.gateway_toml, self.folder / "policy.toml", self.folder / "dictionary"):
             os.chown(file, self.uid, self.settings.front_gid)
             file.chmod(0o600)
         self.remove_namespace()

@@ -19,6 +19,7 @@ import millpond as mp
 from millpond.hub.client.connection import Connection
 from millpond.hub.client.lake import RemoteLake
 from millpond.hub.client.texts import TextReader
+from millpond.hub.kinds.base import FIRING_BINS
 from millpond.hub.ledger import Payer
 from millpond.hub.local import LocalVault
 from millpond.hub.projection import RunView
@@ -160,6 +161,8 @@ def test_the_same_lines_give_the_same_numbers_in_the_vault_and_outside(vault, la
 
     assert measured.kind == "sae-evaluation"
     assert 2 < measured["l0"] < 6
+    assert measured["frequency_histogram"].sum() == 32
+    assert measured["frequency_histogram"].shape == (FIRING_BINS,)
     assert 0 < measured["explained_variance"] < 1
     assert "in the vault" in repr(sae)
     with pytest.raises(ActivationsStayInVault, match="weights"):
@@ -180,6 +183,7 @@ def test_what_is_here_of_a_remote_run_is_its_shape_and_not_its_values(lake):
     for touch in (
         lambda: np.asarray(column), lambda: column.values, lambda: column[0], lambda: np.asarray(run.labels["deceptive"]),
         lambda: list(column), lambda: column.compute(), lambda: run.stream, lambda: mp.LogisticProbe().predict(column),
+        lambda: column.mean("row"), lambda: run.labels["deceptive"].sum(),
     ):  # fmt: skip
         with pytest.raises(ActivationsStayInVault, match="in the vault"):
             touch()
@@ -197,6 +201,10 @@ def test_what_is_here_of_a_remote_run_is_its_shape_and_not_its_values(lake):
         mp.LogisticProbe().fit(train[HOOK], test.labels["deceptive"])
     with pytest.raises(InvalidInput, match="before you split"):
         train.select(where="deceptive")
+    with pytest.raises(InvalidInput, match="where is a ndarray; write the condition as text"):
+        run.select(where=np.ones(3, bool))
+    with pytest.raises(InvalidInput, match="prompts must be a list of ids"):
+        run.select("p1")
     with pytest.raises(InvalidInput, match="sample_weight"):
         mp.LogisticProbe().fit(train[HOOK], train.labels["deceptive"], sample_weight=np.ones(3))
 

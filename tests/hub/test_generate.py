@@ -255,7 +255,7 @@ def test_a_judge_in_the_vault_answers_about_each_completion_and_only_shares_leav
     """Its answers are the likelier of two tokens in a Hugging Face forward pass."""
     import torch
 
-    score = {"template": "{prompt}{completion}", "choices": ["\n", " self"]}
+    score = {"template": "{completion}", "choices": ["ations", "("]}
     options = {"model": "m", "max_tokens": 8, "score": score}
     quoted = place.lake.quote("generate", {"prompts": place.prompts, **options})
     assert quoted == 1 + -(-(8 + 1 + 17 + 2 * 40 + 2 * 41) // 8) + 16  # two rates with their intervals, two counts
@@ -266,25 +266,23 @@ def test_a_judge_in_the_vault_answers_about_each_completion_and_only_shares_leav
     model, tokenizer = transformer()
     answers = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in score["choices"]]
     sure = 0
-    for row, choice, prompt in zip(table.itertuples(), chosen, PROMPTS, strict=True):
-        ids = tokenizer(prompt["text"] + row.text, return_tensors="pt")["input_ids"]
+    for row, choice in zip(table.itertuples(), chosen, strict=True):
+        ids = tokenizer(row.text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             logits = model(ids).logits[0, -1, answers].float()
         if abs(float(logits[0] - logits[1])) > 0.25:
             assert choice == int(logits.argmax())
             sure += 1
     assert sure > len(PROMPTS) / 2
-    assert made.choices == ("\n", " self")
-    shown = made.table()["rate"]
+    assert made.choices == ("ations", "(")
+    assert made.table().index.tolist() == [("ations", "overall"), ("(", "overall")]
     (kept,) = place.gate.app.state.gateway.answers.of(future.handle)
     assert kept.result.values["rates"].tolist() == [float((chosen == 0).mean()), float((chosen == 1).mean())]
-    assert shown[("\n", "overall")] > shown[(" self", "overall")]
     events = [event.event for event in place.sql.history(future.handle) if event.event != "heartbeat"]
     assert events == ["submit", "claim", "hand over", "claim", "hand over", "claim", "finish"]
     steered = place.lake.generate(place.prompts, interventions=[STEER], **options)
-    before, after = made.table().loc[("\n", "overall")], steered.table().loc[("\n", "overall")]
-    print(made.table(), steered.table())
-    assert before["low"] > after["high"] or after["low"] > before["high"]
+    plain, pushed = made.table().loc[("ations", "overall")], steered.table().loc[("ations", "overall")]
+    assert plain["high"] < pushed["low"]  # what the model writes then is a syllable again and again
     with pytest.raises(GatewayRefused):  # the choices begin alike
         place.lake.generate(PROMPTS[:1], **options | {
             "score": score | {"choices": [" self.a", " self.b"]}})  # fmt: skip

@@ -152,7 +152,7 @@ def test_every_kind_can_be_quoted_and_the_quote_is_exact():
         {"rows": 10, "prompts": 3},
     )  # fmt: skip
     assert len(encode(ReleasedResult(result), OWN)) == result_bytes("latent", shapes)
-    lists = "auroc accuracy balanced_accuracy f1 log_loss x y counts means rates contexts activations histogram"
+    lists = "auroc accuracy balanced_accuracy f1 log_loss x y counts means rates scores contexts activations histogram frequency_histogram"
     every = dict.fromkeys(("table", "direction", "mean"), (4, 4)) | dict.fromkeys(lists.split(), (4,))
     for kind in KINDS:
         assert result_bytes(kind, every) > 0

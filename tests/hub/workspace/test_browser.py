@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -17,6 +18,8 @@ from millpond.hub.demo import find_example
 from millpond.hub.workspace.config import gateway_origin
 from millpond.hub.workspace.notebooks import sources
 from millpond.hub.workspace.up import Up, demo_config
+from millpond.store.generation import read_completions
+from millpond.store.lake import open_lake
 
 from .browser import Browser
 from .conftest import free_port
@@ -234,37 +237,55 @@ class Spread(torch.nn.Module):
 
 lake = mp.connect()
 future = lake.submit_graph(Spread(), lake["stdlib-heldout"]["blocks.3.hook_resid_post"])
-try:
-    print(future.result(timeout=120))
-except mp.MillpondError as error:
-    print(type(error).__name__)
+beginnings = ["def read(path):", "class Stack:"]
+texts = lake.submit_generate(beginnings, model="stdlib-llama", max_tokens=24, texts=True)
+for one in (future, texts):
+    try:
+        print(one.result(timeout=150))
+    except mp.MillpondError as error:
+        print(f"{type(error).__name__}={one.handle}=")
+"""
+READ = """
+import json
+print(future.result(timeout=60))
+print(json.dumps(texts.result(timeout=60).texts))
 """
 
 
 def test_a_reviewer_approves_in_a_browser_and_the_notebook_has_it(demo):
-    """ada's own statistic waits; bob, who opened no notebook of hers, releases it on the gateway's origin."""
+    """ada's own statistic and texts wait; bob, who opened no notebook of hers, releases them on the gateway's origin.
+
+    The texts come coded with the dictionary that `up` made and both sides hold.
+    """
     from playwright.sync_api import sync_playwright
 
     ada = demo.do(_browser(demo))
     try:
         kernel = demo.do(ada.kernel())
-        said = demo.do(ada.run(kernel, ASK, 180), 200)
-        assert "InReview" in said, said
+        said = demo.do(ada.run(kernel, ASK, 320), 330)
+        waiting = re.findall(r"InReview=([0-9a-f]{16})=", said)
+        assert len(waiting) == 2, said
         shots = Path(os.environ["MILLPOND_SCREENSHOTS"]) if "MILLPOND_SCREENSHOTS" in os.environ else None
         with sync_playwright() as driver:
             chromium = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = chromium.new_context(viewport={"width": 1100, "height": 800}).new_page()
             log_in(page, demo, "bob")
-            page.goto(f"{gateway_origin(demo.up.settings)}/services/gateway/p/demo/reviews")
-            page.locator("a:has-text('Answer 0 of')").last.click()  # an example notebook has asked before
-            assert "gateway--service.localhost" in page.url
-            if shots:
-                page.screenshot(path=shots / "workspace-review.png")
-            page.click("button[value=approve]")
-            page.wait_for_selector("p.notice.good")
+            reviews = f"{gateway_origin(demo.up.settings)}/services/gateway/p/demo/reviews"
+            page.goto(reviews)
+            assert page.locator("a:has-text('Answer 0 of')").count() >= 2
+            for job in waiting:
+                page.goto(f"{reviews}/{job}/0")
+                assert "gateway--service.localhost" in page.url
+                if shots:
+                    page.screenshot(path=shots / "workspace-review.png")
+                page.click("button[value=approve]")
+                page.wait_for_selector("p.notice.good")
             chromium.close()
-        said = demo.do(ada.run(kernel, "print(future.result(timeout=60))", 90), 100)
+        said = demo.do(ada.run(kernel, READ, 150), 160)
         assert "<Result" in said, said
+        texts = json.loads(said[said.index("[[") : said.rindex("]]") + 2])
+        table = read_completions(open_lake(demo.config.lake).storage, waiting[1])
+        assert [text for one in texts for text in one] == table["text"].tolist()
     finally:
         demo.do(ada.close())
 

@@ -155,3 +155,22 @@ def test_a_configuration_file_names_its_mistake(tmp_path):
         file.write_text(text)
         with pytest.raises((InvalidInput, ValidationError), match=why):
             settings_of(read_up_config(file))
+
+
+def test_the_dictionary_is_made_once_or_the_operators(tmp_path):
+    from millpond.hub.workspace.dictionary import make_dictionary, standard_library
+
+    text = standard_library(20_000)
+    assert len(text) == 40_000
+    assert text == standard_library(20_000)
+    assert b"import" in text[20_000:]
+    (tmp_path / "dictionary").write_bytes(b"of an earlier Python")
+    assert make_dictionary(tmp_path, None).read_bytes() == b"of an earlier Python"
+    own = tmp_path / "own.txt"
+    own.write_bytes(b"public words")
+    assert make_dictionary(tmp_path, own).read_bytes() == b"public words"
+    own.write_bytes(bytes(5 << 20))
+    with pytest.raises(InvalidInput, match="cut it"):
+        make_dictionary(tmp_path, own)
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        make_dictionary(tmp_path, tmp_path / "none")
