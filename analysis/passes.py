@@ -16,7 +16,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from millpond.analysis.aligned import AlignedRows, InMemory, LazyChunks, StoredBfloat16
+from millpond.analysis.aligned import AlignedRows, InMemory
+from millpond.analysis.lazy_chunks import LazyChunks, StoredBfloat16
 from millpond.store.errors import Cancelled, MemoryTooSmall
 from millpond.store.reprs import human_bytes
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.aligned import StoredBfloat16
+from millpond.analysis.lazy_chunks import StoredBfloat16
 
 Rows = NDArray[Any] | StoredBfloat16
 

@@ -2,8 +2,11 @@
 
 The model is a Llama of about 126 M parameters with random weights, which the script makes. Times are the CPU
 seconds of the process that runs the model, writing thread included, because wall time on a shared machine says
-little; wall-time ratios are printed beside them. Each comparison is made in ABBA blocks; the table shows medians
-over the blocks with the range of the middle half. Rows land in a lake in the folder `--out`.
+little; wall-time ratios are printed beside them. Two processes of the same engine may differ by more than capturing
+costs, so there are two without the plugin, one started before the one with it and one after. A block of rounds runs
+the first of them, every way of using the plugin, all these again in the opposite order, and the second; a ratio is of the sums.
+`A/A` is the second over the first. The table shows medians over the blocks with the range of the middle half.
+Rows land in a lake in the folder `--out`, and a round with them ends when all of them are committed.
 
     python benchmarks/capture.py [--quick] [--eager] [--out DIR] [--device cuda]
 
@@ -11,9 +14,10 @@ With `--device cuda` the model has 1.2 B parameters, CUDA graphs are on, and the
 time: the process that runs the model waits for the device.
 
 The last line is JSON; `idle`, `one_hook`, `all_hooks`, `read_probe` and `read_codes` are time with the plugin over time
-without. The last two keep, in place of the rows of one hook, a probe's score or the 64 largest of an SAE's codes (8 latents a
-dimension); `bytes_a_row` says what each of them stores. vllm-lens is
-installed without its dependencies into a folder of its own; where that fails, its key is null.
+without; `all_over_idle` is `all_hooks` over `idle`, which are of one process. The reads keep, in place of the rows of
+one hook, a probe's score or the 64 largest of an SAE's codes (8 latents a dimension); `bytes_a_row` says what each of
+them stores. All of them run in an engine with taps at every layer. vllm-lens is installed without its dependencies into
+a folder of its own; where that fails, its key is null.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,28 +203,25 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Time with over time without, over ABBA blocks."""
-
-    cpu: list[float]
-    wall: list[float]
-
-    @staticmethod
-    def of(values: list[float]) -> tuple[float, float, float]:
-        """Median and quartiles."""
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-        return middle, low, high
+Seconds = tuple[float, float]
+"""CPU and wall time."""
 
 
-def abba(without: Callable[[], tuple[float, float]], with_: Callable[[], tuple[float, float]], blocks: int) -> Ratio:
-    """Ratios of `blocks` blocks, each without, with, with, without."""
-    cpu, wall = [], []
-    for _ in range(blocks):
-        a, b, c, d = without(), with_(), with_(), without()
-        cpu.append((b[0] + c[0]) / (a[0] + d[0]))
-        wall.append((b[1] + c[1]) / (a[1] + d[1]))
-    return Ratio(cpu, wall)
+def palindrome(
+    rounds: Mapping[str, Callable[[], Seconds]], first: Callable[[], Seconds], last: Callable[[], Seconds]
+) -> dict[str, Seconds]:
+    """One block: `first` (A), all `rounds`, these in the opposite order, `last` (Z); seconds of each, those of two rounds added."""
+    opening = first()
+    there = {name: one() for name, one in rounds.items()}
+    back = {name: rounds[name]() for name in reversed(list(rounds))}
+    closing = last()
+    both = {name: (there[name][0] + back[name][0], there[name][1] + back[name][1]) for name in rounds}
+    return {"A": opening, "Z": closing, "without": (opening[0] + closing[0], opening[1] + closing[1]), **both}
+
+
+def ratios(blocks: list[dict[str, Seconds]], over: str, under: str, clock: int) -> list[float]:
+    """Of each block, the time of `over` by that of `under`; clock 0 is the CPU's, 1 the wall's."""
+    return [block[over][clock] / block[under][clock] for block in blocks]
 
 
 def hugging_face(model_folder: Path, work: Work, out: Path) -> None:
@@ -337,8 +338,10 @@ def install_lens(folder: Path) -> bool:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 blocks of 16 prompts in place of 9 of 32")
-    parser.add_argument("--blocks", type=int, help="ABBA blocks a comparison")
+    parser.add_argument(
+        "--quick", action="store_true", help="5 blocks of 32 prompts and 8 tokens in place of 12 of 48 and 16"
+    )
+    parser.add_argument("--blocks", type=int, help="how many")
     parser.add_argument("--eager", action="store_true", help="without torch.compile (and CUDA graphs)")
     parser.add_argument("--out", type=Path, help="folder of the lake and the peers' files; a temporary one by default")
     parser.add_argument("--threads", type=int, default=1, help="of the model's arithmetic on a CPU")
@@ -346,12 +349,12 @@ def main() -> None:
     parser.add_argument("--peer", choices=["hugging-face", "vllm-lens"], help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    work = make_work(16, 8) if arguments.quick else make_work(32, 16)
+    work = make_work(32, 8) if arguments.quick else make_work(48, 16)
     if arguments.peer:
         run_peer = {"hugging-face": hugging_face, "vllm-lens": lens}[arguments.peer]
         run_peer(arguments.model, work, arguments.out / arguments.peer)
         return
-    blocks = arguments.blocks or (3 if arguments.quick else 9)
+    blocks = arguments.blocks or (5 if arguments.quick else 12)
     os.environ |= {
         "OMP_NUM_THREADS": str(arguments.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -367,7 +370,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path) -> None:
+def measure(arguments: argparse.Namespace, work: Work, n_blocks: int, folder: Path) -> None:
     """Every comparison, the table and the JSON line."""
     from vllm.platforms import current_platform
 
@@ -391,34 +394,43 @@ def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path
         f"{parameters / 1e6:.0f} M parameters, bfloat16, {'eager' if arguments.eager else 'compiled'}, {device}, "
         f"{arguments.threads} thread; a round is {len(work.prompts)} prompts, {tokens} tokens and {work.new_tokens} more each"
     )
-    engines = {
-        "base": Engine(folder / "model", lake=None, hooks=[], eager=arguments.eager),
-        "one": Engine(folder / "model", lake=folder / "lake", hooks=one, eager=arguments.eager),
-        "all": Engine(folder / "model", lake=folder / "lake", hooks=every, eager=arguments.eager),
-    }
-
-    def measured(engine: str, run: str | None) -> Callable[[], tuple[float, float]]:
-        return lambda: engines[engine].measure(work, run)
-
-    variants = {"idle": ("all", None), "one_hook": ("one", "one"), "all_hooks": ("all", "all")}
-    variants |= {name: ("one", name) for name in ("read_probe", "read_codes")}
-    base = measured("base", None)
-    record: dict[str, Any] = {}
+    engines: dict[str, Engine] = {}
+    blocks: list[dict[str, Seconds]] = []
     try:
-        for run in [base, *(measured(*variant) for variant in variants.values())]:
-            run()  # warm
-        print(f"{'':12}{'CPU, with / without':>28}{'wall':>28}")
-        print(f"{'A/A':12}" + line(abba(base, base, blocks)))
-        for name, variant in variants.items():
-            ratio = abba(base, measured(*variant), blocks)
-            print(f"{name:12}" + line(ratio), flush=True)
-            record[name] = round(Ratio.of(ratio.cpu if device == "cpu" else ratio.wall)[0], 4)
-        before, started = engines["all"].statistics(), time.perf_counter()
-        cpu, wall = min(engines["all"].measure(work, "all") for _ in range(3))
-        after, elapsed = engines["all"].statistics(), time.perf_counter() - started
+        for name, tapped in {"first": [], "tapped": every, "last": []}.items():
+            there = folder / "lake" if tapped else None
+            engines[name] = Engine(folder / "model", lake=there, hooks=tapped, eager=arguments.eager)
+
+        def measured(engine: str, run: str | None) -> Callable[[], Seconds]:
+            return lambda: engines[engine].measure(work, run)
+
+        runs = {
+            "idle": None,
+            "one_hook": "one",
+            "all_hooks": "all",
+            "read_probe": "read_probe",
+            "read_codes": "read_codes",
+        }
+        variants = {name: measured("tapped", run) for name, run in runs.items()}
+        palindrome(variants, measured("first", None), measured("last", None))  # warm
+        for _ in range(n_blocks):
+            blocks.append(palindrome(variants, measured("first", None), measured("last", None)))
+        before, started = engines["tapped"].statistics(), time.perf_counter()
+        cpu, wall = min(engines["tapped"].measure(work, "all") for _ in range(3))
+        after, elapsed = engines["tapped"].statistics(), time.perf_counter() - started
     finally:
         for engine in engines.values():
             engine.close()
+    record: dict[str, Any] = {}
+    print(f"{'':14}{'CPU, with / without':>28}{'wall':>28}")
+    print(f"{'A/A':14}" + line(blocks, "Z", "A"))
+    for name in runs:
+        print(f"{name:14}" + line(blocks, name, "without"))
+        record[name] = round(statistics.median(ratios(blocks, name, "without", 0 if device == "cpu" else 1)), 4)
+    print(f"{'all_over_idle':14}" + line(blocks, "all_hooks", "idle"))
+    record["all_over_idle"] = round(
+        statistics.median(ratios(blocks, "all_hooks", "idle", 0 if device == "cpu" else 1)), 4
+    )
     changed = {name: after[name] - before[name] for name in after}
     rows, size = work.rows * layers, work.rows * layers * d_model * 2
     print(
@@ -446,9 +458,13 @@ def measure(arguments: argparse.Namespace, work: Work, blocks: int, folder: Path
     print(json.dumps(record))
 
 
-def line(ratio: Ratio) -> str:
-    """Medians with quartiles."""
-    return "".join(f"{m:14.3f} [{low:.3f}, {high:.3f}]" for m, low, high in map(Ratio.of, (ratio.cpu, ratio.wall)))
+def line(blocks: list[dict[str, Seconds]], over: str, under: str) -> str:
+    """Medians with quartiles, of CPU and of wall time."""
+    told = ""
+    for clock in (0, 1):
+        low, middle, high = statistics.quantiles(ratios(blocks, over, under, clock), n=4, method="inclusive")
+        told += f"{middle:14.3f} [{low:.3f}, {high:.3f}]"
+    return told
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from millpond.capture.device_saes import LatentEdits
 from millpond.capture.device_tap import DeviceTaps
-from millpond.capture.requests import BankedEdit, Following, RequestFollower, as_stored
+from millpond.capture.kept_rows import as_stored
+from millpond.capture.requests import BankedEdit, Following, RequestFollower
 from millpond.capture.ring import StagingRing
 from millpond.store.segment import CapturedRequest
 
@@ -123,9 +124,11 @@ class DeviceFollower(RequestFollower):
                     part.following.see(part.start, tokens[part.offset : part.offset + part.count])
                     if len(part.positions):
                         low = begin + part.begin
-                        mine = [rows(hook, low, low + len(part.positions)) for hook in part.following.hooks]
-                        empty = np.empty((0, len(part.positions), self._d_model))
-                        part.following.rows.append(np.stack(mine) if mine else empty)
+                        kept = self._rows_of(part.following)
+                        room = kept.room(len(part.positions))
+                        for number, hook in enumerate(part.following.hooks):
+                            room[number] = rows(hook, low, low + len(part.positions))
+                        kept.take(len(part.positions))
                         part.following.positions.append(part.positions)
                         part.following.values.append(self._read(part, rows, low))
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from millpond.capture.adapters import Adapter, engine_rank
 from millpond.capture.interrupts import blocked
+from millpond.capture.plan import ModelFacts
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
-from millpond.store.capture_spec import ModelSection, RequestArgs
+from millpond.store.capture_spec import RequestArgs
 from millpond.store.errors import CaptureFailed
 from millpond.store.generation import Sampling
 from millpond.store.interventions import SpliceSae
@@ -69,7 +70,6 @@ class CaptureEngine:
         model: what runs.
         lake: path or URL of the lake that the runs are in.
         hooks: hook points that are tapped; runs may keep fewer.
-        max_model_len: longest sequence, in tokens.
         arguments: further vLLM engine arguments.
         max_adapters: LoRA adapters in one batch; 0 leaves LoRA out.
         max_rank: the largest rank of an adapter.
@@ -79,10 +79,9 @@ class CaptureEngine:
 
     def __init__(
         self,
-        model: ModelSection,
+        model: ModelFacts,
         lake: str,
         hooks: Sequence[str],
-        max_model_len: int,
         arguments: dict[str, Any],
         *,
         max_adapters: int = 0,
@@ -117,9 +116,9 @@ class CaptureEngine:
             settings |= {"enable_lora": True, "max_loras": max_adapters, "max_lora_rank": engine_rank(max_rank)}
         settings |= arguments
         settings |= {
-            "model": model.path,
-            "dtype": model.dtype,
-            "max_model_len": max_model_len,
+            "model": str(model.folder),
+            "dtype": model.dtype,  # vLLM's "auto" would run a float32 model in 16 bits
+            "max_model_len": model.context,
             **dict([worker_argument()]),
             # no run's name: every setting is part of the compilation cache's key
             "additional_config": {"millpond": {"lake": lake, "hooks": list(hooks), **device}},

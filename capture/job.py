@@ -205,10 +205,9 @@ def start_engine(plan: CapturePlan) -> CaptureEngine:
 
     adapters = [target.adapter for target in plan.targets if target.adapter is not None]
     return CaptureEngine(
-        plan.job.model,
+        plan.model,
         open_storage(plan.job.destination.lake).url,
         plan.taps,
-        plan.model.context,
         plan.job.engine,
         max_adapters=len({adapter.folder.resolve() for adapter in adapters}),
         max_rank=max((adapter.rank for adapter in adapters), default=0),

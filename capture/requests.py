@@ -13,7 +13,9 @@ from torch import Tensor
 
 from millpond.capture.device_saes import LatentEdits
 from millpond.capture.edits import BankRows, Edit
+from millpond.capture.kept_rows import KeptRows, as_computed, as_stored
 from millpond.capture.reads import Reader
+from millpond.capture.row_memory import RowMemory
 from millpond.capture.tap import HookWork, Rows
 from millpond.store.capture_spec import CaptureWish
 from millpond.store.errors import CaptureFailed
@@ -81,8 +83,10 @@ class Following:
     seen: int = 0
     """Positions computed so far, from 0."""
     positions: list[NDArray[np.int32]] = field(default_factory=list)
-    rows: list[NDArray[Any]] = field(default_factory=list)
-    """Of each step, (n_hooks, n_rows, d_model)."""
+    expected: int = 0
+    """Rows that there will probably be."""
+    rows: KeptRows | None = None
+    """Of all steps; none before the first one that keeps any."""
     steps: list[tuple[int, int]] = field(default_factory=list)
     """Numbers of the steps that computed it, and the first position of each; only where rows arrive later."""
     values: list[dict[str, NDArray[Any]]] = field(default_factory=list)
@@ -98,6 +102,10 @@ class Following:
         self.tokens[start:stop] = tokens
 
 
+_DIRECT_ROWS = 16
+"""A request that keeps so many rows in a step has them written to their place; those of others are copied there together."""
+
+
 @dataclass(frozen=True)
 class _Share:
     """What one request gets of the rows that a step keeps."""
@@ -105,7 +113,9 @@ class _Share:
     following: Following
     positions: NDArray[np.int32]
     begin: int
-    end: int
+    """Place of its first row among those that the step keeps."""
+    staged: int | None
+    """And among those that are staged together; None where the rows are in their place."""
 
 
 @dataclass
@@ -113,14 +123,10 @@ class _Stage:
     """What a step keeps of the requests that keep the same."""
 
     rows: NDArray[Any]
-    """(n_hooks, n_rows, d_model)."""
+    """Those that are staged together, (n_hooks, n_rows, d_model)."""
     shares: list[_Share]
     values: dict[str, NDArray[Any]] = field(default_factory=dict)
-    """The arrays of the reads by name, (n_rows, ...), once the model has run."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.nbytes + sum(values.nbytes for values in self.values.values())
+    """The arrays of the reads by name, (n_rows, ...) of all rows, once the model has run."""
 
 
 _Kept = tuple[tuple[int, ...], tuple[PlannedRead, ...]]
@@ -146,6 +152,7 @@ class RequestFollower:
         self._by_id: dict[str, Following] = {}
         self._failed: dict[str, str] = {}
         self._stages: list[_Stage] = []
+        self._memory = RowMemory()
 
     def admit(self, request_id: str, following: Following) -> None:
         """Follow a new request of the engine."""
@@ -213,19 +220,42 @@ class RequestFollower:
         work: dict[int, HookWork],
     ) -> _Stage:
         """Room for the rows of the requests that keep the same `hooks` and `reads`, and what fills it."""
+        at_once: list[NDArray[np.int64]] = []
         shares: list[_Share] = []
-        end = 0
-        for following, at, _ in parts:
-            begin, end = end, end + len(at)
-            shares.append(_Share(following, at, begin, end))
-        rows = as_rows(np.concatenate([at.astype(np.int64) + first for _, at, first in parts]))
-        stage = torch.empty(len(hooks), end, self._d_model, dtype=self._dtype)
+        count = staged = 0
+        for following, at, first in parts:
+            index = at.astype(np.int64) + first
+            direct = len(at) >= _DIRECT_ROWS
+            shares.append(_Share(following, at, count, None if direct else staged))
+            count += len(at)
+            if direct:
+                room = as_computed(self._rows_of(following).room(len(at)), self._dtype)
+                self._copy(hooks, as_rows(index), room, work)
+            else:
+                staged += len(at)
+                at_once.append(index)
+        stage = torch.empty(len(hooks), staged, self._d_model, dtype=self._dtype)
+        if at_once:
+            self._copy(hooks, as_rows(np.concatenate(at_once)), stage, work)
+        made = _Stage(as_stored(stage), shares)
+        if reads:
+            rows = as_rows(np.concatenate([at.astype(np.int64) + first for _, at, first in parts]))
+            for read in reads:
+                work.setdefault(read.hook, HookWork()).reads.append((rows, self._keeper(read, made)))
+        return made
+
+    @staticmethod
+    def _copy(hooks: tuple[int, ...], rows: Rows, target: Tensor, work: dict[int, HookWork]) -> None:
+        """Have `rows` of a step copied to `target`, (n_hooks, n_rows, d_model)."""
         for number, hook in enumerate(hooks):
-            work.setdefault(hook, HookWork()).copies.append((rows, stage[number]))
-        staged = _Stage(as_stored(stage), shares)
-        for read in reads:
-            work.setdefault(read.hook, HookWork()).reads.append((rows, self._keeper(read, staged)))
-        return staged
+            work.setdefault(hook, HookWork()).copies.append((rows, target[number]))
+
+    def _rows_of(self, following: Following) -> KeptRows:
+        if following.rows is None:
+            following.rows = KeptRows(
+                len(following.hooks), following.expected, self._d_model, self._dtype, self._memory
+            )
+        return following.rows
 
     def _keeper(self, read: PlannedRead, stage: _Stage) -> Callable[[Tensor], None]:
         """Computes a read and keeps its values in `stage`."""
@@ -242,17 +272,22 @@ class RequestFollower:
 
     def take_rows(self) -> tuple[int, int]:
         """Hand the rows that the step kept to their requests; returns how many, and their bytes in all hooks and reads."""
-        count = sum(stage.rows.shape[1] for stage in self._stages)
-        size = sum(stage.nbytes for stage in self._stages)
+        count = size = 0
+        row_bytes = self._d_model * self._dtype.itemsize
         for stage in self._stages:
             for share in stage.shares:
-                rows = stage.rows[:, share.begin : share.end]
-                # a small part is copied, so that it does not keep the memory of the whole step
-                share.following.rows.append(rows if 2 * rows.nbytes > stage.rows.nbytes else rows.copy())
-                share.following.values.append(
-                    {name: values[share.begin : share.end].copy() for name, values in stage.values.items()}
+                following, new = share.following, len(share.positions)
+                rows = self._rows_of(following)
+                if share.staged is not None:
+                    rows.room(new)[...] = stage.rows[:, share.staged : share.staged + new]
+                rows.take(new)
+                following.values.append(
+                    {name: values[share.begin : share.begin + new].copy() for name, values in stage.values.items()}
                 )
-                share.following.positions.append(share.positions)
+                following.positions.append(share.positions)
+                count += new
+                size += new * len(following.hooks) * row_bytes
+            size += sum(values.nbytes for values in stage.values.values())
         self._stages = []
         return count, size
 
@@ -312,15 +347,12 @@ class RequestFollower:
         return n_tokens if n_tokens == following.n_prompt else n_tokens - 1
 
     def _gather(self, following: Following, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        names = [self._hooks[hook] for hook in following.hooks]
-        if not following.rows:
-            empty = as_stored(torch.empty(0, self._d_model, dtype=self._dtype))
-            return dict.fromkeys(names, empty)
-        everything = np.array_equal(rows, np.arange(sum(part.shape[1] for part in following.rows)))
+        kept = self._rows_of(following)
+        everything = np.array_equal(rows, np.arange(len(kept)))
         taken = {}
-        for number, name in enumerate(names):
-            whole = np.concatenate([part[number] for part in following.rows])
-            taken[name] = whole if everything else whole[rows]
+        for number, hook in enumerate(following.hooks):
+            whole = kept.of(number)
+            taken[self._hooks[hook]] = whole if everything else whole[rows]
         return taken
 
     def _gather_reads(self, following: Following, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -349,11 +381,3 @@ def _last_of_each(positions: NDArray[np.int32], below: int) -> NDArray[np.int64]
 
 def _bind(edit: Edit, positions: NDArray[np.int32]) -> Callable[[Tensor], Tensor]:
     return lambda x: edit(x, positions)
-
-
-def as_stored(rows: Tensor) -> NDArray[Any]:
-    """The same memory as a run stores it: bfloat16 as its bits."""
-    if rows.dtype == torch.bfloat16:
-        rows = rows.view(torch.uint16)
-    stored: NDArray[Any] = rows.numpy()
-    return stored

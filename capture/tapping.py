@@ -34,6 +34,9 @@ from millpond.store.logs import log_as_parent
 from millpond.store.reads import ReadSpec
 from millpond.store.segment import RunWriter
 
+_ROOM_FOR_GENERATED = 64
+"""Generated tokens of a request that there is room for from its beginning; most requests may generate more than they do."""
+
 
 class Tapping:
     """Taps the model that a worker has loaded, before anything is compiled, profiled or recorded.
@@ -143,7 +146,7 @@ class Tapping:
         for request in scheduler_output.scheduled_new_reqs:
             args = read_request_args(request.sampling_params.extra_args) if request.sampling_params else None
             if args is not None:
-                self._admit(request.req_id, request.prompt_token_ids, args)
+                self._admit(request.req_id, request.prompt_token_ids, args, request.sampling_params.max_tokens or 1)
         self._taps.work = {}
         self._input_ids = None
 
@@ -162,7 +165,7 @@ class Tapping:
         self._statistics["rows"] += rows
         self._statistics["bytes"] += size
 
-    def _admit(self, request_id: str, prompt: list[int], args: RequestArgs) -> None:
+    def _admit(self, request_id: str, prompt: list[int], args: RequestArgs, max_new: int) -> None:
         n_prompt = len(prompt)
         edits: list[PlannedEdit] = []
         banked: list[BankedEdit] = []
@@ -187,7 +190,11 @@ class Tapping:
             run = self._run_of[args.capture.id] = self._facts.run_spec(args.capture.run).name
             name = args.capture.prompt or args.capture.id
             if self._claims is None or self._claims.take(args.capture.id, run, name):
-                following.wish = args.capture
+                following.wish = wish = args.capture
+                ends = n_prompt + min(max_new - 1, _ROOM_FOR_GENERATED)
+                following.expected = len(wish.select(n_prompt, 0, n_prompt, following.tokens)) + len(
+                    wish.select(n_prompt, n_prompt, ends)
+                )
                 following.hooks = self._hook_numbers(args.capture.run)
                 following.reads = self._reads(args.capture.run)
             else:

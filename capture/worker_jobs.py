@@ -87,10 +87,9 @@ def work(
     open_lake(config.lake, create=True)
     name = f"{socket.gethostname()}:{os.getpid()}"
     engine = CaptureEngine(
-        config.model,
+        facts,
         open_storage(config.lake).url,
         hooks,
-        facts.context,
         config.engine,
         max_adapters=config.max_adapters,
         max_rank=config.max_rank,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from millpond.hub.body import UNCAPPED, BudgetLeft, Handles, Quote
-from millpond.hub.captures import registered, send_prompts, submit_capture
+from millpond.hub.captures import registered, removed_if_refused, send_prompts, submit_capture
 from millpond.hub.generations import submit_generation
 from millpond.hub.kinds import ADAPTER, Job, parse_job
 from millpond.hub.kinds.capture import CaptureJob, Name, Prompt
@@ -154,7 +154,7 @@ def submit_job(call: Call) -> Reply:
     if refused is not None:
         return refused
     vault = gateway.enter(call.who, project, "run")
-    with gateway.uploads.taking(project, call.who.user, call.size):
+    with gateway.uploads.taking(project, call.who.user, call.size), removed_if_refused(gateway, vault.written):
         if isinstance(job, CaptureJob):
             found = submit_capture(gateway, vault, job, call.who.user)
         elif isinstance(job, GenerateJob):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -42,9 +43,10 @@ def send_prompts(gateway: Gateway, project: str, name: str, rows: Sequence[Mappi
         raise InvalidInput("the prompts have different fields; give each the same")
     target = _write(gateway, rows)
     columns = [field for field in fields if field not in _RESERVED]
-    return gateway.projects.hold(
-        project, "prompts", name, target, model="", detail={"prompts": len(rows), "columns": columns}
-    )
+    with removed_if_refused(gateway, [target]):
+        return gateway.projects.hold(
+            project, "prompts", name, target, model="", detail={"prompts": len(rows), "columns": columns}
+        )
 
 
 def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -> str:
@@ -121,7 +123,19 @@ def prompts_file(gateway: Gateway, vault: Vault, prompts: str | Sequence[Prompt]
     rows = [one.model_dump() for one in prompts]
     if len({row["id"] for row in rows}) < len(rows):
         raise InvalidInput("two prompts have the same id; give ids that differ")
-    return _write(gateway, rows), ()
+    target = _write(gateway, rows)
+    vault.written.append(target)
+    return target, ()
+
+
+@contextmanager
+def removed_if_refused(gateway: Gateway, written: Sequence[str]) -> Iterator[None]:
+    """Delete what was written for something that is refused after all: nobody would count it, and nobody could name it."""
+    try:
+        yield
+    except BaseException:
+        gateway.lake.storage.delete([one.removeprefix(f"{gateway.lake.url}/") for one in written])
+        raise
 
 
 def registered(gateway: Gateway, job: ProjectJob) -> Held | None:

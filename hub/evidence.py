@@ -81,7 +81,8 @@ def measure(
         labels: values used, one array a part.
         parameters: fitted ones.
         custom: a client's graph computed the values.
-        behind: rows that an artifact in use was fitted to: what it says of other rows shows these too.
+        behind: rows that an artifact in use was fitted to: what it says of other rows shows these too. Of plain ones no
+            rule asks more; they may be very many, so they are not looked at.
 
     Raises:
         InvalidInput: restricted prompts of several runs, whose cohorts cannot be compared.
@@ -92,7 +93,8 @@ def measure(
         raise InvalidInput("restricted prompts of several runs are shown together; use one run")
     restricted = bool(of_others)
     clusters = {name: _clusters(run) for name, run in of_others.items()}
-    seen = [_look(part, clusters.get(part.whole.plan.spec.id)) for part in every]
+    shown = [*parts, *(part for part in behind if part.whole.plan.spec.id in of_others)]
+    seen = [_look(part, clusters.get(part.whole.plan.spec.id)) for part in shown]
     found = Evidence(
         prompts_are="restricted" if restricted else "own",
         rows=min(one.rows for one in seen),
@@ -119,6 +121,11 @@ def measure(
         )
         found = replace(found, variance_ratio=ratio, identical_share=share)
     return found
+
+
+def is_plain(part: Part) -> bool:
+    """Whether the prompts are the project's own and no intervention is in the run's history."""
+    return not part.restricted and not _intervened(part)
 
 
 def spread(part: Part, hook: str) -> tuple[float, float]:

@@ -27,9 +27,10 @@ from millpond.hub.body import curve_code
 from millpond.hub.database import open_database
 from millpond.hub.kinds import KINDS, Job, Outcome, parse_job
 from millpond.hub.kinds.generate import GENERATED
+from millpond.hub.limits import job_limits
 from millpond.hub.policy import Policy, read_policy
 from millpond.hub.projects import Projects
-from millpond.hub.queue import ProjectJob, SqlQueue, job_limits
+from millpond.hub.queue import ProjectJob, SqlQueue
 from millpond.hub.rules import judge
 from millpond.hub.settings import Settings
 from millpond.hub.vault import Vault

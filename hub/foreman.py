@@ -7,6 +7,7 @@ never returns) is ended with the process that runs it, its Dask workers included
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing as mp
 import os
 import resource
@@ -17,10 +18,14 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+import sqlalchemy as sa
+
 from millpond.hub.database import open_database
 from millpond.hub.queue import ProjectJob, SqlQueue
 from millpond.hub.settings import Settings
 from millpond.store.logs import log_to
+
+logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 20.0
 """How long a process may work on a claim that does not count any more."""
@@ -43,7 +48,7 @@ class Foreman:
         self._stopped = False
 
     def run(self, *, until_empty: bool = False) -> int:
-        """Work until `stop`, or until there are no jobs; returns how the last process ended, 0 if well.
+        """Work until `stop`, or until there are no jobs; returns 0, or how a process ended that died idle.
 
         A process that dies while it works on a job is replaced; one that dies idle is not: something is wrong with the
         settings or the machine.
@@ -56,13 +61,15 @@ class Foreman:
             )
             self._process.start()
             there.close()
+            if self._stopped:  # while it was made
+                self._process.terminate()
             try:
                 replaced = self._watch(here)
             finally:
                 self._end()
                 here.close()
             if self._stopped or not replaced:
-                return int(self._process.exitcode or 0)
+                return 0 if self._stopped else int(self._process.exitcode or 0)
 
     def stop(self) -> None:
         """End after the job under way; from any thread or a signal handler."""
@@ -90,7 +97,11 @@ class Foreman:
                 if job is not None:
                     self.told(f"job {job.id}: its process ended with status {self._process.exitcode}")
                 return job is not None
-            if job is None or self._queue.holds(job):
+            try:
+                if job is None or self._queue.holds(job):
+                    continue
+            except sa.exc.SQLAlchemyError:  # the database is away for a moment
+                logger.exception("job %s", job and job.id)
                 continue
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > self.grace_seconds:

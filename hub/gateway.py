@@ -22,9 +22,10 @@ from millpond.hub.auth import Gatekeeper, HubTokens, Identity, TokenFile
 from millpond.hub.body import Body, ErrorCode, Failure, JobStatus, Withheld
 from millpond.hub.database import open_database
 from millpond.hub.ledger import Ledger, Payer, Sent
+from millpond.hub.limits import job_limits
 from millpond.hub.policy import read_policy
 from millpond.hub.projects import RIGHTS, Projects, Right
-from millpond.hub.queue import ProjectJob, SqlQueue, job_limits
+from millpond.hub.queue import ProjectJob, SqlQueue
 from millpond.hub.release import Door, body_of
 from millpond.hub.room import Room
 from millpond.hub.rules import Rule, Verdict

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from millpond.hub.captures import checked_weights, intervention, prompts_file
 from millpond.hub.cohort import distinct_prompts, shares
+from millpond.hub.evidence import is_plain
 from millpond.hub.kinds.base import Answer, Progress
 from millpond.hub.kinds.generate import WORK, Contains, GenerateJob, Judge, OverThreshold, Regex
+from millpond.hub.probing import fitted_to
 from millpond.hub.rates import matches, mean, rate
 from millpond.hub.rules import Evidence
 from millpond.hub.shapes import TEXTS
@@ -84,7 +86,7 @@ def answers_of(job: GenerateJob, vault: Vault, progress: Progress) -> tuple[Answ
     clusters = distinct_prompts([np.asarray(ids) for ids in first["prompt_tokens"]])[prompt]
     progress(0.3)
     groups = _groups(job, vault, prompt)
-    evidence = _evidence(job, clusters, groups)
+    evidence = _evidence(job, vault, clusters, groups)
     found: list[Answer] = []
     if job.score is not None:
         kind, columns, scores = _scored(job.score, vault, table)
@@ -139,7 +141,15 @@ def _groups(job: GenerateJob, vault: Vault, prompt: NDArray[np.int64]) -> list[N
     return [of_completion == name for name in sorted(set(names))]
 
 
-def _evidence(job: GenerateJob, clusters: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]) -> Evidence:
+def _shows_others(job: GenerateJob, vault: Vault) -> bool:
+    """Whether an artifact in use was fitted to restricted prompts or to an intervened run, which its scores and effects show."""
+    artifacts = [vault.load(handle) for kind, handle in job.needs() if kind == "artifact"]
+    return any(not is_plain(part) for artifact in artifacts for part in fitted_to(vault, artifact))
+
+
+def _evidence(
+    job: GenerateJob, vault: Vault, clusters: NDArray[np.int64], groups: Sequence[NDArray[np.bool_]]
+) -> Evidence:
     top, two = shares(clusters)
     return Evidence(
         prompts_are="own",  # they were sent by the project's own members
@@ -149,6 +159,7 @@ def _evidence(job: GenerateJob, clusters: NDArray[np.int64], groups: Sequence[ND
         class_prompts=tuple(len(np.unique(clusters[one])) for one in groups),
         top_prompt_share=top,
         top_two_share=two,
+        custom=_shows_others(job, vault),
         intervened=bool(job.interventions),
         # a patch brings in rows of another run, a spliced autoencoder replaces what is computed
         matched=not any(isinstance(one, Patch | SpliceSae) for one in job.interventions),

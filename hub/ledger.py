@@ -16,6 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from millpond.hub.caps import CapChange, asked_caps, cap_changes, set_by_two
 from millpond.hub.chain import Whole, entry_hash, pairs, read_head, verify_chain
 from millpond.hub.database import open_database
 from millpond.hub.policy import SCOPES, Policy
@@ -90,16 +91,6 @@ class Sent:
     body: bytes
     charged: int
     seq: int
-
-
-@dataclass(frozen=True)
-class CapChange:
-    """A cap that somebody asked to raise and nobody else has approved yet."""
-
-    seq: int
-    account: str
-    bytes: int
-    by: str
 
 
 class Ledger:
@@ -209,7 +200,7 @@ class Ledger:
     def waiting(self) -> tuple[CapChange, ...]:
         """Caps that wait for a second person."""
         with self._reader.connect() as connection:
-            return tuple(_asked(connection).values())
+            return tuple(asked_caps(connection).values())
 
     def alerts(self, since: int = 0) -> list[dict[str, Any]]:
         """Alerts after entry `since`, oldest first: account, percent, spent, cap, seq."""
@@ -252,7 +243,7 @@ class Ledger:
             if (cap := self.policy.cap(model, scope)) is not None
         }
         with self._reader.connect() as connection:
-            if all(cap >= now for cap, now in _changes(connection, asked)):
+            if all(cap >= now for cap, now in cap_changes(connection, asked)):
                 return
         with self.writing() as writer:
             writer.adopt(asked)
@@ -340,12 +331,12 @@ class Writer:
 
     def asked(self) -> dict[int, CapChange]:
         """Caps that wait for a second person, by their entry."""
-        return _asked(self._connection)
+        return asked_caps(self._connection)
 
     def adopt(self, caps: Mapping[str, int]) -> None:
         """Put those of `caps` into force that are new or lower than what is in force and not two people's decision."""
         now = pairs(self._connection, sa.select(CAPS))
-        by_two = _by_two(self._connection)
+        by_two = set_by_two(self._connection)
         for account, cap in caps.items():
             if account not in now or (cap < now[account] and account not in by_two):
                 self.set_cap(account, cap, ["policy"])
@@ -384,29 +375,3 @@ class Writer:
 def _kept(connection: sa.Connection, key: str) -> Sent | None:
     row = connection.execute(sa.select(BODIES.c.seq, BODIES.c.body).where(BODIES.c.key == key)).first()
     return None if row is None else Sent(bytes(row[1]), 0, int(row[0]))
-
-
-def _asked(connection: sa.Connection) -> dict[int, CapChange]:
-    query = sa.select(ENTRIES.c.seq, ENTRIES.c.kind, ENTRIES.c.detail).where(ENTRIES.c.kind.in_(("cap-asked", "cap")))
-    asked: dict[int, CapChange] = {}
-    for seq, kind, text in connection.execute(query.order_by(ENTRIES.c.seq)):
-        detail = json.loads(text)
-        if kind == "cap-asked":
-            asked[seq] = CapChange(seq, detail["account"], detail["bytes"], detail["by"])
-        else:
-            asked.pop(detail.get("asked"), None)
-    return asked
-
-
-def _by_two(connection: sa.Connection) -> set[str]:
-    """Accounts and scopes whose cap two people set last."""
-    query = sa.select(ENTRIES.c.detail).where(ENTRIES.c.kind == "cap").order_by(ENTRIES.c.seq)
-    last = {entry["account"]: len(entry["by"]) for entry in map(json.loads, connection.scalars(query))}
-    return {account for account, people in last.items() if people > 1}
-
-
-def _changes(connection: sa.Connection, asked: Mapping[str, int]) -> list[tuple[int, int]]:
-    """What is asked for and in force, of each of `asked`; in force beyond measure where nothing is yet."""
-    now = pairs(connection, sa.select(CAPS))
-    by_two = _by_two(connection)
-    return [(cap, now.get(account, cap + 1)) for account, cap in asked.items() if account not in by_two]

@@ -79,17 +79,25 @@ def keep_probe(vault: Vault, probe: LinearProbe, job: ProbeJob) -> Made:
     return vault.keep("probe", tensors, config, linear.coef.shape, job, job.train.run)
 
 
-def fitted_to(vault: Vault, artifact: Artifact) -> Part:
-    """The rows that an artifact was fitted to, with the classes that it was fitted to tell apart."""
+def fitted_to(vault: Vault, artifact: Artifact) -> tuple[Part, ...]:
+    """The rows that an artifact was fitted to, with the classes that it was fitted to tell apart; none if no job made it.
+
+    Raises:
+        InvalidInput: a job made it, and it was kept without saying from what.
+    """
     from millpond.hub.kinds import parse_job
     from millpond.hub.kinds.probe import ProbeJob
     from millpond.hub.kinds.sae_train import SaeTrainJob
 
+    if "job" not in artifact.provenance:  # an operator put it into the lake
+        return ()
+    if "spec" not in artifact.provenance:
+        raise InvalidInput(f"artifact {artifact.name!r} does not say what it was fitted to; fit it again")
     made_by, earlier = parse_job(artifact.provenance["spec"]), vault.at(artifact.provenance["pins"])
     if isinstance(made_by, ProbeJob):
-        return part_of(earlier, made_by.train, made_by.label)[0]
+        return (part_of(earlier, made_by.train, made_by.label)[0],)
     assert isinstance(made_by, SaeTrainJob)
-    return rows_of(earlier, made_by.rows)
+    return (rows_of(earlier, made_by.rows),)
 
 
 def load_probe(artifact: Artifact) -> LinearProbe:

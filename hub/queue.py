@@ -7,6 +7,7 @@ PostgreSQL workers skip jobs that others are claiming; on SQLite the one writer 
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,12 +18,14 @@ from typing import Any
 import sqlalchemy as sa
 
 from millpond.hub.database import open_database
-from millpond.hub.policy import Policy
-from millpond.hub.settings import Settings
+from millpond.hub.limits import Limits
 from millpond.hub.tables import JOB_EVENTS, JOBS, QUEUE_USERS
 from millpond.hub.transitions import FINAL, follow
 from millpond.store.errors import InvalidInput, JobNotFound, LeaseLost, TooMany
+from millpond.store.logs import of_job
 from millpond.store.queue import QueuedJob, State
+
+logger = logging.getLogger(__name__)
 
 ID_BYTES = 8
 _JSON_FIELDS = ("spec", "progress", "result")
@@ -36,33 +39,6 @@ class ProjectJob(QueuedJob):
     priority: int = 0
     seconds: float | None = None
     """How long one claim of it may last; None for as long as it takes."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How many jobs a user and a project may have; the vault's own jobs, of user "", are not limited."""
-
-    queued: int = 200
-    """Of a user, waiting at once; `submit` raises TooMany beyond."""
-    running: int = 4
-    """Of a user, under way at once; further ones wait."""
-    project_queued: int = 800
-    """Of a project, waiting at once."""
-    project_running: int = 16
-    """Of a project, under way at once."""
-    seconds: float | None = None
-    """How long one claim of a job that is submitted here may last."""
-
-
-def job_limits(settings: Settings, policy: Policy) -> Limits:
-    """How many jobs users and projects may have, and how long one may run."""
-    return Limits(
-        settings.max_queued,
-        settings.max_running,
-        settings.max_project_queued,
-        settings.max_project_running,
-        policy.jobs.seconds,
-    )
 
 
 @dataclass(frozen=True)
@@ -150,6 +126,7 @@ class SqlQueue:
                 check(connection)
             connection.execute(JOBS.insert().values(_row(job)))
             self._record(connection, job, "submit")
+        _tell(job, "submitted")
         return job.id
 
     def claim(self, worker: str, kinds: Collection[str], lease_seconds: float) -> ProjectJob | None:
@@ -166,7 +143,7 @@ class SqlQueue:
                     return None
                 if job.attempts >= self.max_attempts:
                     error = f"its workers ended {job.attempts} times without a word, the last one {job.worker!r}"
-                    self._change(connection, job, "give up", error=error)
+                    _tell(self._change(connection, job, "give up", error=error), "given up")
                     continue
                 self._lock(connection, job.user)
                 self._lock(connection, _of_project(job.project))
@@ -175,7 +152,7 @@ class SqlQueue:
                     continue
                 served = QUEUE_USERS.update().where(QUEUE_USERS.c.name == job.user).values(served=now)
                 connection.execute(served)
-                return self._change(
+                claimed = self._change(
                     connection,
                     job,
                     "claim",
@@ -183,6 +160,8 @@ class SqlQueue:
                     worker=_text(worker),
                     lease_until=now + lease_seconds,
                 )
+            _tell(claimed, "claimed")
+            return claimed
 
     def heartbeat(self, job: QueuedJob, lease_seconds: float, progress: Mapping[str, Any]) -> None:
         """Renew the lease of a claimed job.
@@ -207,7 +186,8 @@ class SqlQueue:
         try:
             with self._held(job) as (connection, current):
                 error = f"TimeLimit: it ran for more than {current.seconds:,.0f} s, which the policy file allows"
-                self._change(connection, current, "time out", error=error)
+                ended = self._change(connection, current, "time out", error=error)
+            _tell(ended, "timed out")
         except LeaseLost:  # it has ended meanwhile
             pass
         return False
@@ -221,9 +201,10 @@ class SqlQueue:
             LeaseLost: as for `heartbeat`; neither the result nor `also` counts.
         """
         with self._held(job) as (connection, current):
-            self._change(connection, current, "finish", result=dict(result))
+            ended = self._change(connection, current, "finish", result=dict(result))
             if also is not None:
                 also(connection)
+        _tell(ended, "finished")
 
     def hand_over(self, job: QueuedJob, kind: str) -> None:
         """Queue a claimed job again as one of `kind`, for somebody else to go on with.
@@ -232,7 +213,8 @@ class SqlQueue:
             LeaseLost: as for `heartbeat`.
         """
         with self._held(job) as (connection, current):
-            self._change(connection, current, "hand over", kind=_text(kind), worker=None, lease_until=0.0)
+            queued = self._change(connection, current, "hand over", kind=_text(kind), worker=None, lease_until=0.0)
+        _tell(queued, "handed over")
 
     def fail(self, job: QueuedJob, error: str) -> None:
         """End a claimed job that cannot be done.
@@ -241,7 +223,8 @@ class SqlQueue:
             LeaseLost: as for `heartbeat`.
         """
         with self._held(job) as (connection, current):
-            self._change(connection, current, "fail", error=_text(error))
+            ended = self._change(connection, current, "fail", error=_text(error))
+        _tell(ended, "failed")
 
     def cancel(self, job_id: str) -> ProjectJob:
         """Cancel a job that has not ended, and return it; one that has ended is returned as it is.
@@ -251,7 +234,11 @@ class SqlQueue:
         """
         with self.engine.begin() as connection:
             job = self._find(connection, job_id, lock=True)
-            return job if job.state in FINAL else self._change(connection, job, "cancel")
+            if job.state in FINAL:
+                return job
+            cancelled = self._change(connection, job, "cancel")
+        _tell(cancelled, "cancelled")
+        return cancelled
 
     def get(self, job_id: str) -> ProjectJob:
         """The job as it stands now.
@@ -375,6 +362,12 @@ class SqlQueue:
     def _record(self, connection: sa.Connection, job: ProjectJob, event: str) -> None:
         row = {"job": job.id, "at": self._now(), "event": event, "state": job.state}
         connection.execute(JOB_EVENTS.insert().values(row | {"progress": _encode(job.progress)}))
+
+
+def _tell(job: ProjectJob, event: str) -> None:
+    """Log what has become of a job."""
+    with of_job(job.id):
+        logger.info(event, extra={"kind": job.kind, "attempt": job.attempts, "worker": job.worker})
 
 
 def _count(*conditions: sa.ColumnElement[bool]) -> sa.Select[Any]:

@@ -33,7 +33,9 @@ class QueueServe:
 
         from millpond.hub.queue import SqlQueue
         from millpond.hub.queue_api import create_queue_app, read_workers
+        from millpond.store.logs import log_to
 
+        log_to()
         app = create_queue_app(SqlQueue(self.database), read_workers(self.workers))
         options = listen_at(self.listen) | serve_tls(self.certificate, self.key)
         uvicorn.run(app, **options, log_level="warning", access_log=False, server_header=False)

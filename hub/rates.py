@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.hub.shapes import Z95
+from millpond.hub.quantise import Z95
 from millpond.store.errors import InvalidInput
 
 _MOST_MEMORY = 8 << 20

@@ -55,7 +55,7 @@ REMEDIES: Mapping[Rule, str] = {
     Rule.IDENTICAL_ROWS: "use rows that differ: over half of this cohort is one row repeated",
     Rule.NO_EVIDENCE: "the job did not measure its cohort; this is a fault of the vault, report it",
     Rule.INTERVENED: "wait for a reviewer: the run was captured under an intervention",
-    Rule.CUSTOM_OUTPUT: "wait for a reviewer, or let a trusted metric report instead",
+    Rule.CUSTOM_OUTPUT: "wait for a reviewer, or let a trusted metric, and what was fitted to prompts of your own, report instead",
     Rule.TOKEN_ONLY: "wait for a reviewer: rows of this hook depend on the token alone",
     Rule.TOO_FEW_PROMPTS: "use more distinct prompts; near-duplicates count once",
     Rule.SMALL_CLASS: "use classes with more rows and prompts",

@@ -50,13 +50,14 @@ class SaeEval:
 
             found = prompts_of(test, self.bos, self.prompts)
             first = int(test.tokens["position"][:1].compute()[0])
-            with self._opened(sae, longest=max(map(len, found), default=0)) as model:
+            with self.opened(sae, longest=max(map(len, found), default=0)) as model:
                 result = cross_entropy_recovered(sae, model, found, first_position=first)
             print_result(result)
             keep_values(self.folder / "cross_entropy.json", result)
         return 0
 
-    def _opened(self, sae: Sae, longest: int) -> AbstractContextManager[SplicedModel]:
+    def opened(self, sae: Sae, longest: int) -> AbstractContextManager[SplicedModel]:
+        """The model, for prompts of at most `longest` tokens."""
         assert self.model is not None
         if self.engine == "transformers":
             from millpond.analysis.sae.recovered import HuggingFaceModel

@@ -11,24 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from millpond.hub.bits import BitReader, BitWriter
 from millpond.hub.policy import Disclosure
+from millpond.hub.quantise import INTERVAL_BITS, NUMBER_BITS, POWERS, Floats, decimal_of, read_numbers, write_numbers
 from millpond.store.errors import InvalidInput
 from millpond.store.result import Result
 
-Floats = NDArray[np.float64]
-
-_DECADES = range(-12, 13)
-_STEPS = np.array([float(f"{digit}e{decade}") for decade in _DECADES for digit in (1, 2, 5)])
-_POWERS = np.array([float(f"1e{decade}") for decade in range(-12, 16)])
-_STEP_BITS, _MANTISSA_BITS, _MOST = 7, 11, 999
-_UNDEFINED = 2 * _MOST + 1
-NUMBER_BITS = _STEP_BITS + _MANTISSA_BITS
-INTERVAL_BITS = 2 * _MANTISSA_BITS
 MAX_LENGTH = 65_535
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -77,12 +67,12 @@ class Number:
         value = np.array([_scalar(self.name, result.values[self.name])])
         given = result.intervals.get(self.name)
         out.write(int(given is not None), 1)
-        _write_numbers(out, value, None if given is None else np.array([given], np.float64), context.rules.digits)
+        write_numbers(out, value, None if given is None else np.array([given], np.float64), context.rules.digits)
 
     def read(self, data: BitReader, result: Result) -> None:
         """The value and its interval."""
         has_interval = bool(data.one(1))
-        values, intervals = _read_numbers(data, 1, has_interval)
+        values, intervals = read_numbers(data, 1, has_interval)
         result.values[self.name] = float(values[0])  # type: ignore[index]
         if intervals is not None:
             result.intervals[self.name] = (float(intervals[0, 0]), float(intervals[0, 1]))  # type: ignore[index]
@@ -114,12 +104,12 @@ class Numbers:
                 )
         out.write(int(intervals is not None), 1)
         out.write(len(values), 16)
-        _write_numbers(out, values, intervals, context.rules.digits)
+        write_numbers(out, values, intervals, context.rules.digits)
 
     def read(self, data: BitReader, result: Result) -> None:
         """The values and their bounds."""
         has_interval, length = bool(data.one(1)), data.one(16)
-        values, intervals = _read_numbers(data, length, has_interval)
+        values, intervals = read_numbers(data, length, has_interval)
         result.values[self.name] = values  # type: ignore[index]
         if intervals is not None:
             result.values[f"{self.name}_low"] = intervals[:, 0]  # type: ignore[index]
@@ -182,7 +172,7 @@ class Direction:
             )
         rows = np.atleast_2d(given).astype(np.float64)
         top = np.abs(rows).max(axis=1)
-        if (top < _POWERS[0]).any():
+        if (top < POWERS[0]).any():
             raise InvalidInput(f"{self.name} is zero; there is no direction to send")
         bits = context.rules.vector_bits
         if f"{self.name}_se" in result.values:
@@ -193,15 +183,15 @@ class Direction:
         _write_shape(out, rows.shape)
         out.write(bits, 3)
         # two digits: with more, the largest coordinate would be known better than the others
-        step, mantissa = _write_numbers(out, 1.05 * top, None, 2)
-        scales, most = _value(step, mantissa), 2 ** (bits - 1) - 1
+        step, mantissa = write_numbers(out, 1.05 * top, None, 2)
+        scales, most = decimal_of(step, mantissa), 2 ** (bits - 1) - 1
         codes = np.clip(np.rint(rows / scales[:, None] * most), -most, most).astype(np.int64)
         out.write(codes + most, bits)
 
     def read(self, data: BitReader, result: Result) -> None:
         """The vectors."""
         many, shape, bits = data.one(1), _read_shape(data, 2), data.one(3)
-        scales, _ = _read_numbers(data, shape[0], False)
+        scales, _ = read_numbers(data, shape[0], False)
         most = 2 ** (bits - 1) - 1
         codes = data.read(bits, _size(shape)).reshape(shape)
         if bits < 2 or (codes > 2 * most).any():
@@ -377,44 +367,3 @@ def _write_shape(out: BitWriter, shape: tuple[int, ...]) -> None:
 
 def _read_shape(data: BitReader, ndim: int) -> tuple[int, ...]:
     return tuple(data.one(16) for _ in range(ndim))
-
-
-def _write_numbers(out: BitWriter, values: Floats, intervals: Floats | None, digits: int) -> tuple[Any, Any]:
-    """Steps, mantissas and bounds' mantissas; NaN is one code, infinities and what is beyond 1e14 are refused."""
-    columns = values[:, None] if intervals is None else np.concatenate([values[:, None], intervals], axis=1)
-    if np.isinf(columns).any() or (np.abs(np.nan_to_num(columns)) >= 1e12).any():
-        raise InvalidInput("a number is infinite or beyond 1e12, which no result that may leave is")
-    top = np.nan_to_num(np.abs(columns)).max(axis=1) if columns.size else np.zeros(0)
-    decade = np.clip(np.searchsorted(_POWERS, top, "right") - 1, 0, None)
-    need = _POWERS[np.clip(decade - digits + 1, 0, None)]
-    if intervals is not None:
-        errors = np.nan_to_num(intervals[:, 1] - intervals[:, 0]) / (2 * Z95)
-        if (errors < 0).any():
-            raise InvalidInput("an interval's lower bound is above its upper one")
-        need = np.maximum(need, errors)
-    step = np.minimum(np.searchsorted(_STEPS, need, "left"), len(_STEPS) - 1)
-    mantissa = np.rint(np.nan_to_num(columns) / _STEPS[step][:, None])
-    grow = np.abs(mantissa).max(axis=1, initial=0) > _MOST  # 999.7 rounds to 1000
-    step = np.where(grow, np.minimum(step + 1, len(_STEPS) - 1), step)
-    mantissa = np.rint(np.nan_to_num(columns) / _STEPS[step][:, None])
-    codes = np.where(np.isnan(columns), _UNDEFINED, mantissa + _MOST).astype(np.int64)
-    out.write(step, _STEP_BITS)
-    out.write(codes, _MANTISSA_BITS)
-    return step, codes[:, 0] - _MOST
-
-
-def _read_numbers(data: BitReader, count: int, has_interval: bool) -> tuple[Floats, Floats | None]:
-    step = data.read(_STEP_BITS, count)
-    codes = data.read(_MANTISSA_BITS, count * (3 if has_interval else 1)).reshape(count, -1)
-    if (step >= len(_STEPS)).any() or (codes > _UNDEFINED).any():
-        raise InvalidInput("the body holds a number that no value has")
-    columns = np.where(codes == _UNDEFINED, np.nan, _value(step[:, None], codes - _MOST))
-    return columns[:, 0], columns[:, 1:] if has_interval else None
-
-
-def _value(step: Any, mantissa: Any) -> Floats:
-    """The decimal itself: an integer over or times a power of ten, which floating point rounds correctly."""
-    digit, decade = np.array([1, 2, 5])[step % 3], step // 3 + _DECADES[0]
-    whole = (mantissa * digit).astype(np.float64)
-    down, up = 10.0 ** np.clip(-decade, 0, None), 10.0 ** np.clip(decade, 0, None)
-    return np.asarray(whole / down * up)

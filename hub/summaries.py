@@ -11,7 +11,7 @@ from millpond.analysis import expressions as ex
 from millpond.analysis.passes import AlignedRows, Pass, join, run_pass
 from millpond.analysis.reductions import column_values, execute, rows_for
 from millpond.analysis.tiles import Rows, decoded
-from millpond.hub.shapes import Z95
+from millpond.hub.quantise import Z95
 from millpond.store.errors import InvalidInput
 from millpond.store.result import Result
 

@@ -64,6 +64,8 @@ class Vault:
     """What texts are coded with."""
     figures: bool = False
     """Whether those who may see the job may see how its training does; the job says so, by the rules."""
+    written: list[str] = field(default_factory=list)
+    """Where prompts were written that a job brought, which has not been taken yet."""
     _runs: dict[str, tuple[Held, Run]] = field(default_factory=dict)
 
     def at(self, pins: Pins) -> Vault:
@@ -269,8 +271,8 @@ class Vault:
         runs = [rows.run for rows in job.row_sets()]
         for kind, handle in job.needs():
             if kind == "artifact":
-                made_by = self.load(handle).provenance["spec"]
-                runs.append((made_by.get("train") or made_by["rows"])["run"])
+                made_by = self.load(handle).provenance.get("spec")
+                runs += [(made_by.get("train") or made_by["rows"])["run"]] if made_by else []
         if not runs:
             raise InvalidInput("the job is about no run")
         first = min(runs, key=lambda run: self.run_held(run).detail.get("prompts") == "own")

@@ -174,5 +174,6 @@ def first_problem(error: ValidationError) -> str:
     """The first problem of a failed validation, as `field: message (got value)`."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"]) or "value"
-    given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+    value = repr(problem["input"])
+    given = "" if problem["type"] == "missing" else f" (got {value if len(value) <= 200 else value[:200] + '...'})"
     return f"{field}: {problem['msg']}{given}"

@@ -120,7 +120,7 @@ class Storage(ABC):
         Returns how many there were.
         """
         data = np.empty((len(place), out.shape[1]), np.uint8)
-        count = self.read_into(path, start, memoryview(data.reshape(-1)))
+        count = self.read_into(path, start, data.reshape(-1).data)
         whole = -(-count // max(out.shape[1], 1))
         out[place[:whole]] = data[:whole]
         return count

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from millpond.store.errors import HookNotCaptured, InvalidInput, RunOpen
+from millpond.store.errors import HookNotCaptured, RunOpen
 from millpond.store.hooks import match_hooks, summarize_hooks
 from millpond.store.manifest import Manifest
 from millpond.store.objects import Storage, as_storage
@@ -217,35 +217,18 @@ class Run:
         Raises:
             InvalidInput: a condition does not fit the run.
         """
-        from millpond.store.selection import prompts_by_id, select_rows
+        from millpond.store.selection import mark_prompts, select_rows
 
         plan = self.plan
         if prompts is not None:
-            if isinstance(prompts, str):
-                raise InvalidInput(f"prompts is {prompts!r}; give a list of ids, or a condition as where=")
-            if isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts):
-                marks = prompts_by_id(self, prompts)
-            else:
-                marks = self._prompt_marks(prompts)
             chosen = plan.chosen.copy()
-            chosen[np.flatnonzero(chosen)] = marks
+            chosen[np.flatnonzero(chosen)] = mark_prompts(self, prompts)
             plan = plan.select_prompts(chosen)
         view = Run(plan, self.snapshot, self.lake)
         if where is position is token_id is sample is None:
             return view
         plan = select_rows(view, where=where, position=position, token_id=token_id, sample=sample, seed=seed)
         return Run(plan, self.snapshot, self.lake)
-
-    def _prompt_marks(self, prompts: Any) -> NDArray[np.bool_]:
-        if isinstance(prompts, pd.Series) and not prompts.index.equals(self.prompts.index):
-            raise InvalidInput("prompts is a Series with another index than run.prompts; reindex it or give an array")
-        marks = np.asarray(prompts)
-        if marks.dtype != bool or marks.shape != (len(self.prompts),):
-            raise InvalidInput(
-                f"prompts has data type {marks.dtype} and shape {marks.shape}; give {len(self.prompts)} booleans, one a "
-                "prompt, or ids"
-            )
-        return marks
 
     def split(self, test: float = 0.2, seed: int = 0, by: str | None = None) -> tuple[Run, Run]:
         """Split by prompt into a training and a test part, never by token.
@@ -258,21 +241,9 @@ class Run:
         Raises:
             InvalidInput: `test` is not between 0 and 1, a part would be empty, or there is no column `by`.
         """
-        if not 0 < test < 1:
-            raise InvalidInput(f"test is {test}; give a fraction between 0 and 1")
-        if by is not None and by not in self.prompts:
-            raise InvalidInput(
-                f"by={by!r} is no column of the prompts; they have {', '.join(map(str, self.prompts.columns))}"
-            )
-        groups = self.prompts.index.to_series() if by is None else self.prompts[by]
-        names = groups.drop_duplicates().to_numpy()
-        n_test = round(len(names) * test)
-        if not 0 < n_test < len(names):
-            raise InvalidInput(
-                f"test={test} of {len(names)} {by or 'prompt'}s leaves a part empty; capture more or change test"
-            )
-        chosen = np.random.default_rng(seed).permutation(len(names))[:n_test]
-        in_test = groups.isin(names[chosen]).to_numpy()
+        from millpond.store.selection import draw_prompts
+
+        in_test = draw_prompts(self, test, seed, by)
         return self.select(~in_test), self.select(in_test)
 
     def stream(

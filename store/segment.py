@@ -224,7 +224,7 @@ class RunWriter:
 
     Any number of writers, in any number of processes, may write to one run. A request whose id was committed
     before, by this writer or another, does not become visible a second time: the first one stays.
-    Memory is at most that of `WRITER_SHARDS` shards of one hook, but 10 MiB a hook for S3.
+    Memory is at most that of `WRITER_SHARDS` shards of one hook, but 11 MiB a hook for S3.
     """
 
     def __init__(

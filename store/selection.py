@@ -24,17 +24,54 @@ Columns = Mapping[str, NDArray[Any]]
 Condition = Callable[[Columns], NDArray[np.bool_]]
 
 
-def prompts_by_id(run: Run, ids: Sequence[str]) -> NDArray[np.bool_]:
-    """Which of `run.prompts` have one of `ids`.
+def mark_prompts(run: Run, prompts: NDArray[np.bool_] | pd.Series[bool] | Sequence[str]) -> NDArray[np.bool_]:
+    """Which of `run.prompts` are meant by booleans, one for each, or by ids.
 
     Raises:
-        InvalidInput: the view has no prompt of some id.
+        InvalidInput: they do not fit the view.
     """
-    held = run.prompts["id"]
-    missing = pd.Index(ids).difference(pd.Index(held), sort=False)
-    if len(missing):
-        raise InvalidInput(f"prompt {missing[0]!r} is not in this view of run {run.name!r}; give ids of run.prompts")
-    return np.asarray(held.isin(ids))
+    if isinstance(prompts, str):
+        raise InvalidInput(f"prompts is {prompts!r}; give a list of ids, or a condition as where=")
+    if isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts):
+        held = run.prompts["id"]
+        missing = pd.Index(prompts).difference(pd.Index(held), sort=False)
+        if len(missing):
+            raise InvalidInput(
+                f"prompt {missing[0]!r} is not in this view of run {run.name!r}; give ids of run.prompts"
+            )
+        return np.asarray(held.isin(prompts))
+    if isinstance(prompts, pd.Series) and not prompts.index.equals(run.prompts.index):
+        raise InvalidInput("prompts is a Series with another index than run.prompts; reindex it or give an array")
+    marks = np.asarray(prompts)
+    if marks.dtype != bool or marks.shape != (len(run.prompts),):
+        raise InvalidInput(
+            f"prompts has data type {marks.dtype} and shape {marks.shape}; give {len(run.prompts)} booleans, one a "
+            "prompt, or ids"
+        )
+    return marks
+
+
+def draw_prompts(run: Run, fraction: float, seed: int, by: str | None) -> NDArray[np.bool_]:
+    """Which of `run.prompts` are in a random sample that keeps the groups of column `by` together, and is not all of them.
+
+    Raises:
+        InvalidInput: see `Run.split`.
+    """
+    if not 0 < fraction < 1:
+        raise InvalidInput(f"test is {fraction}; give a fraction between 0 and 1")
+    if by is not None and by not in run.prompts:
+        raise InvalidInput(
+            f"by={by!r} is no column of the prompts; they have {', '.join(map(str, run.prompts.columns))}"
+        )
+    groups = run.prompts.index.to_series() if by is None else run.prompts[by]
+    names = groups.drop_duplicates().to_numpy()
+    count = round(len(names) * fraction)
+    if not 0 < count < len(names):
+        raise InvalidInput(
+            f"test={fraction} of {len(names)} {by or 'prompt'}s leaves a part empty; capture more or change test"
+        )
+    drawn = np.random.default_rng(seed).permutation(len(names))[:count]
+    return np.asarray(groups.isin(names[drawn]))
 
 
 def select_rows(

@@ -188,7 +188,9 @@ class HookStatistics:
 
     def _centred_sketch(self) -> Float64:
         """The sketch of the rows less their mean: another centre changes it by the rows' weights times the difference."""
-        return self._sketch - np.outer(self._weights, self._mean - self._origin)
+        centred: Float64 = np.outer(self._weights, self._origin - self._mean).astype(np.float64, copy=False)
+        centred += self._sketch
+        return centred
 
     def merge(self, other: HookStatistics) -> None:
         """Take in everything `other` holds; the order of merging matters only to rounding."""
@@ -282,10 +284,12 @@ class HookStatistics:
         self._absorb()
         sketch = self._centred_sketch()
         used = np.flatnonzero(sketch.any(axis=1))  # few rows fill few buckets
+        if len(used) < SKETCH_ROWS:
+            sketch = sketch[used]
         totals = np.array([self._absorbed, *self._norms], float)
         values = (self._mean, self._squares, self._maximum, totals, self._weights, used)
         named = {name: (dtype, value) for (name, dtype), value in zip(_FIELDS.items(), values, strict=True)}
-        return {**named, "sketch": ("F32", sketch[used])}
+        return {**named, "sketch": ("F32", sketch)}
 
 
 def block_rows(d_model: int) -> int:
@@ -365,14 +369,14 @@ def pack_statistics(statistics: Mapping[str, HookStatistics]) -> bytes:
     blobs, offset = [], 0
     for hook, found in statistics.items():
         for name, (dtype, value) in found._tensors().items():
-            blob = np.ascontiguousarray(value, _NUMPY[dtype]).tobytes()
-            place = [offset, offset + len(blob)]
+            blob = np.ascontiguousarray(value, _NUMPY[dtype])
+            place = [offset, offset + blob.nbytes]
             header[f"{hook}/{name}"] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": place}
             blobs.append(blob)
-            offset += len(blob)
+            offset += blob.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(blobs)
+    return len(text).to_bytes(8, "little") + text + b"".join(blob.data for blob in blobs)
 
 
 def unpack_statistics(data: bytes) -> dict[str, HookStatistics]:

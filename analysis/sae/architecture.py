@@ -102,12 +102,13 @@ class SparseArchitecture(Architecture):
     def select(self, centred: sparse.Columns) -> sparse.Active:
         """The entries that stay, with positive pre-activations."""
 
-    def products(self, centred: Tensor) -> Tensor:
-        """All pre-activations (rows, d_sae) less `b_enc`, for selection; the next batch overwrites them."""
-        w_enc = self.parameters["w_enc"]
+    def products(self, centred: Tensor, *, biased: bool) -> Tensor:
+        """All pre-activations (rows, d_sae) with or without `b_enc`, for selection; the next call overwrites them."""
+        w_enc, b_enc = self.parameters["w_enc"], self.parameters["b_enc"]
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         out = self.scratch.like("products", (len(centred), len(w_enc)), dtype, centred.device)
-        return torch.mm(centred.to(dtype), w_enc.to(dtype).T, out=out)
+        left, right = centred.to(dtype), w_enc.to(dtype).T
+        return torch.addmm(b_enc.to(dtype), left, right, out=out) if biased else torch.mm(left, right, out=out)
 
     def exact(self, flat: Tensor, centred: sparse.Columns) -> sparse.Active:
         """The entries with these flat indices, their pre-activations computed in float32."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.aligned import LazyChunks, StoredBfloat16
+from millpond.analysis.lazy_chunks import LazyChunks, StoredBfloat16
 from millpond.analysis.sae.drawn import Chunk, DrawnRows, has_infinite
 from millpond.store.dtypes import decode
 from millpond.store.errors import InvalidInput

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.aligned import StoredBfloat16
+from millpond.analysis.lazy_chunks import StoredBfloat16
 from millpond.store.dtypes import decode, decode_into
 
 Chunk = NDArray[Any] | StoredBfloat16

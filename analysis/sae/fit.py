@@ -98,7 +98,7 @@ def train(
     origin = {"tokens": tokens, **source.describe()}
     if out is not None and held is not None:
         if not resume:
-            raise InvalidInput(f"{out} holds a checkpoint; give resume=True to go on, or another folder")
+            raise InvalidInput(f"{out} holds a checkpoint; give resume=True (--resume) to go on, or another folder")
         _check_checkpoint(out, held, origin, learners)
     with ExitStack() as stack:
         stack.enter_context(_threads(config.n_threads))

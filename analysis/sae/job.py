@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from millpond.store.capture_spec import first_problem
 from millpond.store.errors import InvalidInput
@@ -109,7 +109,7 @@ def new_sae(job: SaeJob) -> Sae:
     """The untrained autoencoder that the job describes.
 
     Raises:
-        InvalidInput: a field of `sae` is unknown or out of range.
+        InvalidInput: a field of `sae` is unknown, of another type, or out of range.
     """
     from dataclasses import fields
 
@@ -123,6 +123,12 @@ def new_sae(job: SaeJob) -> Sae:
     known = [field.name for field in fields(SaeConfig)]
     if unknown := sorted(options.keys() - set(known)):
         raise InvalidInput(f"sae.{unknown[0]} is no option; there are {', '.join(known)}, and skip for transcoders")
+    types = get_type_hints(SaeConfig)
+    for name, value in options.items():
+        try:  # as JSON, in which a list may be a tuple and a string is no number
+            options[name] = TypeAdapter(types[name]).validate_json(json.dumps(value, default=str), strict=True)
+        except ValidationError as error:
+            raise InvalidInput(f"sae.{name} is {value!r}: {error.errors()[0]['msg']}") from error
     if "d_sae" not in options:
         raise InvalidInput("sae.d_sae is missing; give the number of latents")
     if skip and job.kind != "transcoder":

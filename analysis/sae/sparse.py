@@ -19,7 +19,6 @@ from torch import Tensor
 
 _CACHED_ROWS, _CACHED_COLUMNS, _CACHED_BYTES = 8192, 64, 1 << 20
 _MARKED_ROWS = 128
-_NONE = torch.empty(0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,10 @@ def products(row: Tensor, col: Tensor, left: Tensor, right: Tensor) -> Tensor:
     for number, count in enumerate(counts.tolist()):
         here = slice(first, first + count)
         first, start = here.stop, number * size
-        found[here] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            left, right[start : start + size], col[here] - start, _NONE, row[here], 0
-        )
+        if count:
+            found[here] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                left, right[start : start + size], col[here] - start, col[:0], row[here], 0
+            )
     values = torch.empty_like(found)
     values[order] = found
     return values

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from millpond.analysis.aligned import LazyChunks
+from millpond.analysis.lazy_chunks import LazyChunks
 from millpond.analysis.probes.inputs import check_one_hook
 from millpond.analysis.sae.batches import GivenBatches, ShuffledBatches, Source, StreamBatches
 from millpond.analysis.sae.config import SaeConfig

@@ -13,8 +13,7 @@ class TopK(SparseArchitecture):
         """See `SparseArchitecture.select`; a few more than k are compared in float32 where bfloat16 chose them."""
         k = self.config.k
         assert k is not None
-        pre = self.products(centred.whole)
-        pre += self.parameters["b_enc"]
+        pre = self.products(centred.whole, biased=True)
         spare = k // 8 + 2 if self.bf16 else 0
         flat = sparse.largest_of_rows(pre, min(k + spare, pre.shape[1]))
         active = self.exact(flat, centred)

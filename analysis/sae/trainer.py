@@ -209,7 +209,7 @@ class Trainer:
 def _in_cache(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of matrices of one shape, on a CPU as many as are still in a core's cache when they are read again."""
     count = len(matrices[0]) if matrices[0].is_cuda else max(1, _CACHED_BYTES // (4 * matrices[0].shape[1]))
-    return zip(*(matrix.split(count) for matrix in matrices), strict=True)
+    return zip(*(torch.split(matrix, count) for matrix in matrices), strict=True)
 
 
 def device(config: SaeConfig) -> torch.device:

@@ -139,7 +139,7 @@ class RemoteRun:
         """
         if sample is not None:
             raise InvalidInput("sample cannot be sent to the gateway; choose rows with where or split")
-        found = [] if where is None else [f"({where})"]
+        found = [] if where is None else [f"({Expression(where).text})"]
         for name, value in (("position", position), ("token_id", token_id)):
             if value is not None:
                 numbers = np.atleast_1d(np.asarray(value))
@@ -263,11 +263,11 @@ class _Column(ABC):
         self._refuse()
         return iter(())
 
-    def compute(self) -> Any:
-        """Raises ActivationsStayInVault."""
+    def compute(self, *_: Any, **__: Any) -> Any:
+        """Raises ActivationsStayInVault, as what xarray would compute does."""
         return self._refuse()
 
-    to_numpy = load = compute
+    to_numpy = load = mean = sum = std = var = min = max = groupby = sel = isel = compute
 
     __array_ufunc__ = None
 

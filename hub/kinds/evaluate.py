@@ -57,7 +57,7 @@ class EvaluateJob(Job):
         if artifact.kind == "sae":
             part = rows_of(vault, self.rows)
             result = sae_evaluation(load_sae(artifact).evaluate(part.view[self.hook]), part)
-            return Outcome((Answer(result, measure((part,), behind=(fitted_to(vault, artifact),))),))
+            return Outcome((Answer(result, measure((part,), behind=fitted_to(vault, artifact))),))
         if artifact.kind != "probe" or self.label is None:
             raise InvalidInput(f"a {artifact.kind} is evaluated against a label; name one")
         part, truth = part_of(vault, self.rows, self.label)
@@ -67,6 +67,6 @@ class EvaluateJob(Job):
         coef = artifact.arrays()["coef"]
         seen = measure(
             (part,), target="label", labels=(truth.values,), parameters=coef.size + len(coef),
-            behind=(fitted_to(vault, artifact),),
+            behind=fitted_to(vault, artifact),
         )  # fmt: skip
         return Outcome((Answer(result, seen),))

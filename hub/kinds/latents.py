@@ -58,5 +58,5 @@ class LatentsJob(Job):
         sae = load_sae(artifact)
         results = latent_results(sae, part.view, self.hook, self.latents, self.contexts)
         progress(0.7)
-        seen = measure((part,), hooks=(self.hook,), behind=(fitted_to(vault, artifact),))
+        seen = measure((part,), hooks=(self.hook,), behind=fitted_to(vault, artifact))
         return Outcome(tuple(Answer(result, seen) for result in results))

@@ -132,7 +132,7 @@ def job(view: View) -> Fixed:
         "job.html",
         trains=found.kind == "sae_train",
         points=" ".join(f"{20 * place + 10},{254 - code}" for place, code in enumerate(curve.codes)),
-        reached=curve.values[-1] if curve.codes else None,
+        reached=curve.values,
         here="Jobs",
         job=found,
         status=status,

@@ -4,7 +4,10 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from millpond.analysis.sae.batches import ShuffledBatches
+from millpond.analysis.lazy_chunks import StoredBfloat16
+from millpond.analysis.sae.batches import ShuffledBatches, check_finite
+from millpond.analysis.sae.drawn import DrawnRows
+from millpond.store.dtypes import decode, encode_bfloat16
 from millpond.store.errors import InvalidInput
 
 N, D = 1000, 4
@@ -84,3 +87,18 @@ def test_hooks_stay_aligned_and_others_are_refused():
         ShuffledBatches([numbered(), numbered()[:900]], 64, seed=0, buffer_bytes=1)
     with pytest.raises(InvalidInput, match="chunks differ"):
         ShuffledBatches([numbered(), numbered(chunk=50)], 64, seed=0, buffer_bytes=1)
+
+
+def test_stored_bfloat16_is_decoded_when_it_is_drawn_and_named_when_it_is_not_finite():
+    values = np.random.default_rng(0).standard_normal((3, 40, D)).astype(np.float32)
+    bits = [encode_bfloat16(part) for part in values]
+    rounded = np.concatenate([decode(part, "bfloat16") for part in bits])
+    places = np.random.default_rng(1).permutation(120)[:70]
+    drawn = DrawnRows([StoredBfloat16(part) for part in bits]).draw(places)
+    np.testing.assert_array_equal(drawn, rounded[sorted(places, key=lambda place: place // 40)])
+    check_finite(StoredBfloat16(bits[1]), "chunk 1", 40)
+    for bad in (np.nan, np.inf, -np.inf):
+        wrong = values[1].copy()
+        wrong[7, 2] = bad
+        with pytest.raises(InvalidInput, match=r"chunk 1 holds NaN or infinity in 1 rows, first in its row 7 \(row 47"):
+            check_finite(StoredBfloat16(encode_bfloat16(wrong)), "chunk 1", 40)

@@ -313,6 +313,7 @@ def test_jobs_from_the_command_line(run, tmp_path):
         (('hook = "blocks.0.hook_resid_post"', ""), "give hook, or hooks"),
         (("d_sae = 32", "d_sae = 2"), "k is 3, more than the 2 latents"),
         (("d_sae = 32", "d_sae = 32\nsize = 4"), "sae.size is no option"),
+        (("k = 3", 'k = "3"'), "sae.k is '3': Input should be a valid integer"),
         (("epochs = 5", "epochs = 0"), "train.epochs"),
         (("test = 0.25", "test = 2"), "data.test"),
     ],

@@ -8,7 +8,7 @@ import torch
 
 from millpond.analysis.sae import trainer as training
 from millpond.analysis.sae.config import SaeConfig
-from millpond.analysis.sae.sparse import Columns
+from millpond.analysis.sae.sparse import Columns, above, products
 from millpond.analysis.sae.trainer import Trainer
 
 D, S, N, K = 24, 96, 64, 4
@@ -218,6 +218,38 @@ def test_selection_stays_exact_while_the_scale_of_the_batches_jumps():
         expected = cut_by_rank(pre, K, by_row=False).nonzero()
         np.testing.assert_array_equal(torch.stack([active.row, active.col], dim=1).numpy(), expected.numpy())
         np.testing.assert_allclose(active.values.numpy(), pre[tuple(expected.T)].numpy(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [0.5, 6.0], ids=["compared with the bias", "added to the bias"])
+def test_a_selection_in_bfloat16_is_that_of_float32(most):
+    trainer, _, _ = make("batchtopk")
+    trainer.arch.bf16 = True
+    own = trainer.parameters
+    generator = torch.Generator().manual_seed(5)
+    own["b_enc"].copy_(most * torch.rand(S, generator=generator))
+    own["b_enc"][::7] = -40.0 * torch.rand(len(own["b_enc"][::7]), generator=generator)
+    own["w_enc"][::7] *= 20
+    for _ in range(4):
+        x = torch.randn(8 * N, D, generator=generator)
+        pre = torch.relu((x - own["b_dec"]) @ own["w_enc"].T + own["b_enc"])
+        active = trainer.arch.select(Columns(trainer.arch.centred(x)))
+        expected = cut_by_rank(pre, K, by_row=False).nonzero()
+        np.testing.assert_array_equal(torch.stack([active.row, active.col], dim=1).numpy(), expected.numpy())
+
+
+def test_exact_values_by_tiles_and_marks_in_ragged_rows():
+    """1,100 latents of width 2,048 are nine tiles, of which some hold no entry; 37 * 1,101 entries are no whole bytes."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(9, 2048, generator=generator), torch.randn(1100, 2048, generator=generator)
+    row, col = torch.tensor([0, 0, 1, 7, 8]), torch.tensor([3, 1099, 600, 600, 0])
+    np.testing.assert_allclose(products(row, col, left, right).numpy(), (left @ right.T)[row, col].numpy(), rtol=1e-4)
+    pre = torch.randn(37, 1101, generator=generator)
+    limits = torch.rand(1101, generator=generator)
+    for kind in (torch.float32, torch.bfloat16):
+        marked = pre.to(kind) > limits.to(kind)
+        expected = np.flatnonzero(marked.numpy())
+        np.testing.assert_array_equal(above(pre.to(kind), limits).numpy(), expected)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])

@@ -101,7 +101,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path):
     sae.fit(rows(), tokens=10 * 256, out=tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(InvalidInput, match="resume=True to go on"):
+    with pytest.raises(InvalidInput, match=r"resume=True \(--resume\) to go on"):
         sae.fit(rows(), tokens=10 * 256, out=tmp_path)
     with pytest.raises(InvalidInput, match="its k is 3, this one's 4"):
         BatchTopKSae(64, 4, **OPTIONS).fit(rows(), tokens=10 * 256, out=tmp_path, resume=True)

@@ -34,13 +34,31 @@ GOOD = [
 ]
 
 
-def refused(job: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-    """The command ends with 2 and one line that holds `words`."""
-    assert main(["capture", str(job)]) == 2
-    printed = capsys.readouterr().err
-    assert printed.count("\n") == 1
-    for word in words:
-        assert word in printed
+Refused = Callable[..., None]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Checks that a job file ends the command with 2 and one line that holds all words."""
+
+    def check(job: Path, *words: str) -> None:
+        assert main(["capture", str(job)]) == 2
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1
+        for word in words:
+            assert word in printed
+
+    return check
+
+
+@pytest.fixture
+def refused_prompts(refused: Refused, write_prompts: Callable[..., Path], write_job: Callable[..., Path]) -> Refused:
+    """The same for a job of these prompts; keywords change its sections, as those of `write_job`."""
+
+    def check(prompts: list[dict[str, Any]], /, *words: str, **sections: dict[str, Any]) -> None:
+        refused(write_job(write_prompts(prompts), **sections), *words)
+
+    return check
 
 
 @pytest.mark.parametrize(
@@ -63,7 +81,7 @@ def refused(job: Path, capsys: pytest.CaptureFixture[str], *words: str) -> None:
         ({"prompts": {"metadata": ["author"]}}, ["'author'", "id, token_ids, mark"]),
         ({"destination": {"run": "../up"}}, ["'../up'"]),
         ({"destination": {"consumed_by": ["sae", "a b"]}}, ["destination.consumed_by.1", "'a b'"]),
-        ({"destination": {"lake": "/proc/lake"}}, ["/proc/lake"]),
+        ({"destination": {"lake": "/proc/lake"}}, ["/proc/lake", "0 B free", "free space"]),
         ({"destination": {"shard_rows": 100}}, ["shard_rows 100", "chunk_rows 16"]),
         (
             {"destination": {"lake": "gs://bucket/lake"}},
@@ -87,11 +105,9 @@ def test_a_bad_field_is_refused_by_name(
     sections: dict[str, Any],
     words: list[str],
     tmp_path: Path,
-    write_prompts: Callable[..., Path],
-    write_job: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    refused_prompts: Refused,
 ) -> None:
-    refused(write_job(write_prompts(GOOD), **sections), capsys, *words)
+    refused_prompts(GOOD, *words, **sections)
     assert not (tmp_path / "lake").exists()
 
 
@@ -115,11 +131,9 @@ def test_a_bad_field_is_refused_by_name(
 def test_bad_prompts_are_refused(
     prompts: list[dict[str, Any]],
     words: list[str],
-    write_prompts: Callable[..., Path],
-    write_job: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    refused_prompts: Refused,
 ) -> None:
-    refused(write_job(write_prompts(prompts)), capsys, *words)
+    refused_prompts(prompts, *words)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +149,10 @@ def test_bad_prompts_are_refused(
 def test_token_labels_of_the_wrong_form_are_refused(
     labels: list[Any],
     words: list[str],
-    write_prompts: Callable[..., Path],
-    write_job: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    refused_prompts: Refused,
 ) -> None:
     prompts = [prompt | {"mark": mark} for prompt, mark in zip(GOOD, labels, strict=True)]
-    refused(write_job(write_prompts(prompts), prompts={"token_labels": ["mark"]}), capsys, *words)
+    refused_prompts(prompts, *words, prompts={"token_labels": ["mark"]})
 
 
 @pytest.mark.parametrize(
@@ -154,39 +166,35 @@ def test_prompt_columns_that_cannot_be_stored_are_refused_before_the_capture(
     sections: dict[str, Any],
     values: list[Any],
     words: list[str],
-    write_prompts: Callable[..., Path],
-    write_job: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    refused_prompts: Refused,
 ) -> None:
     prompts = [prompt | {"kind": value} for prompt, value in zip(GOOD, values, strict=True)]
-    refused(write_job(write_prompts(prompts), prompts=sections), capsys, *words)
+    refused_prompts(prompts, *words, prompts=sections)
 
 
 def test_damaged_weights_and_configurations_are_refused(
     tmp_path: Path,
     write_prompts: Callable[..., Path],
     write_job: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     job = write_job(write_prompts(GOOD), model={"path": str(model)})
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(config.replace('"num_hidden_layers": 6', '"num_hidden_layers": "x"'))
-    refused(job, capsys, "config.json")
+    refused(job, "config.json")
     (model / "config.json").write_text(config)
     (model / "model.safetensors").write_bytes(b"ab")
-    refused(job, capsys, "model.safetensors", "no safetensors file")
+    refused(job, "model.safetensors", "no safetensors file")
 
 
-def test_malformed_jsonl_names_the_line(
-    tmp_path: Path, write_job: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_malformed_jsonl_names_the_line(tmp_path: Path, write_job: Callable[..., Path], refused: Refused) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text('{"id": "a", "token_ids": [1]}\n\n{"id": "b", \n')
-    refused(write_job(path), capsys, "broken.jsonl:3")
+    refused(write_job(path), "broken.jsonl:3")
     path.write_text('{"id": "a", "text": "\\ud83d\\ude00"}\n{"id": "b", "text": "\\ud83d"}\n')
-    refused(write_job(path), capsys, "broken.jsonl:2", "'\\ud83d' is half of a surrogate pair")
+    refused(write_job(path), "broken.jsonl:2", "'\\ud83d' is half of a surrogate pair")
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
@@ -203,26 +211,28 @@ def test_prompts_may_be_objects_of_a_store(tmp_path: Path, name: str) -> None:
         read_prompts(PromptsSection(path=f"{storage.url}/other.jsonl"), MODEL, 16, 100)
 
 
-def test_malformed_toml_and_a_missing_job_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_toml_and_a_missing_job_file_are_refused(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "job.toml"
-    refused(path, capsys, "job.toml", "No such file")
+    refused(path, "job.toml", "No such file")
     path.write_text("[model\n")
-    refused(path, capsys, "job.toml", "not TOML", "line 1")
+    refused(path, "job.toml", "not TOML", "line 1")
     path.write_text("[model]\n")
-    refused(path, capsys, "job.toml", "model.path", "required")
+    refused(path, "job.toml", "model.path", "required")
 
 
-def test_an_existing_run_and_a_full_disk_are_refused(
+def test_an_existing_run_is_refused(
     tmp_path: Path,
     write_prompts: Callable[..., Path],
     write_job: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     job = write_job(write_prompts(GOOD))
     lake = mp.open(tmp_path / "lake", create=True)
     lake.create_run("run", hooks=("blocks.0.hook_resid_post",), d_model=4, dtype="float32")
-    refused(job, capsys, "RunExists", "'run'", "millpond rm")
-    lake.delete("run")
+    refused(job, "RunExists", "'run'", "millpond rm")
+
+
+def test_a_plan_counts_rows_and_bytes(write_prompts: Callable[..., Path], write_job: Callable[..., Path]) -> None:
     many = [{"id": str(number), "token_ids": [0] * 500} for number in range(10)]
     plan = plan_capture(read_job(write_job(write_prompts(many))))
     assert plan.rows == 5000
@@ -233,13 +243,13 @@ def test_a_job_beyond_the_quota_is_refused_before_a_run_is_made(
     tmp_path: Path,
     write_prompts: Callable[..., Path],
     write_job: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     job = write_job(write_prompts(GOOD))
     plan = plan_capture(read_job(job))
     lake = mp.open(plan.job.destination.lake, create=True)
     write_configuration(lake, LakeConfiguration(run_quota_bytes=plan.bytes - 1))
-    refused(job, capsys, "QuotaExceeded", f"would have {plan.bytes:,} bytes", "run_quota_bytes: millpond configure")
+    refused(job, "QuotaExceeded", f"would have {plan.bytes:,} bytes", "run_quota_bytes: millpond configure")
     assert list(lake) == []
 
 

@@ -95,7 +95,12 @@ def test_llm_captures_like_a_server(tmp_path: Path, reference: Reference, python
     scores = reference.residuals(tokens[3][0][:-1])[2] @ coefficients(D_MODEL).T + INTERCEPT
     np.testing.assert_allclose(lake["scores"].reads["lie"]["scores"].values, scores, rtol=0, atol=1e-3)
     assert sorted(lake["shared"].prompts["id"]) == sorted(one["id"] for one in told[5:7])
-    words = ["'blocks.9.*' selects no hook point", "is not a lake", "'a' is in run 'one' already", "positions: 500"]
+    words = [
+        "'blocks.9.*' selects no hook point",
+        "is neither a lake nor empty",
+        "'a' is in run 'one' already",
+        "positions: 500",
+    ]
     assert [word for word, why in zip(words, refused, strict=True) if word not in why] == []
     for name in lake:
         assert verify_run(lake[name]).problems == []

@@ -183,6 +183,7 @@ def test_what_is_here_of_a_remote_run_is_its_shape_and_not_its_values(lake):
     for touch in (
         lambda: np.asarray(column), lambda: column.values, lambda: column[0], lambda: np.asarray(run.labels["deceptive"]),
         lambda: list(column), lambda: column.compute(), lambda: run.stream, lambda: mp.LogisticProbe().predict(column),
+        lambda: column.mean("row"), lambda: run.labels["deceptive"].sum(),
     ):  # fmt: skip
         with pytest.raises(ActivationsStayInVault, match="in the vault"):
             touch()
@@ -200,6 +201,10 @@ def test_what_is_here_of_a_remote_run_is_its_shape_and_not_its_values(lake):
         mp.LogisticProbe().fit(train[HOOK], test.labels["deceptive"])
     with pytest.raises(InvalidInput, match="before you split"):
         train.select(where="deceptive")
+    with pytest.raises(InvalidInput, match="where is a ndarray; write the condition as text"):
+        run.select(where=np.ones(3, bool))
+    with pytest.raises(InvalidInput, match="prompts must be a list of ids"):
+        run.select("p1")
     with pytest.raises(InvalidInput, match="sample_weight"):
         mp.LogisticProbe().fit(train[HOOK], train.labels["deceptive"], sample_weight=np.ones(3))
 

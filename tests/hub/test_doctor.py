@@ -14,7 +14,7 @@ from tests.cluster.certificates import Authority
 from tests.queue_serving import serving
 
 from millpond.cli import main
-from millpond.hub.database import open_database
+from millpond.hub.database import newest_revision, open_database
 from millpond.hub.doctor import _expiry
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
@@ -56,6 +56,7 @@ def change(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+@pytest.mark.slow
 def test_a_whole_installation(folder, capsys, monkeypatch):
     token, worker = new_worker("gpu-1", ["capture"])
     monkeypatch.setenv(TOKEN_VARIABLE, token)
@@ -67,7 +68,7 @@ def test_a_whole_installation(folder, capsys, monkeypatch):
     assert list(found) == ["this host", "settings", "lake", "clock", "database", "cluster", "model", "queue"]
     assert all(ok for ok, _ in found.values()), found
     assert "vLLM 0.3" in found["this host"][1]
-    assert "0003" in found["database"][1]
+    assert f"schema {newest_revision()}" in found["database"][1]
     assert "1 workers ran a task" in found["cluster"][1]
     assert "6 layers" in found["model"][1]
     assert (refused["queue"][0], "millpond queue token" in refused["queue"][1]) == (False, True)
@@ -79,12 +80,13 @@ def test_each_thing_that_is_wrong_is_named_with_a_remedy(folder, capsys, monkeyp
         connection.execute("UPDATE alembic_version SET version_num = '0002'")
     certificate, key = Authority(folder, days=1).issue("gateway", "127.0.0.1")
     change(folder / "gateway.toml", "[models.m]", f'certificate = "{certificate}"\nkey = "{key}"\n[models.m]')
+    change(folder / "gateway.toml", "[models.m]", 'origin = "https://127.0.0.1:8910"\n[models.m]')
     monkeypatch.setattr(Storage, "now", lambda self: datetime.now(UTC).timestamp() + 40)
     found = doctor(capsys, *flags)
     wrong = {name: text for name, (ok, text) in found.items() if not ok}
     assert set(wrong) == {"clock", "database", "certificate of the gateway"}
     assert "differ by 40 s" in wrong["clock"]
-    assert "0002" in wrong["database"]
+    assert f"schema 0002, this Millpond {newest_revision()}" in wrong["database"]
     assert "start the gateway" in wrong["database"]
     assert "runs out" in wrong["certificate of the gateway"]
 

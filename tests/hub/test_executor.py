@@ -223,6 +223,10 @@ def test_a_capture_is_queued_for_the_workers_and_its_run_is_the_projects(gate):
     refused = ada.post(f"{P}/jobs", json={"job": job | {"name": "twice"}})
     assert decode(refused.content) == Failure(ErrorCode.BAD_REQUEST)
     mine = {"kind": "capture", "model": "m", "name": "twice", "prompts": [{"id": "a", "text": "b"}], "hooks": [HOOK]}
+    files = set((gate.folder / "lake" / "prompts").iterdir())
+    refused = ada.post(f"{P}/jobs", json={"job": mine})
+    assert decode(refused.content) == Failure(ErrorCode.BAD_REQUEST)
+    assert set((gate.folder / "lake" / "prompts").iterdir()) == files  # what it brought is not kept
     assert gate.submit(eve, mine, "two")
     ada.delete(f"{P}/jobs/{waiting}")
     assert gate.submit(ada, job | {"name": "twice"})  # the first one will never be

@@ -13,14 +13,16 @@ from millpond.analysis import expressions as ex
 from millpond.hub.answers import pack_evidence, pack_result, releasable, unpack_evidence, unpack_result
 from millpond.hub.bits import BitWriter
 from millpond.hub.database import open_database
+from millpond.hub.generations import _evidence
 from millpond.hub.kinds import KINDS, parse_job
-from millpond.hub.policy import Charges, ModelPolicy, Policy
+from millpond.hub.policy import Charges, Disclosure, ModelPolicy, Policy
 from millpond.hub.projects import Projects
 from millpond.hub.rules import Rule, judge
 from millpond.hub.shapes import Context, write_result
 from millpond.hub.vault import Vault, label_mark
 from millpond.store.errors import InvalidInput, LabelNotFound, NotHeld, TooFewPrompts
 from millpond.store.lake import open_lake
+from millpond.store.result import Result
 
 POLICY = Policy(models={"m": ModelPolicy(parameters=8_000_000_000)})
 
@@ -311,6 +313,24 @@ def test_the_evidence_shows_what_a_result_would_give_away(vault, name):
 def test_few_prompts_of_somebody_else_are_not_selected_at_all(vault, where):
     with pytest.raises(TooFewPrompts, match="fewer than 20 restricted prompts"):
         do(vault, expression(vault.handles["shared", "restricted"], MEAN, where))
+
+
+@pytest.mark.parametrize("whose", ["own", "restricted"])
+def test_rates_by_a_probe_are_judged_by_whose_rows_it_was_fitted_to(vault, whose):
+    """A probe's mean score of own completions is an equation for what it was fitted to, and so is a steered rate."""
+    source = vault.handles["shared", whose]
+    outcome = do(vault, probe(source, test=False) | {"train": rows(source)})
+    handle = held(vault, outcome)
+    common = {"kind": "generate", "model": "m", "prompts": [{"id": "a", "text": "b"}], "sampling": {"max_tokens": 1}}
+    add = {"op": "add", "hook": HOOK, "vector": handle}
+    for more in (
+        {"score": {"probe": handle, "threshold": 0.0}},
+        {"score": {"contains": ["x"]}, "interventions": [add]},
+    ):
+        evidence = _evidence(parse_job(common | more), vault, np.arange(200), ())
+        assert evidence.custom == (whose == "restricted")
+        found = judge(Result("rates", {"rates": np.array([0.5])}), evidence, (), Disclosure())
+        assert found.outcome == ("review" if whose == "restricted" else "pass")
 
 
 @pytest.mark.parametrize("name", ["MassMeanProbe", "RidgeProbe"])

@@ -17,7 +17,8 @@ from millpond.hub.body import ErrorCode, Failure, Handles, ReleasedResult, decod
 from millpond.hub.database import open_database
 from millpond.hub.foreman import Foreman
 from millpond.hub.gateway import create_app, server_options
-from millpond.hub.queue import Limits, SqlQueue
+from millpond.hub.limits import Limits
+from millpond.hub.queue import SqlQueue
 from millpond.hub.room import THREADS_OF_ONE
 from millpond.hub.serving import Endpoint, Fixed
 from millpond.hub.uploads import Uploads
@@ -25,7 +26,7 @@ from millpond.store.artifacts import artifact_names
 from millpond.store.errors import LeaseLost, QuotaExceeded, TooMany
 
 P = "/api/v1/p/one"
-SECONDS = 4
+SECONDS = 10
 
 
 def test_a_claim_that_lasts_too_long_ends_whoever_works_on_it(database):
@@ -106,19 +107,17 @@ def autoencoder(gate, **more):
 def test_jobs_that_take_too_long_or_too_much_end_alone(tmp_path):
     """A training that is told to stop, one whose process hears nothing, one that wants more memory than there is."""
     policy = f"[jobs]\nseconds = {SECONDS}\n"
-    with Gatehouse(tmp_path, policy=policy, memory_bytes=3 << 30, lease_seconds=60) as gate:
+    with Gatehouse(tmp_path, policy=policy, memory_bytes=2 << 30, lease_seconds=60) as gate:
         ada, said = gate.client("ada"), []
         foreman = Foreman(gate.settings, grace_seconds=2, told=said.append)
         thread = threading.Thread(target=foreman.run)
         thread.start()
         try:
             long = gate.submit(ada, autoencoder(gate))
-            wide = gate.submit(ada, autoencoder(gate, d_sae=1 << 20, batch_size=1200))  # 5 GB a batch
+            wide = gate.submit(ada, autoencoder(gate, d_sae=1 << 19, batch_size=1200))  # 2.5 GB a batch
             short = gate.submit(ada, {"kind": "statistics", "hook": HOOK, "rows": rows(gate.run)})
-            began = gate.wait(ada, long, past=("queued",)), time.monotonic()
-            assert began[0] == "running"
-            assert gate.wait(ada, long) == "failed"
-            assert time.monotonic() - began[1] < SECONDS + 6
+            assert gate.wait(ada, long, past=("queued",)) == "running"
+            assert gate.wait(ada, long) == "failed"  # not in hours
             before = gate.spent()
             assert gate.answer(ada, long) == Failure(ErrorCode.TIME_LIMIT)
             assert gate.spent() - before == 16 + 2  # charged as any refusal
@@ -151,7 +150,7 @@ def test_jobs_that_take_too_long_or_too_much_end_alone(tmp_path):
 
 
 def test_what_is_sent_is_counted_and_refused_by_name_when_there_is_no_room(tmp_path):
-    with Gatehouse(tmp_path, prompts=str(tmp_path / "sent"), max_user_bytes=6000, max_project_bytes=9000) as gate:
+    with Gatehouse(tmp_path, max_user_bytes=6000, max_project_bytes=9000) as gate:
         ada, ben, eve = gate.client("ada"), gate.client("ben"), gate.client("eve")
 
         def send(client, name, size, project="one"):
@@ -164,11 +163,12 @@ def test_what_is_sent_is_counted_and_refused_by_name_when_there_is_no_room(tmp_p
         ) == (
             Failure(ErrorCode.BAD_REQUEST)  # the name is taken: nothing is counted
         )
-        files = list((tmp_path / "sent").iterdir())
+        files = list((tmp_path / "lake" / "prompts").iterdir())
+        assert len(files) == 1  # and nothing is left of it
         before = gate.spent()
         assert send(ada, "second", 3000) == Failure(ErrorCode.DISK_QUOTA)
         assert gate.spent() - before == 16 + 2
-        assert list((tmp_path / "sent").iterdir()) == files
+        assert list((tmp_path / "lake" / "prompts").iterdir()) == files
         labels = {f"p{number}": "a long value " * 5 for number in range(60)}
         reply = ada.post(f"{P}/runs/{gate.run}/labels", json={"name": "x", "by": "prompt", "values": labels})
         assert decode(reply.content) == Failure(ErrorCode.DISK_QUOTA)

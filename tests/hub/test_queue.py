@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import io
+import json
+import logging
 import subprocess
 import sys
 import threading
@@ -13,9 +16,11 @@ import sqlalchemy as sa
 from tests.queue_contract import Clock, QueueContract
 
 from millpond.hub.database import open_database
-from millpond.hub.queue import Limits, SqlQueue
+from millpond.hub.limits import Limits
+from millpond.hub.queue import SqlQueue
 from millpond.hub.transitions import FINAL, TRANSITIONS, diagram
 from millpond.store.errors import InvalidInput, LeaseLost, TooMany
+from millpond.store.logs import log_to
 
 KINDS = {"probe"}
 
@@ -178,7 +183,8 @@ KILLS = """
 import os, random, signal, sys, time
 import sqlalchemy as sa
 from millpond.hub.database import open_database
-from millpond.hub.queue import Limits, SqlQueue
+from millpond.hub.limits import Limits
+from millpond.hub.queue import SqlQueue
 from millpond.store.errors import LeaseLost
 
 url, seed = sys.argv[1], int(sys.argv[2])
@@ -250,3 +256,23 @@ def test_workers_killed_at_random_end_every_job_exactly_once(queue, engine, data
     assert sorted(effects) == sorted(ids)
     assert all([event.event for event in queue.history(job_id)].count("finish") == 1 for job_id in ids)
     assert sum(queue.get(job_id).attempts > 1 for job_id in ids) >= 3  # kills did hit jobs under way
+
+
+def test_every_change_is_logged_with_its_job(queue, clock):
+    stream = io.StringIO()
+    handler = log_to(stream)
+    try:
+        ids = [queue.submit("probe", {"n": n}, user="ada") for n in range(3)]
+        queue.finish(claimed(queue), {})
+        queue.fail(claimed(queue), "why")
+        queue.cancel(ids[2])
+        queue.cancel(ids[2])  # it has ended: nothing changes
+    finally:
+        logging.getLogger("millpond").removeHandler(handler)
+        logging.getLogger("millpond").propagate = True
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["event"], ids.index(line["job"])) for line in lines] == [
+        ("submitted", 0), ("submitted", 1), ("submitted", 2),
+        ("claimed", 0), ("finished", 0), ("claimed", 1), ("failed", 1), ("cancelled", 2),
+    ]  # fmt: skip
+    assert lines[3]["worker"] == "w"

@@ -13,6 +13,7 @@ from millpond.analysis import JumpReluSae, Transcoder
 from millpond.analysis.sae.blocks import SaeWeights
 from millpond.analysis.sae.recovered import HuggingFaceModel, cross_entropy_recovered
 from millpond.hub.recovered import VllmModel
+from millpond.hub.sae_commands import SaeEval
 from millpond.store.errors import InvalidInput
 
 MODEL = Path(__file__).parents[2] / "examples" / "stdlib_llama" / "model"
@@ -23,11 +24,11 @@ RUN = """
 import json, sys
 from millpond.analysis.sae.estimator import Sae
 from millpond.analysis.sae.recovered import cross_entropy_recovered
-from millpond.hub.recovered import VllmModel
+from millpond.hub.sae_commands import SaeEval
 if __name__ == "__main__":
     model, folder, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     sae = Sae.load(folder)
-    with VllmModel(model, sae, max_model_len=128) as engine:
+    with SaeEval(folder, model=model, dtype="float32").opened(sae, longest=max(map(len, prompts))) as engine:
         result = cross_entropy_recovered(sae, engine, prompts)
     print(json.dumps(result.values | result.evidence))
 """
@@ -63,6 +64,12 @@ def test_vllm_and_transformers_agree(tmp_path):
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
 
 
-def test_what_cannot_be_spliced_is_named():
+def test_what_cannot_be_spliced_is_named_with_the_engine_that_can():
     with pytest.raises(InvalidInput, match="a transcoder of hook 'unknown' cannot be spliced into vLLM"):
         VllmModel(MODEL, Transcoder(8, 2))
+    with pytest.raises(InvalidInput, match="--engine transformers"):
+        SaeEval(Path("sae"), model=MODEL).opened(Transcoder(8, 2), longest=5)
+    with SaeEval(Path("sae"), model=MODEL, engine="transformers").opened(Transcoder(8, 2), longest=5) as model:
+        loss, count = model.cross_entropy(PROMPTS, 1, None)
+    assert count == 29 + 19
+    assert 0 < loss / count < 15

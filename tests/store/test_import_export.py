@@ -52,6 +52,7 @@ def test_a_saelens_cache_becomes_a_run(lake, tmp_path):
     assert verify_run(run).problems == []
     assert run.stats[HOOK].count == 66
     assert np.allclose(run.stats[HOOK].mean, acts.reshape(-1, 4).mean(0), atol=1e-6)
+    assert np.allclose(run.stats[HOOK].variance, acts.reshape(-1, 4).var(0), atol=1e-6)
 
 
 def test_a_safetensors_folder_keeps_its_bits(lake, tmp_path):

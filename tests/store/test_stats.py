@@ -73,6 +73,9 @@ def test_large_finite_values_do_not_overflow():
     found.update(rows)
     assert found.max_norm == pytest.approx(3e19 * np.sqrt(2))
     assert np.isfinite(found.variance).all()
+    far = HookStatistics(1)
+    far.update(np.array([[1e25], [-1e25]], np.float32))  # whose squares are beyond float32
+    assert far.variance == pytest.approx(1e50)
 
 
 def test_the_sketch_is_unbiased_within_its_stated_error():

@@ -10,7 +10,7 @@ async function drawCurve(figure) {
   if (!answer.ok || bytes[0] !== TRAINING_CURVE) return;
   const codes = [...bytes.slice(1)].filter((code) => code !== 255); // 200ths; 255 is a sixteenth that has not begun
   figure.querySelector("polyline").setAttribute("points", codes.map((code, place) => `${20 * place + 10},${254 - code}`).join(" "));
-  if (codes.length) figure.querySelector("[data-reached]").textContent = String(codes.at(-1) / 200);
+  if (codes.length) figure.querySelector("[data-reached]").textContent = codes.map((code) => code / 200).join(", ");
 }
 
 function follow(place) {
