@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from millpond.hub.kinds.base import Facts, Finite, Handle, Hook, Job, Needed, Outcome, Progress, Wire
 from millpond.hub.kinds.capture import Edits, Prompt, needs_of
@@ -75,6 +75,23 @@ class Judge(Question):
     """Name of an adapter that the installation has for it. The job's interventions and adapter are not the judge's."""
 
 
+def _way(score: Any) -> str | None:
+    """By which of its fields a score is told: no other would say what is wrong with it."""
+    given = score if isinstance(score, Mapping) else dir(score)
+    return next((name for name in ("regex", "contains", "probe", "template") if name in given), None)
+
+
+Score = Annotated[
+    Annotated[Regex, Tag("regex")]
+    | Annotated[Contains, Tag("contains")]
+    | Annotated[OverThreshold, Tag("probe")]
+    | Annotated[Judge, Tag("template")],
+    Discriminator(
+        _way, custom_error_type="score", custom_error_message="a score has one of regex, contains, probe and template"
+    ),
+]
+
+
 class GenerateJob(Job):
     """Completions of prompts. They stay in the vault; what leaves are rates, and texts only if a reviewer lets them."""
 
@@ -88,7 +105,7 @@ class GenerateJob(Job):
     """A handle that sending prompts gave, or the prompts."""
     interventions: Edits = ()
     sampling: Sampling
-    score: Regex | Contains | OverThreshold | Judge | None = None
+    score: Score | None = None
     """What counts as a match; the answer is the share of completions that match, with a probe also the mean score."""
     by: str | None = Field(default=None, max_length=120)
     """Column of the prompts that were sent: rates of its groups, in the order of their names, follow the overall one."""
