@@ -155,27 +155,32 @@ class MetricsFile:
 
 
 def offer_to_prometheus() -> None:
-    """Let the registry that this process's vLLM serves at `/metrics` show the files of its engines' processes.
+    """Let what this process's vLLM serves at `/metrics` show the files of its engines' processes.
 
-    With one API server that is prometheus_client's own; with several, one that vLLM makes of all servers' counters.
+    With one API server that is prometheus_client's own registry. With several, a new registry is made of all servers'
+    counters for every request, in vLLM and in its instrumentator: each gets the files too.
     """
     folder = os.environ.get(FOLDER)
     if not folder:
         return
-    from vllm.entrypoints.serve.instrumentator import metrics as endpoint
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
 
-    original = endpoint.get_prometheus_registry
+    files = _Files(Path(folder))
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        with suppress(ValueError):  # registered already
+            REGISTRY.register(files)
+        return
+    original: Any = MultiProcessCollector.__init__
     if getattr(original, "_millpond", False):
         return
 
-    def get_prometheus_registry() -> Any:
-        registry = original()
-        with suppress(ValueError):  # registered already
-            registry.register(_Files(Path(folder)))
-        return registry
+    def begin(self: Any, registry: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, registry, *args, **kwargs)
+        registry.register(files)
 
-    get_prometheus_registry._millpond = True  # type: ignore[attr-defined]
-    endpoint.get_prometheus_registry = get_prometheus_registry
+    begin._millpond = True  # type: ignore[attr-defined]
+    setattr(MultiProcessCollector, "__init__", begin)  # noqa: B010
 
 
 class _Files:

@@ -77,11 +77,14 @@ def test_what_a_sink_did_and_has_before_it_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("servers", ["one", "several"])
-def test_vllms_registry_shows_the_files_of_living_processes(
+def test_vllms_endpoint_shows_the_files_of_living_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, servers: str
 ) -> None:
-    from prometheus_client import REGISTRY, generate_latest
-    from vllm.entrypoints.serve.instrumentator import metrics as endpoint
+    from fastapi import FastAPI
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
+    from starlette.testclient import TestClient
+    from vllm.entrypoints.serve.instrumentator.metrics import attach_router
 
     if servers == "several":
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
@@ -95,14 +98,15 @@ def test_vllms_registry_shows_the_files_of_living_processes(
         return capture_metrics(0, {"steps": steps}, ["live"], {}, None)
 
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    monkeypatch.setattr(endpoint, "get_prometheus_registry", endpoint.get_prometheus_registry)  # put back at the end
+    monkeypatch.setattr(MultiProcessCollector, "__init__", MultiProcessCollector.__init__)  # put back at the end
     before = set(REGISTRY._collector_to_names)
     offer_to_prometheus()
     offer_to_prometheus()  # once is enough
-    registry = endpoint.get_prometheus_registry()
-    assert (registry is REGISTRY) == (servers == "one")
+    app = FastAPI()
     try:
-        assert "millpond_capture_steps_total 7" not in generate_latest(registry).decode()
+        attach_router(app)
+        client = TestClient(app)
+        assert "millpond_capture_steps_total 7" not in client.get("/metrics").text
         file = MetricsFile(tmp_path, text, seconds=0.05)
         assert not old.exists()
         steps = 5
@@ -110,7 +114,7 @@ def test_vllms_registry_shows_the_files_of_living_processes(
         (tmp_path / f"millpond_capture_{os.getppid()}.prom").write_text(  # another process of the engine
             file.path.read_text().replace('rank="0"', 'rank="1"')
         )
-        shown = generate_latest(registry).decode()
+        shown = client.get("/metrics").text
         for rank in (0, 1):
             assert f'millpond_capture_steps_total{{pid="{os.getpid()}",rank="{rank}"}} 5.0' in shown
             assert f'millpond_capture_open_requests{{pid="{os.getpid()}",rank="{rank}",run="live"}} 1.0' in shown
