@@ -22,6 +22,7 @@ from millpond.capture.reference import check_reference
 from millpond.cli import main
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
+from millpond.store.capture_spec import ModelSection
 from millpond.store.errors import InvalidInput
 from millpond.store.http_queue import HttpQueue
 from millpond.store.queue import QueuedJob
@@ -109,7 +110,7 @@ def jobs(
         }
         for section, values in sections.items():
             job[section] = {**job[section], **values} if section in job else values
-        return queue.operator.submit("capture", job)
+        return queue.operator.submit("capture", job, model=ModelSection(**job["model"]).base)
 
     ids = {"long": submit("long", long)}
     worker = Worker(folder, queue)
@@ -169,10 +170,16 @@ def test_the_engines_process_logs_for_the_job_too(jobs: tuple[Path, dict[str, Qu
 
 def test_jobs_that_the_worker_cannot_do_fail_with_the_field(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:
     folder, ends = jobs
-    for name, word in {"no tap": "blocks.1.hook_mlp_out", "other dtype": "bfloat16", "engine": "max_num_seqs"}.items():
+    for name, word in {"no tap": "blocks.1.hook_mlp_out", "engine": "max_num_seqs"}.items():
         assert ends[name].state == "failed"
         assert word in str(ends[name].error)
     assert not {"no-tap", "other-dtype", "engine"} & set(mp.open(folder / "lake"))
+
+
+def test_a_job_of_a_model_that_no_worker_runs_is_left_in_the_queue(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:
+    _, ends = jobs
+    waits = ends["other dtype"]
+    assert (waits.state, waits.attempts, waits.model) == ("queued", 0, f"{MODEL}:bfloat16")
 
 
 def test_paired_runs_hold_the_same_prompts_through_each_adapter(
