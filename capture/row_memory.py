@@ -31,7 +31,7 @@ class RowMemory:
         if count * dtype.itemsize < _SMALL_BYTES:
             return np.empty(shape, dtype)
         memory = self._memory(count * dtype.itemsize)
-        # a view's base is this array, never the memory, which is none: the array lives as long as any view
+        # NumPy lets a view of a view hold the first array of the line, which is this one: the memory is no array
         array: NDArray[Any] = np.frombuffer(memory, dtype, count)
         weakref.finalize(array, self._returned.append, memory).atexit = False
         return array.reshape(shape)

@@ -19,7 +19,7 @@ from millpond.store.expression import Expression
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory):
-    with Gatehouse(tmp_path_factory.mktemp("gate"), prompts="prompts") as found:
+    with Gatehouse(tmp_path_factory.mktemp("gate")) as found:
         yield found
 
 
