@@ -114,13 +114,13 @@ def test_jobs_that_wait_are_given_their_models_when_the_database_is_brought_up_t
         ("probe", "queued", {"job": {"model": "name"}}),
         ("capture", "finished", capture),
     )
-    columns = [sa.column(name) for name in (*job, "id", "kind", "state", "spec")]
+    table = sa.table("jobs", *(sa.column(name) for name in (*job, "id", "kind", "state", "spec")))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "0004")
         for number, (kind, state, spec) in enumerate(jobs):
             row = job | {"id": str(number), "kind": kind, "state": state, "spec": json.dumps(spec)}
-            connection.execute(sa.table("jobs", *columns).insert().values(row))
+            connection.execute(table.insert().values(row))
     engine.dispose()
     queue = SqlQueue(database)
     assert [one.model for one in queue.jobs()] == ["/m/a:float32", "/m/b:auto", "", ""]
