@@ -311,7 +311,7 @@ class SqlQueue:
             .join(QUEUE_USERS, QUEUE_USERS.c.name == JOBS.c.user)
             .outerjoin(busy, busy.c.user == JOBS.c.user)
             .outerjoin(crowded, crowded.c.project == JOBS.c.project)
-            .where(JOBS.c.kind.in_(kinds), JOBS.c.model.in_(["", *models]), claimable)
+            .where(JOBS.c.kind.in_(kinds), JOBS.c.model.in_(["", *map(_text, models)]), claimable)
             .where(sa.or_(room, JOBS.c.user == ""))
             .order_by(JOBS.c.priority.desc(), running, QUEUE_USERS.c.served, JOBS.c.seq)
             .limit(1)
