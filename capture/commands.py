@@ -166,7 +166,9 @@ class Submit:
         from millpond.store.capture_spec import read_job
         from millpond.store.http_queue import open_queue
 
-        print(open_queue(self.queue).submit("capture", read_job(self.job).model_dump(mode="json", exclude_unset=True)))
+        job = read_job(self.job)
+        spec = job.model_dump(mode="json", exclude_unset=True)
+        print(open_queue(self.queue).submit("capture", spec, model=job.model.base))
         return 0
 
 

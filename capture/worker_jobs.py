@@ -41,7 +41,7 @@ KINDS = ("capture", "generate", "judge")
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker's engine can do; jobs that need anything else are failed with the reason."""
+    """What a worker's engine can do; jobs of other models are left to their workers, others that it cannot do are failed."""
 
     model: ModelSection
     lake: str
@@ -85,7 +85,7 @@ def work(
     facts = read_model_facts(job)
     hooks = model_hooks(config.hooks, facts.n_layers, f"hooks: model {config.model.path!r} offers")
     open_lake(config.lake, create=True)
-    name = f"{socket.gethostname()}:{os.getpid()}"
+    name, serves = f"{socket.gethostname()}:{os.getpid()}", base_names(config.model)
     engine = CaptureEngine(
         facts,
         open_storage(config.lake).url,
@@ -100,7 +100,7 @@ def work(
         with held_back() as check:
             while True:
                 check()
-                claimed = queue.claim(name, set(config.kinds), config.lease_seconds)
+                claimed = queue.claim(name, set(config.kinds), config.lease_seconds, serves)
                 if claimed is not None:
                     engine.tell_job(claimed.id)
                     with of_job(claimed.id):
@@ -111,6 +111,13 @@ def work(
                     time.sleep(config.poll_seconds)
     finally:
         engine.close()
+
+
+def base_names(model: ModelSection) -> set[str]:
+    """What jobs may call the model that a worker here runs: its folder as given, whole, from here, and behind links."""
+    path = Path(model.path)
+    folders = (path, path.absolute(), os.path.relpath(path), path.resolve())
+    return {model.model_copy(update={"path": str(folder)}).base for folder in folders}
 
 
 def _run(

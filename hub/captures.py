@@ -80,7 +80,12 @@ def submit_capture(gateway: Gateway, vault: Vault, job: CaptureJob, user: str) -
     )  # fmt: skip
     wanted = spec.model_dump(mode="json", exclude_unset=True)
     return gateway.queue.submit(
-        "capture", wanted, project=vault.project, user=user, check=lambda inside: _check_new(inside, vault, target)
+        "capture",
+        wanted,
+        model=spec.model.base,
+        project=vault.project,
+        user=user,
+        check=lambda inside: _check_new(inside, vault, target),
     )
 
 

@@ -27,6 +27,8 @@ class Jobs:
         """Print one line a job."""
         for job in self._jobs():
             about = job.error or _json(job.result or job.progress)
+            if job.state == "queued" and job.model:
+                about = f"waits for a worker of {job.model}"
             print(f"{job.id} {job.kind:8} {job.state:8} attempt {job.attempts} {job.worker or '':24} {about}")
         return 0
 

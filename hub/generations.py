@@ -62,7 +62,8 @@ def submit_generation(gateway: Gateway, vault: Vault, job: GenerateJob, user: st
         "job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models),
         WORK: {kind: work.model_dump(mode="json", exclude_unset=True) for kind, work in works.items()},
     }  # fmt: skip
-    return gateway.queue.submit(job.kind, spec, project=vault.project, user=user)
+    first = works["generate"].model.base
+    return gateway.queue.submit(job.kind, spec, model=first, project=vault.project, user=user)
 
 
 def _model(weights: Weights, adapter: str | None) -> dict[str, Any]:

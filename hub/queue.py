@@ -84,6 +84,7 @@ class SqlQueue:
         kind: str,
         spec: Mapping[str, Any],
         *,
+        model: str = "",
         project: str = "",
         user: str = "",
         priority: int = 0,
@@ -94,6 +95,7 @@ class SqlQueue:
         Args:
             kind: of the job.
             spec: what to do, as JSON values.
+            model: the base model that its worker must run; empty if any worker will do.
             project: whose it is.
             user: who asks.
             priority: a higher one is claimed first.
@@ -106,6 +108,7 @@ class SqlQueue:
             id=secrets.token_hex(ID_BYTES),
             kind=_text(kind),
             spec=dict(spec),
+            model=_text(model),
             state=follow("submit", None),
             submitted=self._now(),
             project=_text(project),
@@ -129,16 +132,19 @@ class SqlQueue:
         _tell(job, "submitted")
         return job.id
 
-    def claim(self, worker: str, kinds: Collection[str], lease_seconds: float) -> ProjectJob | None:
+    def claim(
+        self, worker: str, kinds: Collection[str], lease_seconds: float, models: Collection[str] = ()
+    ) -> ProjectJob | None:
         """Take a job of one of `kinds` that is queued or whose lease ran out; None if there is none.
 
+        It needs no model, or one of `models`, the names of what the worker serves; jobs of other models wait for theirs.
         Of the highest priority; of the user who has the fewest under way, and among those who was served longest ago;
         of that user the oldest.
         """
         while True:
             with self.engine.begin() as connection:
                 now = self._now()
-                job = self._next(connection, kinds, now)
+                job = self._next(connection, kinds, models, now)
                 if job is None:
                     return None
                 if job.attempts >= self.max_attempts:
@@ -206,14 +212,16 @@ class SqlQueue:
                 also(connection)
         _tell(ended, "finished")
 
-    def hand_over(self, job: QueuedJob, kind: str) -> None:
-        """Queue a claimed job again as one of `kind`, for somebody else to go on with.
+    def hand_over(self, job: QueuedJob, kind: str, model: str = "") -> None:
+        """Queue a claimed job again as one of `kind` that needs `model`, or none, for somebody else to go on with.
 
         Raises:
             LeaseLost: as for `heartbeat`.
         """
         with self._held(job) as (connection, current):
-            queued = self._change(connection, current, "hand over", kind=_text(kind), worker=None, lease_until=0.0)
+            queued = self._change(
+                connection, current, "hand over", kind=_text(kind), model=_text(model), worker=None, lease_until=0.0
+            )
         _tell(queued, "handed over")
 
     def fail(self, job: QueuedJob, error: str) -> None:
@@ -277,7 +285,9 @@ class SqlQueue:
             rows = connection.execute(query).all()
         return tuple(Event(row.at, row.event, row.state, json.loads(row.progress)) for row in rows)
 
-    def _next(self, connection: sa.Connection, kinds: Collection[str], now: float) -> ProjectJob | None:
+    def _next(
+        self, connection: sa.Connection, kinds: Collection[str], models: Collection[str], now: float
+    ) -> ProjectJob | None:
         """The job whose turn it is, locked."""
         busy = (
             sa.select(JOBS.c.user, sa.func.count().label("running"))
@@ -301,7 +311,8 @@ class SqlQueue:
             .join(QUEUE_USERS, QUEUE_USERS.c.name == JOBS.c.user)
             .outerjoin(busy, busy.c.user == JOBS.c.user)
             .outerjoin(crowded, crowded.c.project == JOBS.c.project)
-            .where(JOBS.c.kind.in_(kinds), claimable, sa.or_(room, JOBS.c.user == ""))
+            .where(JOBS.c.kind.in_(kinds), JOBS.c.model.in_(["", *map(_text, models)]), claimable)
+            .where(sa.or_(room, JOBS.c.user == ""))
             .order_by(JOBS.c.priority.desc(), running, QUEUE_USERS.c.served, JOBS.c.seq)
             .limit(1)
             .with_for_update(of=JOBS, skip_locked=True)

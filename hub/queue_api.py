@@ -89,11 +89,13 @@ class _Wish(BaseModel):
 class _Submit(_Wish):
     kind: str
     spec: dict[str, Any]
+    model: str = ""
 
 
 class _Claim(_Wish):
     worker: str = Field(max_length=256)
     kinds: list[str] = Field(min_length=1, max_length=64)
+    models: list[str] = Field(max_length=64)
     lease_seconds: float = Field(gt=0, le=3600)
 
 
@@ -162,11 +164,11 @@ class _Api:
     def _submit(self, worker: Worker, wish: _Submit, _: str) -> dict[str, Any]:
         _check_operator(worker)
         _check_kinds(worker, [wish.kind])
-        return {"id": self.queue.submit(wish.kind, wish.spec)}
+        return {"id": self.queue.submit(wish.kind, wish.spec, model=wish.model)}
 
     def _claim(self, worker: Worker, wish: _Claim, _: str) -> dict[str, Any]:
         _check_kinds(worker, wish.kinds)
-        job = self.queue.claim(wish.worker, wish.kinds, wish.lease_seconds)
+        job = self.queue.claim(wish.worker, wish.kinds, wish.lease_seconds, wish.models)
         return {"job": None if job is None else _shown(job)}
 
     def _get(self, worker: Worker, _: _Wish, job: str) -> dict[str, Any]:
@@ -180,7 +182,7 @@ class _Api:
     def _finish(self, worker: Worker, wish: _Finish, job: str) -> dict[str, Any]:
         claim, finished = self._claimed(worker, wish, job), self.finished
         if _handed_over(claim):
-            self.queue.hand_over(claim, next_step(claim.kind, claim.spec[WORK]))
+            self.queue.hand_over(claim, *next_step(claim.kind, claim.spec[WORK]))
             return {}
         also = None if finished is None else lambda connection: finished(claim, wish.result, connection)
         self.queue.finish(claim, wish.result, also=also)

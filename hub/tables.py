@@ -118,8 +118,10 @@ JOBS = Table(
     Column("result", Text),
     Column("error", Text),
     Column("seconds", Double),
+    Column("model", Text, nullable=False, server_default=""),
 )
-"""Times are seconds since 1970; `spec`, `progress` and `result` are JSON; `seconds` is how long one claim may last."""
+"""Times are seconds since 1970; `spec`, `progress` and `result` are JSON; `seconds` is how long one claim may last;
+`model` is the base model that the worker of the step must run, empty where any will do."""
 
 QUEUE_USERS = Table(
     "queue_users",

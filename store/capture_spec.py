@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,11 @@ class ModelSection(_Section):
     """Data type of weights and activations; `auto` is what the model's configuration says."""
     adapter: str | None = None
     """Folder of a LoRA adapter in PEFT's format; the model runs with it."""
+
+    @property
+    def base(self) -> str:
+        """What a queue knows the base model by: its folder as it is written, and the data type; adapters are swapped."""
+        return f"{os.path.normpath(self.path)}:{self.dtype}"
 
 
 class CaptureSection(PositionFilter):

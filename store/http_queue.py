@@ -65,23 +65,27 @@ class HttpQueue:
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._patience = patience_seconds
 
-    def submit(self, kind: str, spec: Mapping[str, Any]) -> str:
-        """Queue a job; returns its id, once it is durable. Most workers' tokens do not allow it.
+    def submit(self, kind: str, spec: Mapping[str, Any], *, model: str = "") -> str:
+        """Queue a job that needs `model`, or none; returns its id, once it is durable. Most workers' tokens do not allow it.
 
         Raises:
             NotPermitted: the token does not allow it.
         """
         # not repeated once it was sent: the job may be there
-        answer = self._call("POST", "/jobs", {"kind": kind, "spec": dict(spec)}, repeat=False)
+        answer = self._call("POST", "/jobs", {"kind": kind, "spec": dict(spec), "model": model}, repeat=False)
         return str(answer["id"])
 
-    def claim(self, worker: str, kinds: Collection[str], lease_seconds: float) -> QueuedJob | None:
-        """Take the job of one of `kinds` whose turn it is; None if there is none.
+    def claim(
+        self, worker: str, kinds: Collection[str], lease_seconds: float, models: Collection[str] = ()
+    ) -> QueuedJob | None:
+        """Take the job of one of `kinds`, of no model or one of `models`, whose turn it is; None if there is none.
 
         Raises:
             NotPermitted: the token is not for these kinds.
         """
-        wish = {"worker": worker, "kinds": sorted(kinds), "lease_seconds": lease_seconds}
+        wish = {
+            "worker": worker, "kinds": sorted(kinds), "models": sorted(models), "lease_seconds": lease_seconds
+        }  # fmt: skip
         job = self._call("POST", "/claim", wish)["job"]  # an answer that is lost leaves a claim that runs out
         return None if job is None else QueuedJob.model_validate(job)
 

@@ -35,6 +35,8 @@ class QueuedJob(BaseModel):
     """Which runner it is for, such as `capture`."""
     spec: dict[str, Any]
     """What is to be done, as the job's kind declares it."""
+    model: str = ""
+    """The base model that its worker must run, as `capture_spec.ModelSection.base` names it; empty if any worker will do."""
     state: State = "queued"
     submitted: float
     """Seconds since 1970, as every time here."""
@@ -53,11 +55,16 @@ class QueuedJob(BaseModel):
 class JobQueue(Protocol):
     """What every queue of jobs does, wherever it lives."""
 
-    def submit(self, kind: str, spec: Mapping[str, Any]) -> str:
-        """Queue a job; returns its id, once it is durable."""
+    def submit(self, kind: str, spec: Mapping[str, Any], *, model: str = "") -> str:
+        """Queue a job that needs `model`, or none; returns its id, once it is durable."""
 
-    def claim(self, worker: str, kinds: Collection[str], lease_seconds: float) -> QueuedJob | None:
-        """Take the oldest job of one of `kinds` that is queued or whose lease ran out; None if there is none."""
+    def claim(
+        self, worker: str, kinds: Collection[str], lease_seconds: float, models: Collection[str] = ()
+    ) -> QueuedJob | None:
+        """Take the oldest job of one of `kinds` that is queued or whose lease ran out; None if there is none.
+
+        It needs no model, or one of `models`, the names of what the worker serves; jobs of other models stay as they are.
+        """
 
     def heartbeat(self, job: QueuedJob, lease_seconds: float, progress: Mapping[str, Any]) -> None:
         """Renew the lease of a claimed job.
@@ -120,20 +127,29 @@ class FolderQueue:
                 f"queue {os.fspath(folder)!r} cannot be used: {error.strerror}; name a folder that you may write"
             ) from error
 
-    def submit(self, kind: str, spec: Mapping[str, Any]) -> str:
-        """Queue a job; returns its id, once it is durable."""
+    def submit(self, kind: str, spec: Mapping[str, Any], *, model: str = "") -> str:
+        """Queue a job that needs `model`, or none; returns its id, once it is durable."""
         now = self._now()
         # ids sort by time: a folder's listing is the queue's order
-        job = QueuedJob(id=f"{int(now * 1e6):016d}-{uuid.uuid4().hex[:12]}", kind=kind, spec=dict(spec), submitted=now)
+        job = QueuedJob(
+            id=f"{int(now * 1e6):016d}-{uuid.uuid4().hex[:12]}", kind=kind, spec=dict(spec), model=model, submitted=now
+        )
         self._write(job)
         return job.id
 
-    def claim(self, worker: str, kinds: Collection[str], lease_seconds: float) -> QueuedJob | None:
-        """Take the oldest job of one of `kinds` that is queued or whose lease ran out; None if there is none."""
+    def claim(
+        self, worker: str, kinds: Collection[str], lease_seconds: float, models: Collection[str] = ()
+    ) -> QueuedJob | None:
+        """Take the oldest job of one of `kinds` that is queued or whose lease ran out; None if there is none.
+
+        It needs no model, or one of `models`, the names of what the worker serves; jobs of other models stay as they are.
+        """
         with self._locked():
             for path in sorted([*self._files("queued"), *self._files("claimed")], key=lambda path: path.name):
                 job = self._read(path)
-                if job.kind not in kinds or (job.state == "claimed" and job.lease_until > self._now()):
+                if job.kind not in kinds or (job.model and job.model not in models):
+                    continue
+                if job.state == "claimed" and job.lease_until > self._now():
                     continue
                 if job.attempts >= self.max_attempts:
                     error = f"its workers ended {job.attempts} times without a word, the last one {job.worker!r}"

@@ -31,6 +31,31 @@ class QueueContract:
         assert other is not None
         assert (other.id, other.worker, other.attempts) == (ids[1], "c", 1)
 
+    def test_a_job_is_claimed_by_a_worker_of_its_model_only(self, queue: JobQueue, clock: Clock) -> None:
+        ids = {}
+        for model in ("/models/a:auto", "/models/b:auto", "", "/models/nobody:auto"):
+            ids[model] = queue.submit("capture", {}, model=model)
+            clock[0] += 1
+        of_b = {"/models/b:auto", "b:auto"}  # two names of one model
+        first = queue.claim("b", {"capture"}, 30, of_b)
+        second = queue.claim("b", {"capture"}, 30, of_b)
+        assert first is not None
+        assert second is not None
+        assert (first.id, first.model) == (ids["/models/b:auto"], "/models/b:auto")
+        assert (second.id, second.model) == (ids[""], "")
+        assert queue.claim("b", {"capture"}, 30, of_b) is None
+        clock[0] += 31  # an ended lease is for workers of the model too
+        assert queue.claim("none", {"capture"}, 30) == queue.get(ids[""])
+        third = queue.claim("a", {"capture"}, 30, {"/models/a:auto"})
+        assert third is not None
+        assert third.id == ids["/models/a:auto"]
+        assert queue.claim("a", {"capture"}, 30, {"/models/a:auto"}) is None
+        again = queue.claim("c", {"capture"}, 30, of_b)
+        assert again is not None
+        assert (again.id, again.attempts) == (first.id, 2)
+        waits = queue.get(ids["/models/nobody:auto"])
+        assert (waits.state, waits.attempts, waits.error) == ("queued", 0, None)
+
     def test_ends_are_kept_and_final(self, queue: JobQueue) -> None:
         good, bad = queue.submit("capture", {}), queue.submit("capture", {})
         claims = {job.id: job for job in (queue.claim("a", {"capture"}, 60), queue.claim("a", {"capture"}, 60)) if job}

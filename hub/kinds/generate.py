@@ -11,6 +11,7 @@ from millpond.hub.kinds.base import Facts, Finite, Handle, Hook, Job, Needed, Ou
 from millpond.hub.kinds.capture import Edits, Prompt, needs_of
 from millpond.hub.shapes import result_bytes
 from millpond.hub.textcode import MAX_TEXT, most_bytes
+from millpond.store.capture_spec import ModelSection
 from millpond.store.errors import InvalidInput
 from millpond.store.generation import Question, Sampling
 
@@ -175,7 +176,8 @@ class GenerateJob(Job):
         return Outcome(answers_of(self, vault, progress))
 
 
-def next_step(kind: str, work: Mapping[str, Any]) -> str:
-    """What a job is called in the queue when a worker has done the part `kind` of its `work`."""
+def next_step(kind: str, work: Mapping[str, Any]) -> tuple[str, str]:
+    """What a job is called in the queue when a worker has done the part `kind` of its `work`, and the base model it needs then."""
     later = WORKERS[WORKERS.index(kind) + 1 :]
-    return next((one for one in later if one in work), GENERATED)
+    step = next((one for one in later if one in work), GENERATED)
+    return step, ModelSection.model_validate(work[step]["model"]).base if step in work else ""

@@ -19,12 +19,14 @@ import torch
 
 import millpond as mp
 from millpond.capture.reference import check_reference
+from millpond.capture.worker_jobs import base_names
 from millpond.cli import main
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
+from millpond.store.capture_spec import ModelSection
 from millpond.store.errors import InvalidInput
 from millpond.store.http_queue import HttpQueue
-from millpond.store.queue import QueuedJob
+from millpond.store.queue import FolderQueue, QueuedJob
 from millpond.store.run import Run
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
@@ -109,7 +111,7 @@ def jobs(
         }
         for section, values in sections.items():
             job[section] = {**job[section], **values} if section in job else values
-        return queue.operator.submit("capture", job)
+        return queue.operator.submit("capture", job, model=ModelSection(**job["model"]).base)
 
     ids = {"long": submit("long", long)}
     worker = Worker(folder, queue)
@@ -169,10 +171,39 @@ def test_the_engines_process_logs_for_the_job_too(jobs: tuple[Path, dict[str, Qu
 
 def test_jobs_that_the_worker_cannot_do_fail_with_the_field(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:
     folder, ends = jobs
-    for name, word in {"no tap": "blocks.1.hook_mlp_out", "other dtype": "bfloat16", "engine": "max_num_seqs"}.items():
+    for name, word in {"no tap": "blocks.1.hook_mlp_out", "engine": "max_num_seqs"}.items():
         assert ends[name].state == "failed"
         assert word in str(ends[name].error)
     assert not {"no-tap", "other-dtype", "engine"} & set(mp.open(folder / "lake"))
+
+
+def test_a_job_of_a_model_that_no_worker_runs_is_left_in_the_queue(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:
+    _, ends = jobs
+    waits = ends["other dtype"]
+    assert (waits.state, waits.attempts, waits.model) == ("queued", 0, f"{MODEL}:bfloat16")
+
+
+def test_a_submitted_job_is_for_the_workers_of_its_folder_however_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "link").symlink_to("weights")
+    folder = FolderQueue("queue")
+    rest = '[capture]\nhooks = ["blocks.0.hook_resid_post"]\n[prompts]\npath = "p.txt"\n[destination]\nlake = "lake"\nrun = "r"\n'
+    own = base_names(ModelSection(path=str(tmp_path / "link"), dtype="float32"))
+    for path in ("./link/", str(tmp_path / "link"), str(tmp_path / "weights")):
+        Path("job.toml").write_text(f'[model]\npath = "{path}"\ndtype = "float32"\n{rest}')
+        assert main(["submit", "queue", "job.toml"]) == 0
+        job_id = capsys.readouterr().out.strip()
+        assert main(["jobs", "queue"]) == 0
+        assert "waits for a worker of " in capsys.readouterr().out
+        for other in ({"path": "weights2", "dtype": "float32"}, {"path": path}):
+            assert folder.claim("other", {"capture"}, 60, base_names(ModelSection(**other))) is None
+        claimed = folder.claim("own", {"capture"}, 60, own)
+        assert claimed is not None
+        assert claimed.id == job_id
+        folder.finish(claimed, {})
 
 
 def test_paired_runs_hold_the_same_prompts_through_each_adapter(

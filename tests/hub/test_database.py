@@ -7,10 +7,12 @@ import time
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from tests.hub.conftest import PostgresServer
 
-from millpond.hub.database import open_database
+from millpond.hub.database import _alembic, open_database
 from millpond.hub.ledger import Ledger, Payer
+from millpond.hub.queue import SqlQueue
 
 OPEN = """
 import sys
@@ -91,3 +93,35 @@ def test_a_server_that_crashes_loses_nothing_it_acknowledged(policy, tmp_path):
     assert set(sent) <= set(recorded)
     assert len(recorded) <= len(sent) + 1 + len(files)  # one a process may have been recorded and not yet told
     assert found.charged == 3 * len(recorded)
+
+
+def test_jobs_that_wait_are_given_their_models_when_the_database_is_brought_up_to_date(database):
+    engine = sa.create_engine(database)
+    config = _alembic()
+    job = {
+        "project": "",
+        "user": "",
+        "priority": 0,
+        "submitted": 1.0,
+        "attempts": 0,
+        "lease_until": 0,
+        "progress": "{}",
+    }
+    capture, work = {"model": {"path": "/m/a/", "dtype": "float32"}}, {"judge": {"model": {"path": "/m/b"}}}
+    jobs = (
+        ("capture", "queued", capture),
+        ("judge", "claimed", {"job": {"model": "name"}, "work": work}),
+        ("probe", "queued", {"job": {"model": "name"}}),
+        ("capture", "finished", capture),
+    )
+    table = sa.table("jobs", *(sa.column(name) for name in (*job, "id", "kind", "state", "spec")))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0004")
+        for number, (kind, state, spec) in enumerate(jobs):
+            row = job | {"id": str(number), "kind": kind, "state": state, "spec": json.dumps(spec)}
+            connection.execute(table.insert().values(row))
+    engine.dispose()
+    queue = SqlQueue(database)
+    assert [one.model for one in queue.jobs()] == ["/m/a:float32", "/m/b:auto", "", ""]
+    queue.engine.dispose()

@@ -7,16 +7,22 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import sqlalchemy as sa
 from tests.hub.gatehouse import HOOK, Gatehouse, probe, rows, write_run
+from tests.queue_serving import serving
 
 from millpond.hub.answers import Answers
 from millpond.hub.body import ErrorCode, Failure, Handles, ReleasedResult, decode
 from millpond.hub.executor import Executor, Progress, Workshop, verify_release
+from millpond.hub.queue_api import create_queue_app, new_worker
+from millpond.hub.settings import Weights
 from millpond.hub.tables import ANSWERS, ENTRIES
 from millpond.store.artifacts import artifact_names
 from millpond.store.errors import InvalidInput, LeaseLost
+from millpond.store.generation import write_completions, write_judged
+from millpond.store.http_queue import HttpQueue
 
 P = "/api/v1/p/one"
 
@@ -200,7 +206,8 @@ def test_a_capture_is_queued_for_the_workers_and_its_run_is_the_projects(gate):
     handle = gate.submit(ada, job)
     assert gate.work() == 0  # no executor takes it
     queue = Workshop(gate.settings).queue
-    claimed = queue.claim("worker", {"capture"}, 60)
+    assert queue.claim("worker", {"capture"}, 60, {"elsewhere:auto"}) is None
+    claimed = queue.claim("worker", {"capture"}, 60, {"nowhere:auto"})
     spec = claimed.spec
     assert spec["model"]["path"] == "nowhere"
     assert spec["prompts"]["metadata"] == ["topic"]
@@ -233,3 +240,41 @@ def test_a_capture_is_queued_for_the_workers_and_its_run_is_the_projects(gate):
     for wrong in ({"name": "fresh"}, {"model": "other"}, {"model": "nobody"}, {"adapter": "x"}, {"prompts": "0" * 16}):
         reply = ada.post(f"{P}/jobs", json={"job": job | {"name": "more"} | wrong})
         assert reply.status_code in (400, 404), wrong
+
+
+def test_each_step_of_a_generation_waits_for_a_worker_of_its_own_model(tmp_path):
+    gate, kinds = Gatehouse(tmp_path), ["capture", "generate", "judge"]
+    models = {"m": Weights(path="/models/writer"), "other": Weights(path="/models/judge/")}
+    gate.settings = gate.settings.model_copy(update={"models": models})
+    gate.projects.create("both", models=list(models), by="ada")
+    token, credential = new_worker("gpu", kinds)
+    workshop = Workshop(gate.settings)
+    job = {
+        "kind": "generate", "model": "m", "prompts": [{"id": f"p{n}", "text": f"text {n}"} for n in range(4)],
+        "sampling": {"max_tokens": 5},
+        "score": {"template": "{completion} Good?", "choices": [" yes", " no"], "model": "other"},
+    }  # fmt: skip
+    with gate, serving(create_queue_app(workshop.queue, [credential])) as address:
+        ada, storage = gate.client("ada"), gate.lake.storage
+
+        def claim(model):
+            return HttpQueue(address, token).claim(model, kinds, 60, {f"/models/{model}:auto"})
+
+        def state():
+            return decode(ada.get(f"/api/v1/p/both/jobs/{handle}").content).state
+
+        handle = gate.submit(ada, job, "both")
+        assert (claim("judge"), claim("third"), state()) == (None, None, "queued")
+        step = claim("writer")
+        assert (step.kind, step.spec["model"]["path"]) == ("generate", "/models/writer")
+        table = pd.DataFrame({"prompt": range(4), "sample": 0, "text": "words", "tokens": 1})
+        write_completions(storage, handle, table.assign(prompt_tokens=[[1, n] for n in range(4)]))
+        HttpQueue(address, token).finish(step, {"completions": 4})
+        assert (claim("writer"), gate.work()) == (None, 0)
+        step = claim("judge")
+        assert (step.kind, step.spec["model"]["path"]) == ("judge", "/models/judge/")
+        write_judged(storage, handle, table.assign(choice=[0, 1, 1, 1]))
+        HttpQueue(address, token).finish(step, {"judged": 4})
+        assert (claim("writer"), claim("judge"), gate.work()) == (None, None, 1)  # the last step is an executor's
+        assert gate.wait(ada, handle, "both") == "done"
+    workshop.engine.dispose()
