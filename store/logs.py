@@ -39,11 +39,11 @@ class JsonLines(logging.Formatter):
 
     job = ""
     """The job of records that are written outside `of_job`: where a whole process works for one at a time."""
-    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        fields = {name: value for name, value in vars(record).items() if name not in self._OWN}
+        own = {"message", "asctime", *vars(logging.makeLogRecord({}))}  # with what this process's record factory adds
+        fields = {name: value for name, value in vars(record).items() if name not in own}
         line = {
             "time": round(record.created, 3),
             "level": record.levelname.lower(),

@@ -103,3 +103,19 @@ def test_what_is_wrong_is_an_error(sealed, events):
     shard.unlink()
     assert not verify_run(sealed.run).ok
     assert events() == [event("verified", "made", level="error", rows=172, problems=1)]
+
+
+def test_a_record_factory_of_another_library_adds_no_field(tmp_path, events):
+    plain = logging.getLogRecordFactory()
+
+    def factory(*args, **kwargs):
+        record = plain(*args, **kwargs)
+        record.process_role = "engine"
+        return record
+
+    logging.setLogRecordFactory(factory)
+    try:
+        open_lake(tmp_path / "lake", create=True).create_run("a", hooks=(HOOK,), d_model=4, dtype="float32")
+        assert events() == [event("created", "a", hooks=1, d_model=4)]
+    finally:
+        logging.setLogRecordFactory(plain)
