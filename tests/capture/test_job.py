@@ -174,7 +174,7 @@ def test_prompt_columns_that_cannot_be_stored_are_refused_before_the_capture(
     refused_prompts(prompts, *words, prompts=sections)
 
 
-def test_damaged_weights_and_configurations_are_refused(
+def test_models_that_cannot_be_used_are_refused(
     tmp_path: Path,
     write_prompts: Callable[..., Path],
     write_job: Callable[..., Path],
@@ -186,6 +186,10 @@ def test_damaged_weights_and_configurations_are_refused(
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(config.replace('"num_hidden_layers": 6', '"num_hidden_layers": "x"'))
     refused(job, "config.json")
+    (model / "config.json").write_text(config.replace('"num_hidden_layers"', '"num_local_experts": 8, "num_hidden_layers"'))
+    experts = write_job(write_prompts(GOOD), model={"path": str(model)}, engine={"data_parallel_size": 2})
+    refused(experts, "engine.data_parallel_size is 2", "mixture of experts", "several captures")
+    job = write_job(write_prompts(GOOD), model={"path": str(model)})
     (model / "config.json").write_text(config)
     (model / "model.safetensors").write_bytes(b"ab")
     refused(job, "model.safetensors", "no safetensors file")
