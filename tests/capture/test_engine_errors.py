@@ -1,9 +1,10 @@
-"""Engines that do not start: the commands that start them say why, and what to do."""
+"""Engines that do not start: whoever starts them says why, and what to do."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,25 +30,19 @@ def test_what_ended_an_engines_worker_is_the_last_line(tmp_path: Path, monkeypat
     commands = {
         "capture": [str(tmp_path / "job.toml")],
         "serve": [str(model), "--lake", str(tmp_path / "lake2"), "--", "--skip-tokenizer-init", "--enforce-eager"],
-        "worker": ["--queue", str(tmp_path / "queue"), "--lake", str(tmp_path / "lake3"), "--model", str(model)],
     }
-    commands["worker"] += ["--engine", '{"skip_tokenizer_init": true}']
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "millpond.cli", name, *rest],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name, rest in commands.items()
-    }
-    for name, process in started.items():
-        printed, _ = process.communicate(timeout=500)
-        last = printed.splitlines()[-1]
-        assert process.returncode == 1, (name, printed[-3000:])
-        assert last.startswith("millpond: "), (name, last)
-        assert "attention heads of size 16" in last, (name, last)
-        assert "use another model" in last, (name, last)
+
+    def ended(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "millpond.cli", name, *commands[name]]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
+
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(ended, commands):
+            last = done.stdout.splitlines()[-1]
+            assert done.returncode == 1, done.stdout[-3000:]
+            assert last.startswith("millpond: "), last
+            assert "attention heads of size 16" in last, last
+            assert "use another model" in last, last
     assert list((tmp_path / "lake" / "runs").glob("*")) == []
 
 
