@@ -102,9 +102,9 @@ class SegmentWriter:
         values = {**index, **request.activations, **request.reads}
         with self._or_failed():
             for name, writer in self._arrays.items():
+                if name in self._statistics:  # first, while a core's cache takes the rows in
+                    self._statistics[name].update(values[name])
                 writer.append(values[name])
-        for hook, statistics in self._statistics.items():
-            statistics.update(request.activations[hook])
         self.rows += len(request.positions)
         self._ids.add(request.id)
         self._prompts.append(
@@ -354,8 +354,11 @@ def write_statistics(folder: Storage, statistics: Mapping[str, HookStatistics]) 
     return len(data), int(google_crc32c.value(data))
 
 
-_LARGEST_FINITE = {"uint16": ("<i2", "<u2", 0x7F7F, 0xFF7F), "float16": ("<i2", "<u2", 0x7BFF, 0xFBFF)}
-_LARGEST_FINITE["float32"] = ("<i4", "<u4", 0x7F7FFFFF, 0xFF7FFFFF)
+_LARGEST_FINITE = {
+    np.dtype("uint16"): ("<i2", "<u2", 0x7F7F, 0xFF7F),
+    np.dtype("float16"): ("<i2", "<u2", 0x7BFF, 0xFBFF),
+    np.dtype("float32"): ("<i4", "<u4", 0x7F7FFFFF, 0xFF7FFFFF),
+}
 
 
 def all_finite(rows: NDArray[Any]) -> bool:
@@ -364,7 +367,7 @@ def all_finite(rows: NDArray[Any]) -> bool:
     As signed integers the bits of positive values ascend up to infinity and NaN; as unsigned ones those of
     negative values do. So two maxima decide, without a copy.
     """
-    signed, unsigned, positive, negative = _LARGEST_FINITE[rows.dtype.name]
+    signed, unsigned, positive, negative = _LARGEST_FINITE[rows.dtype]
     return not rows.size or bool(rows.view(signed).max() <= positive and rows.view(unsigned).max() <= negative)
 
 

@@ -164,8 +164,8 @@ class ArrayWriter:
         self._shard = None
 
 
-GATHER_BYTES = 1 << 20
-"""Written at once, from memory that is still in a core's cache from taking its checksum."""
+GATHER_BYTES = 1 << 18
+"""Written at once, from memory that is still in a core's cache from taking its checksum. The arrays of a segment have so much each: more of it would be touched for the first time, and leave the cache."""
 
 
 class _ShardWriter:

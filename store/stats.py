@@ -7,9 +7,9 @@ Means and variances are merged as in Chan, Golub and LeVeque (1979). The Gram sk
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ SKETCHED_GROUPS = 64
 
 _FIELDS = {"mean": "F64", "squares": "F64", "maximum": "F64", "totals": "F64", "weights": "F64", "buckets": "I64"}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "I64": "<i8"}
+_DTYPES = frozenset(map(np.dtype, ("uint16", "float16", "float32")))
 Float64 = NDArray[np.float64]
 
 
@@ -42,7 +43,8 @@ class MassiveDimensions:
 class HookStatistics:
     """Count, mean, variance, norms, largest magnitudes and a Gram sketch of one hook's rows, (d_model,) each.
 
-    `update` costs 1 to 2 ns a value on one core and buffers `block_rows` rows as stored.
+    `update` costs 1 to 2 ns a value on one core and buffers `block_rows` rows as stored; of bfloat16, where numba is
+    installed, it costs 0.2 ns and buffers nothing.
 
     The sketch S has `SKETCH_ROWS` = k rows; the expected squared Frobenius error of SᵀS as an
     estimate of the centred Gram matrix G is at most 2/k of trace(G)² (k = 64: 18 % of the trace),
@@ -66,11 +68,12 @@ class HookStatistics:
         self.block_rows = block_rows(d_model)
         self._key = key
         self._scratch = Scratch() if scratch is None else scratch
-        self._groups = 0
+        self._place = 0  # rows that signs and buckets were drawn for, those that a last block left out among them
         self._absorbed = 0
         self._mean = np.zeros(d_model)
         self._squares = np.zeros(d_model)
         self._maximum = np.zeros(d_model)
+        self._largest_bits = np.zeros(d_model, np.uint16)  # what the compiled pass adds to it
         self._norms = np.zeros(2)  # sum, largest
         self._weights = np.zeros(SKETCH_ROWS)
         self._origin = np.zeros(d_model)
@@ -86,12 +89,19 @@ class HookStatistics:
         Raises:
             InvalidInput: another data type or shape.
         """
-        if rows.ndim != 2 or rows.shape[1] != self.d_model or rows.dtype.name not in ("uint16", "float16", "float32"):
+        if rows.ndim != 2 or rows.shape[1] != self.d_model or rows.dtype not in _DTYPES:
             raise InvalidInput(
                 f"statistics got {rows.dtype}{rows.shape}; give uint16, float16 or float32 of shape (n, {self.d_model})"
             )
+        if rows.dtype == np.uint16 and (compiled := compiled_pass()) is not None:
+            if self._buffer is not None:
+                self._absorb()
+                self._buffer = None
+            self._pass(rows, compiled)
+            return
         if self._buffer is None or self._buffer.dtype != rows.dtype:
             self._absorb()
+            self._place = -(-self._place // self.block_rows) * self.block_rows
             self._buffer = np.empty((self.block_rows, self.d_model), rows.dtype)
         done = 0
         while done < len(rows):
@@ -102,6 +112,34 @@ class HookStatistics:
             self._buffered += len(taken)
             if self._buffered == self.block_rows:
                 self._absorb_block()
+
+    def _pass(self, rows: NDArray[np.generic], compiled: Callable[..., None]) -> None:
+        """Take in bfloat16 rows at once."""
+        rows = np.ascontiguousarray(rows)
+        drawn = SKETCHED_GROUPS * SKETCH_ROWS
+        while len(rows):
+            number, place = divmod(self._place, drawn)
+            some, rows = rows[: drawn - place], rows[drawn - place :]
+            if self._recent is None:
+                self._centre_at_origin()
+                self._recent = np.zeros((1, SKETCH_ROWS, self.d_model), np.float32)
+            compiled(
+                some,
+                place,
+                *_draw(self._key, number),
+                self._recent[0],
+                self._weights,
+                self._mean,
+                self._squares,
+                self._largest_bits,
+                self._norms,
+                self._absorbed,
+                self._scratch.rows(3, self.d_model),
+            )
+            self._absorbed += len(some)
+            self._place += len(some)
+            if self._place % drawn == 0:
+                self._add_recent()
 
     def _lay_down(self, rows: NDArray[np.generic], group: int, filled: int) -> None:
         """Put rows into the buffer, behind the `filled` ones that their group has.
@@ -120,7 +158,7 @@ class HookStatistics:
 
     def _drawn(self, group: int) -> tuple[NDArray[np.float32], int]:
         """Signs by bucket of a group of the buffer, and its first row's bucket."""
-        number = self._groups + group
+        number = self._place // SKETCH_ROWS + group
         signs, first = _draw(self._key, number // SKETCHED_GROUPS)
         return signs[number % SKETCHED_GROUPS], int(first[number % SKETCHED_GROUPS])
 
@@ -161,20 +199,25 @@ class HookStatistics:
 
     def _add_sketch(self, planes: NDArray[np.float32], held: NDArray[np.bool_]) -> None:
         """Add each row, by a random sign, to its bucket."""
-        if self._origin.any():  # of statistics from a file
-            self._sketch += np.outer(self._weights, self._origin)
-            self._origin = np.zeros(self.d_model)
+        self._centre_at_origin()
         signs = np.stack([self._drawn(group)[0] for group in range(len(held))]) * held
         self._weights += signs.sum(0)
         if self._recent is None:
             self._recent = np.zeros((len(planes), SKETCH_ROWS, planes.shape[2]), np.float32)
         for plane, recent in zip(planes, self._recent, strict=True):
             recent += np.einsum("gk,gkd->kd", signs, plane.reshape(len(held), SKETCH_ROWS, -1))
-        self._groups += self.block_rows // SKETCH_ROWS  # those that a last block leaves out stay unused
-        if self._groups % SKETCHED_GROUPS == 0:
+        self._place += self.block_rows  # what a last block leaves out stays unused
+        if self._place % (SKETCHED_GROUPS * SKETCH_ROWS) == 0:
             self._add_recent()
 
+    def _centre_at_origin(self) -> None:
+        """Let the sketch be of the rows as they are; that of statistics from a file is of the rows less their mean."""
+        if self._origin.any():
+            self._sketch += np.outer(self._weights, self._origin)
+            self._origin = np.zeros(self.d_model)
+
     def _add_recent(self) -> None:
+        np.maximum(self._maximum, _decode(self._largest_bits), out=self._maximum)
         if self._recent is not None:
             self._sketch.reshape(SKETCH_ROWS, -1, len(self._recent))[...] += self._recent.transpose(1, 2, 0)
             self._recent = None
@@ -306,6 +349,12 @@ class Scratch:
     def __init__(self) -> None:
         self._memory = np.empty(0, np.float32)
 
+    def rows(self, count: int, d_model: int) -> NDArray[np.float32]:
+        """Room for so many rows."""
+        if self._memory.size < count * d_model:
+            self._memory = np.empty(count * d_model, np.float32)
+        return self._memory[: count * d_model].reshape(count, d_model)
+
     def planes(self, stored: NDArray[Any]) -> NDArray[np.float32]:
         """Room for `decode_planes` of stored rows (n, d_model): (planes, n, d_model / planes)."""
         if self._memory.size < stored.size:
@@ -351,6 +400,18 @@ def _largest(stored: NDArray[Any]) -> Float64:
 
 def _decode(stored: NDArray[Any]) -> NDArray[np.float32]:
     return decode(stored, "bfloat16" if stored.dtype == np.uint16 else stored.dtype.name)
+
+
+@cache
+def compiled_pass() -> Callable[..., None] | None:
+    """`stats_kernel.absorb`; None where numba is not installed. Its first call compiles it, once a machine."""
+    try:
+        from millpond.store.stats_kernel import absorb
+    except ModuleNotFoundError as error:
+        if error.name not in ("numba", "llvmlite"):
+            raise
+        return None
+    return absorb
 
 
 @lru_cache(maxsize=4)  # all hooks of a segment draw the same
@@ -419,7 +480,7 @@ def _restore(fields: Mapping[str, NDArray[np.generic]]) -> HookStatistics:
     found._absorbed = int(totals[0])
     found._norms = totals[1:]
     found._mean = fields["mean"].astype(np.float64)
-    found._origin = found._mean
+    found._origin = found._mean.copy()
     found._squares = fields["squares"].astype(np.float64)
     found._maximum = fields["maximum"].astype(np.float64)
     found._weights = fields["weights"].astype(np.float64)
