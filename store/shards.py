@@ -165,7 +165,9 @@ class ArrayWriter:
 
 
 GATHER_BYTES = 1 << 18
-"""Written at once, from memory that is still in a core's cache from taking its checksum. The arrays of a segment have so much each: more of it would be touched for the first time, and leave the cache."""
+"""Written at once, from memory that is still in a core's cache from taking its checksum.
+
+Each array of a segment has so much: with four times as much, they neither stayed in the cache nor were cheap to touch first."""
 
 
 class _ShardWriter:

@@ -10,13 +10,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.store.dtypes import decode, decode_into
 from millpond.store.errors import InvalidInput, LakeCorrupt
+from millpond.store.planes import Scratch, decode_planes, decode_stored, largest, moments
 
 SKETCH_ROWS = 64
 BLOCK_BYTES = 1 << 22
@@ -188,11 +187,11 @@ class HookStatistics:
             for odd in np.flatnonzero(~np.isfinite(norms)):  # beyond float32's range when squared
                 norms[odd] = np.linalg.norm(planes[:, odd].astype(np.float64))
             self._norms = np.array([self._norms[0] + norms.sum(), max(self._norms[1], norms.max())])
-            np.maximum(self._maximum, _largest(stored), out=self._maximum)
-            mean, squares = _moments(planes, n)
+            np.maximum(self._maximum, largest(stored), out=self._maximum)
+            mean, squares = moments(planes, n)
             unsafe = ~((n * mean**2 <= 64 * squares) & (squares < np.inf))  # the mean drowns the variance
             if unsafe.any():
-                exact = _decode(stored[:, unsafe][held]).astype(np.float64)
+                exact = decode_stored(stored[:, unsafe][held]).astype(np.float64)
                 mean[unsafe] = exact.mean(0)
                 squares[unsafe] = ((exact - mean[unsafe]) ** 2).sum(0)
             self._add(n, mean, squares)
@@ -217,7 +216,7 @@ class HookStatistics:
             self._origin = np.zeros(self.d_model)
 
     def _add_recent(self) -> None:
-        np.maximum(self._maximum, _decode(self._largest_bits), out=self._maximum)
+        np.maximum(self._maximum, decode_stored(self._largest_bits), out=self._maximum)
         if self._recent is not None:
             self._sketch.reshape(SKETCH_ROWS, -1, len(self._recent))[...] += self._recent.transpose(1, 2, 0)
             self._recent = None
@@ -343,68 +342,9 @@ def block_rows(d_model: int) -> int:
     return groups * SKETCH_ROWS
 
 
-class Scratch:
-    """Room for one block of rows as float32, reused: fresh memory would cost as much as the arithmetic."""
-
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.float32)
-
-    def rows(self, count: int, d_model: int) -> NDArray[np.float32]:
-        """Room for so many rows."""
-        if self._memory.size < count * d_model:
-            self._memory = np.empty(count * d_model, np.float32)
-        return self._memory[: count * d_model].reshape(count, d_model)
-
-    def planes(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        """Room for `decode_planes` of stored rows (n, d_model): (planes, n, d_model / planes)."""
-        if self._memory.size < stored.size:
-            self._memory = np.empty(stored.size, np.float32)
-        planes = 2 if stored.dtype == np.uint16 and stored.shape[1] % 2 == 0 else 1
-        return self._memory[: stored.size].reshape(planes, len(stored), -1)
-
-
-def decode_planes(stored: NDArray[Any], planes: NDArray[np.float32]) -> None:
-    """Stored rows (n, d_model) as float32 (planes, n, d_model / planes): dimension i is in plane i modulo their number.
-
-    Two neighbouring bfloat16 are one 32-bit word, whose halves two plain operations on whole words separate.
-    """
-    if len(planes) == 1:
-        decode_into(stored, "bfloat16" if stored.dtype == np.uint16 else stored.dtype.name, planes[0])
-        return
-    words, (even, odd) = stored.view("<u4"), planes.view(np.uint32)
-    np.left_shift(words, _HALF_WORD, out=even)
-    np.bitwise_and(words, _UPPER_HALF, out=odd)
-
-
-_HALF_WORD, _UPPER_HALF = np.uint32(16), np.uint32(0xFFFF0000)
-
-
-def _moments(planes: NDArray[np.float32], n: int) -> tuple[Float64, Float64]:
-    """Mean of n rows, to which zeros may be added, and the sum of squares about it, from float32 sums."""
-    sums = np.ones(planes.shape[1], np.float32) @ planes
-    squares = np.einsum("pij,pij->pj", planes, planes)
-    mean = sums.T.reshape(-1).astype(np.float64) / n
-    return mean, squares.T.reshape(-1).astype(np.float64) - n * mean**2
-
-
-def _largest(stored: NDArray[Any]) -> Float64:
-    """Largest magnitude in each dimension.
-
-    As signed integers the bits of positive values ascend; as unsigned ones those of negative values do, above them.
-    """
-    signed, unsigned = ("<i2", "<u2") if stored.itemsize == 2 else ("<i4", "<u4")
-    positive = np.maximum(stored.view(signed).max(0), 0).view(unsigned)
-    negative = stored.view(unsigned).max(0) & np.iinfo(signed).max
-    return _decode(np.maximum(positive, negative).view(stored.dtype)).astype(np.float64)
-
-
-def _decode(stored: NDArray[Any]) -> NDArray[np.float32]:
-    return decode(stored, "bfloat16" if stored.dtype == np.uint16 else stored.dtype.name)
-
-
 @cache
 def compiled_pass() -> Callable[..., None] | None:
-    """`stats_kernel.absorb`; None where numba is not installed. Its first call compiles it, once a machine."""
+    """`stats_kernel.absorb`; None where numba is not installed. The first call ever compiles it, which takes seconds."""
     try:
         from millpond.store.stats_kernel import absorb
     except ModuleNotFoundError as error:
@@ -412,6 +352,11 @@ def compiled_pass() -> Callable[..., None] | None:
             raise
         return None
     return absorb
+
+
+def compile_pass() -> None:
+    """Compile now what the first rows would otherwise wait for."""
+    HookStatistics(1).update(np.zeros((1, 1), np.uint16))
 
 
 @lru_cache(maxsize=4)  # all hooks of a segment draw the same

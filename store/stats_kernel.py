@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled at its first call; kept on disk where numba finds a folder that it may write to."""
-    # sums may be reordered, as vectors need it; infinities and NaN keep their meaning
+    # sums may be reordered, as vectors need it. Infinities and NaN keep their meaning, but isfinite does not: it subtracts
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
     made: Callable[..., Any]
     try:
@@ -106,7 +106,7 @@ def absorb(
                 sketched[c] += sign * value
                 largest[c] = max(largest[c], np.uint16(bits & np.uint16(0x7FFF)))
             norm = math.sqrt(np.float64(length))
-            if not math.isfinite(norm):  # beyond float32's range when squared
+            if not norm < np.inf:  # beyond float32's range when squared
                 exact = 0.0
                 for c in range(d):
                     exact += np.float64(_value(row[c])) ** 2
@@ -116,7 +116,7 @@ def absorb(
         spread = np.float32(0)
         for c in range(d):
             spread += squared[c]
-        if math.isfinite(spread):
+        if spread < np.inf:
             for c in range(d):
                 offset = np.float64(away[c]) / taken
                 inside = np.float64(squared[c]) - offset * offset * taken
