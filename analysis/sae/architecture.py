@@ -132,12 +132,12 @@ class SparseArchitecture(Architecture):
             crow[1:] = torch.bincount(place, minlength=len(levels) * n).cumsum(0)
         starts, place, order = sparse.by_latent(crow, col, d_sae)
         row = place if len(levels) == 1 else place % n
-        codes = values.index_select(0, order)
         target = whole if self.tied else y - own["b_dec"]
         if "w_skip" in own:
             target -= x @ own["w_skip"]
         variance = spread(y)
-        scale = 2 / (variance * len(levels))
+        scale = 2 / (variance * len(levels))  # of the loss's slopes by the errors, applied to all that is made of them
+        codes = values.index_select(0, order).mul_(scale)
         errors, squared, every, sums = [], [], [], []
         slopes, w_dec = torch.zeros_like(values), torch.empty_like(own["w_dec"])
         for here in sparse.column_blocks(w_dec):  # a block is used again while it is in the cache
@@ -149,18 +149,18 @@ class SparseArchitecture(Architecture):
             by_level.sub_(target[:, here])
             every.append(sum_of_squares(part))
             squared.append(sum_of_squares(part[-n:]) if len(levels) > 1 else every[-1])
-            part *= scale
             if len(levels) > 1:  # a latent of a level is in the reconstructions of that level and all later ones
                 by_level.copy_(by_level.flip(0).cumsum_(0).flip(0))
             sums.append(part[:n].sum(0))
             sparse.add_sampled(slopes, crow, col, part, table)
             w_dec[:, here] = sparse.decode(starts, place, codes, part)
             errors.append(part)
+        slopes *= scale
         bias = torch.zeros_like(own["b_enc"]).index_add_(0, col, slopes)
         slopes, w_enc = slopes.index_select(0, order), torch.empty_like(own["w_enc"])
         for here in sparse.column_blocks(w_enc):
             w_enc[:, here] = sparse.decode(starts, row, slopes, whole[:, here].contiguous())
-        total = torch.cat(sums)
+        total = scale * torch.cat(sums)
         gradients = {
             "w_enc": w_enc,
             "w_dec": w_dec,
@@ -168,10 +168,10 @@ class SparseArchitecture(Architecture):
             "b_dec": total - bias @ own["w_enc"] if self.tied else total,
         }
         if "w_skip" in own:
-            gradients["w_skip"] = x.T @ torch.cat([part[:n] for part in errors], dim=1)
+            gradients["w_skip"] = scale * (x.T @ torch.cat([part[:n] for part in errors], dim=1))
 
-        def error(rows: int) -> Tensor:  # the last level has only its own error, scaled
-            return torch.cat([part[len(part) - n : len(part) - n + rows] for part in errors], dim=1) / scale
+        def error(rows: int) -> Tensor:  # the last level has only its own error
+            return torch.cat([part[len(part) - n : len(part) - n + rows] for part in errors], dim=1)
 
         loss = torch.stack(every).sum() / variance / len(levels)
         return BatchGradients(loss, torch.stack(squared).sum(), variance, starts.diff(), error, gradients)

@@ -5,6 +5,7 @@ Entries are those of a CSR pattern: `crow` says where each row starts among them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -115,3 +116,32 @@ def transposed(crow: Longs, col: Ints, starts: Longs, row: Ints, order: Ints) ->
             place = reached[col[entry]]
             reached[col[entry]] = place + 1
             row[place], order[place] = number, entry
+
+
+@_compiled(fastmath={"reassoc", "contract"})
+def take_across(gradient: Floats, rows: Floats) -> float:
+    """Take from each row of `gradient` what is along the row of norm 1 of `rows`; returns the norm of what is left."""
+    total = 0.0
+    for row in range(gradient.shape[0]):
+        along = np.float32(0)
+        for j in range(gradient.shape[1]):
+            along += gradient[row, j] * rows[row, j]
+        left = np.float32(0)
+        for j in range(gradient.shape[1]):
+            across = gradient[row, j] - along * rows[row, j]
+            gradient[row, j] = across
+            left += across * across
+        total += left
+    return math.sqrt(total)
+
+
+@_compiled(fastmath={"reassoc", "contract"})
+def normalise(rows: Floats) -> None:
+    """Scale each row to norm 1."""
+    for row in range(rows.shape[0]):
+        total = np.float32(0)
+        for j in range(rows.shape[1]):
+            total += rows[row, j] * rows[row, j]
+        scale = np.float32(1) / np.sqrt(total)
+        for j in range(rows.shape[1]):
+            rows[row, j] *= scale
