@@ -107,7 +107,11 @@ class SparseArchitecture(Architecture):
         w_enc, b_enc = self.parameters["w_enc"], self.parameters["b_enc"]
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         out = self.scratch.like("products", (len(centred), len(w_enc)), dtype, centred.device)
-        left, right = centred.to(dtype), w_enc.to(dtype).T
+        left, right = (
+            matrix if matrix.dtype == dtype else self.scratch.like(name, matrix.shape, dtype, matrix.device).copy_(matrix)
+            for name, matrix in (("rows", centred), ("encoder", w_enc))
+        )
+        right = right.T
         return torch.addmm(b_enc.to(dtype), left, right, out=out) if biased else torch.mm(left, right, out=out)
 
     def exact(self, pattern: sparse.Pattern, centred: Tensor) -> sparse.Active:
@@ -131,6 +135,7 @@ class SparseArchitecture(Architecture):
             crow = torch.zeros(len(levels) * n + 1, dtype=torch.long, device=col.device)
             crow[1:] = torch.bincount(place, minlength=len(levels) * n).cumsum(0)
         starts, place, order = sparse.by_latent(crow, col, d_sae)
+        offsets, firsts = crow[:-1].int(), starts[:-1].int()
         row = place if len(levels) == 1 else place % n
         target = whole if self.tied else y - own["b_dec"]
         if "w_skip" in own:
@@ -142,7 +147,7 @@ class SparseArchitecture(Architecture):
         slopes, w_dec = torch.zeros_like(values), torch.empty_like(own["w_dec"])
         for here in sparse.column_blocks(w_dec):  # a block is used again while it is in the cache
             table = own["w_dec"][:, here].contiguous()
-            part = sparse.decode(crow, col, values, table)
+            part = sparse.decode(offsets, col, values, table)
             by_level = part.view(len(levels), n, -1)
             if len(levels) > 1:
                 by_level.cumsum_(0)
@@ -153,13 +158,13 @@ class SparseArchitecture(Architecture):
                 by_level.copy_(by_level.flip(0).cumsum_(0).flip(0))
             sums.append(part[:n].sum(0))
             sparse.add_sampled(slopes, crow, col, part, table)
-            w_dec[:, here] = sparse.decode(starts, place, codes, part)
+            w_dec[:, here] = sparse.decode(firsts, place, codes, part)
             errors.append(part)
         slopes *= scale
         bias = torch.zeros_like(own["b_enc"]).index_add_(0, col, slopes)
         slopes, w_enc = slopes.index_select(0, order), torch.empty_like(own["w_enc"])
         for here in sparse.column_blocks(w_enc):
-            w_enc[:, here] = sparse.decode(starts, row, slopes, whole[:, here].contiguous())
+            w_enc[:, here] = sparse.decode(firsts, row, slopes, whole[:, here].contiguous())
         total = scale * torch.cat(sums)
         gradients = {
             "w_enc": w_enc,

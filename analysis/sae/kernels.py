@@ -74,10 +74,9 @@ def add_sampled(
     reached = crow[first:last].copy()
     for stop in range(tile, len(right) + tile, tile):
         for row in range(first, last):
-            entry = reached[row - first]
-            end = crow[row + 1]
-            if stop < len(right):
-                end = entry + np.searchsorted(col[entry:end], stop)
+            entry = end = reached[row - first]
+            while end < crow[row + 1] and col[end] < stop:
+                end += 1
             reached[row - first] = end
             while entry + 4 <= end:  # four at a time share what is read of `left`
                 c0, c1, c2, c3 = col[entry], col[entry + 1], col[entry + 2], col[entry + 3]

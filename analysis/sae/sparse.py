@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as nn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -102,9 +101,14 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="sae-entries")
 
 
-def decode(crow: Tensor, col: Tensor, values: Tensor, table: Tensor) -> Tensor:
-    """For each row of a CSR pattern, the rows of `table` that it names, summed with `values` as weights."""
-    return nn.embedding_bag(col, table, crow[:-1].int(), per_sample_weights=values, mode="sum")
+def decode(offsets: Tensor, col: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    """For each row of a CSR pattern, the rows of `table` that it names, summed with `values` as weights.
+
+    `offsets` are the rows' starts, int32 like `col`.
+    """
+    # as torch.nn.functional.embedding_bag calls it, which spends as long on its arguments as on a small block
+    summed: Tensor = torch.embedding_bag(table, col, offsets, False, 0, False, values)[0]
+    return summed
 
 
 def by_latent(crow: Tensor, col: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
