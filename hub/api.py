@@ -19,7 +19,9 @@ from millpond.hub.generations import submit_generation
 from millpond.hub.kinds import ADAPTER, Job, parse_job
 from millpond.hub.kinds.capture import CaptureJob, Name, Prompt
 from millpond.hub.kinds.generate import GenerateJob
+from millpond.hub.kinds.sae_cross_entropy import SaeCrossEntropyJob
 from millpond.hub.logins import LOGINS
+from millpond.hub.losses import submit_losses
 from millpond.hub.policy import SCOPES
 from millpond.hub.projection import project_run
 from millpond.hub.queue import ProjectJob
@@ -159,6 +161,8 @@ def submit_job(call: Call) -> Reply:
             found = submit_capture(gateway, vault, job, call.who.user)
         elif isinstance(job, GenerateJob):
             found = submit_generation(gateway, vault, job, call.who.user, models)
+        elif isinstance(job, SaeCrossEntropyJob):
+            found = submit_losses(gateway, vault, job, call.who.user, models)
         else:
             spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
             found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)

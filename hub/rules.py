@@ -147,6 +147,8 @@ def judge(result: Result, evidence: Evidence, earlier: Sequence[Earlier], limits
     found = [(outcome, rule) for rule, outcome, applies in _ALWAYS if applies(case)]
     if evidence.prompts_are == "restricted":
         found += [(outcome, rule) for rule, outcome, applies in _RESTRICTED if applies(case)]
+    elif result.kind in _OF_LOSSES:
+        found += [(outcome, rule) for rule, outcome, applies in _RESTRICTED if rule in _LOSS_RULES and applies(case)]
     for outcome in ("refuse", "review"):
         rules = tuple(rule for said, rule in found if said == outcome)
         if rules:
@@ -263,6 +265,11 @@ def _label_sets(case: _Case) -> bool:
                 used.add(release.label_set)
     return len(used) > case.limits.max_label_sets
 
+
+_OF_LOSSES = ("sae-cross-entropy",)
+_LOSS_RULES = (Rule.TOO_FEW_PROMPTS, Rule.TOO_FEW_ROWS, Rule.DOMINANCE, Rule.NO_STANDARD_ERROR)
+"""Rules for restricted prompts that hold for losses of own prompts too: the loss of one token is its logarithm of a probability, of
+whatever text somebody chooses. Of many prompts, none of which dominates, rounded to its standard error over them, it is not."""
 
 _Table = tuple[tuple[Rule, Literal["review", "refuse"], Callable[[_Case], bool]], ...]
 

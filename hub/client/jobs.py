@@ -30,7 +30,7 @@ def job_of(kind: str, parts: Mapping[str, Any]) -> Job:
     """
     makers = {
         "probe": _probe, "evaluate": _evaluate, "sweep": _sweep, "release": _release, "sae_train": _sae_train,
-        "latents": _latents, "expression": _expression, "generate": _generate,
+        "latents": _latents, "expression": _expression, "generate": _generate, "sae_cross_entropy": _sae_cross_entropy,
     }  # fmt: skip
     if kind not in makers:
         raise InvalidInput(f"there is no job of kind {kind!r} with these parts; kinds are {', '.join(makers)}")
@@ -86,6 +86,17 @@ def _generate(parts: Mapping[str, Any]) -> dict[str, Any]:
         "score": score,
         "interventions": [_edit(one) for one in given.get("interventions", ())],
     }
+
+
+def _sae_cross_entropy(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """See `RemoteLake.sae_cross_entropy`."""
+    given = dict(parts)
+    sae, prompts = given.pop("artifact"), given.pop("prompts")
+    held = getattr(sae, "remote_", sae)
+    if isinstance(prompts, RemoteColumn):
+        raise InvalidInput(f"prompts is a hook's activations; give the rows themselves, run {prompts.run.name!r}")
+    sent = prompts.rows if isinstance(prompts, RemoteRun) else getattr(prompts, "handle", None) or _plain(prompts)
+    return given | {"artifact": getattr(held, "handle", held), "prompts": sent}
 
 
 def _plain(prompts: Any) -> list[dict[str, Any]]:

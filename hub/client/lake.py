@@ -24,6 +24,7 @@ from millpond.store.reprs import html_table
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
+    from millpond.store.result import Result
 
 T = TypeVar("T")
 
@@ -338,6 +339,31 @@ class RemoteLake(Mapping[str, RemoteRun]):
         """
         given = {"model": model, "max_tokens": max_tokens, "score": score, "by": by, "texts": texts}
         return self.submit_generate(prompts, **given, **options).result()
+
+    def submit_sae_cross_entropy(self, sae: Any, prompts: Any, **options: Any) -> JobFuture[Result]:
+        """As `sae_cross_entropy`, without waiting."""
+        job = jobs.job_of("sae_cross_entropy", {"artifact": sae, "prompts": prompts, **options})
+        return self.submit_job(job, lambda answers, made: answers[0])
+
+    def sae_cross_entropy(self, sae: Any, prompts: Any, **options: Any) -> Result:
+        """How much of a model's loss survives when a hook is replaced by an autoencoder's reconstruction, in the vault.
+
+        Of at least 20 distinct prompts: `ce_clean`, `ce_sae` and `ce_zero`, nats a token of the model as it is, with the hook
+        reconstructed and with it set to 0; `ce_recovered`, (zero - sae) / (zero - clean); and the counts `tokens` and `prompts`.
+
+        Args:
+            sae: an autoencoder that was trained in the vault, or its artifact.
+            prompts: what `prompts` returned, prompts as it takes them, or a run whose prompts are taken, such as `test`.
+            options: `model` (by default the one that the autoencoder was trained on), `adapter`, `hook` (where it was trained),
+                `first_position` (1; of a run that of its first row), and `bos`, the token id in front of each prompt of a run
+                that was captured without position 0.
+
+        Raises:
+            InvalidInput: a field cannot be used.
+            NotReleased: the prompts are too few, or one has too many of the tokens.
+            InReview: a reviewer must decide, as about an autoencoder that no job of the vault trained.
+        """
+        return self.submit_sae_cross_entropy(sae, prompts, **options).result()
 
     def submit_graph(self, module: Any, data: Any, labels: Any = None, **options: Any) -> JobFuture[list[Any]]:
         """As `graph`, without waiting."""
