@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from millpond.hub.body import UNCAPPED, BudgetLeft, Handles, Quote
+from millpond.hub.body import API, UNCAPPED, BudgetLeft, Handles, Quote
 from millpond.hub.captures import registered, removed_if_refused, send_prompts, submit_capture
 from millpond.hub.generations import submit_generation
 from millpond.hub.kinds import ADAPTER, Job, parse_job
@@ -83,7 +83,7 @@ def read_version(call: Call) -> Reply:
     given = call.gateway.dictionary
     digest = None if given is None else hashlib.sha256(given).hexdigest()
     return _fixed(
-        {"version": version("millpond"), "api": 1, "dictionary_sha256": digest, "text_model": VERSION},
+        {"version": version("millpond"), "api": API, "dictionary_sha256": digest, "text_model": VERSION},
     )
 
 
@@ -284,6 +284,7 @@ def _priced(call: Call) -> tuple[Job, int]:
     for kind, handle in job.needs():
         vault.held(kind, handle)
     vault.pin(job)
+    vault.check_columns(job)
     return job, job.quote(vault, call.gateway.policy.charges)
 
 

@@ -19,6 +19,7 @@ from millpond.hub.kinds.base import Job, Made, RowSet
 from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.kinds.sae_cross_entropy import SaeCrossEntropyJob
 from millpond.hub.policy import Policy
+from millpond.hub.projection import prompt_columns
 from millpond.hub.projects import Held, HeldKind, Projects
 from millpond.store.errors import Cancelled, InvalidInput, LabelNotFound, NotHeld, TooFewPrompts
 from millpond.store.objects import open_storage
@@ -171,6 +172,27 @@ class Vault:
                 if name.partition("@")[0] in held:
                     found.setdefault(run, {})[name] = self.label(run, name)
         return found
+
+    def check_columns(self, job: Job) -> None:
+        """Check that conditions and splits name labels that the project may know of, and columns of the prompts.
+
+        Raises:
+            InvalidInput: one does not; labels of another project are as if there were none.
+        """
+        from millpond.store.expression import Expression as Condition
+
+        for rows in job.row_sets():
+            run = self.run(rows.run)
+            if run.state != "sealed":
+                continue
+            columns = set(prompt_columns(run))
+            if rows.split is not None and rows.split.by is not None and rows.split.by not in columns:
+                raise InvalidInput(f"split.by is {rows.split.by!r}; the prompts have {', '.join(sorted(columns))}")
+            if rows.where is not None:
+                known = {*columns, *_INDEX, *visible_labels(run, self.project)}
+                names = {name.partition("@")[0] for name in Condition(rows.where).names}
+                if names - known:
+                    raise InvalidInput(f"where names {min(names - known)!r}; there are {', '.join(sorted(known))}")
 
     def expression(self, given: Expression) -> Expression:
         """The expression over the lake's names."""

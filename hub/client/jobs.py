@@ -177,6 +177,8 @@ def _evaluate(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sweep(parts: Mapping[str, Any]) -> dict[str, Any]:
     train, test = (_run(parts[name]) for name in ("train", "test"))
+    for run in (train, test):
+        run.match(parts["hooks"])
     for name in parts["labels"]:
         if name not in train.labels or name not in test.labels:
             train.labels[name], test.labels[name]
@@ -220,6 +222,8 @@ def _latents(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _expression(parts: Mapping[str, Any]) -> dict[str, Any]:
     run = _run(parts["run"])
+    for name in parts["expression"].labels:
+        run.labels[name]
     return {"rows": run.rows, "expression": parts["expression"].to_wire() | {"run": run.view.handle}}
 
 

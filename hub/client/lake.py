@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from millpond.hub.body import UNCAPPED, BudgetLeft, Handles, Quote
+from millpond.hub.body import API, UNCAPPED, BudgetLeft, Handles, Quote
 from millpond.hub.client import jobs
-from millpond.hub.client.connection import API, Connection
+from millpond.hub.client.connection import Connection
 from millpond.hub.client.futures import EarlierJob, JobFuture
 from millpond.hub.client.generation import Generation, finished, group_names
 from millpond.hub.client.run import RemoteRun
@@ -19,7 +19,7 @@ from millpond.hub.client.texts import TextReader
 from millpond.hub.kinds.base import Job, RowSet
 from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.projection import RunView
-from millpond.store.errors import GatewayUnavailable, InvalidInput, RunNotFound
+from millpond.store.errors import GatewayRefused, GatewayUnavailable, InvalidInput, RunNotFound
 from millpond.store.reprs import html_table
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def connect(
     Raises:
         InvalidInput: there is no address, or the project is not given and there are several.
         GatewayUnavailable: nobody answers there, or another version.
-        GatewayRefused: the token is not accepted.
+        GatewayRefused: the token is not accepted, lacks the scope `read`, or is of no member of the project.
     """
     url = url or os.environ.get("MILLPOND_URL")
     if not url:
@@ -73,11 +73,16 @@ def _meet(connection: Connection) -> dict[str, Any]:
             f"the gateway speaks version {version.get('api')!r} of the interface, this client {API}; install "
             f"millpond=={version.get('version')}"
         )
+    names = connection.constant("/api/v1/projects")["projects"]
     if connection.project is None:
-        names = connection.constant("/api/v1/projects")["projects"]
         if len(names) != 1:
             raise InvalidInput(f"you belong to {', '.join(names) or 'no project'}; name one: connect(project=...)")
         connection.project = names[0]
+    elif connection.project not in names:
+        raise GatewayRefused(
+            f"project {connection.project!r} is not found: it does not exist, or you are no member; you belong to "
+            f"{', '.join(names) or 'no project'}"
+        )
     return version
 
 
