@@ -20,6 +20,7 @@ from millpond.hub.rates import ratio
 from millpond.hub.rules import Evidence
 from millpond.hub.vault import Vault
 from millpond.store.errors import InvalidInput
+from millpond.store.hooks import parse_hook
 from millpond.store.losses import LossJob, read_losses
 from millpond.store.result import Result
 
@@ -37,6 +38,7 @@ def submit_losses(gateway: Gateway, vault: Vault, job: SaeCrossEntropyJob, user:
     hook = job.hook or (artifact.config.get("metadata") or {}).get("hook_name")
     if not hook:
         raise InvalidInput("hook: the autoencoder does not say where it was trained; name the hook")
+    hook = str(parse_hook(hook))
     weights = checked_weights(gateway, vault, vault.model_of(job), job.adapter)
     asked: dict[str, Any] = {}
     pins = vault.pin(job)

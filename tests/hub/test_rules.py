@@ -221,5 +221,7 @@ def test_losses_of_own_prompts_are_of_many(changed, outcome, rules):
     own = Evidence("own", rows=100, prompts=20, top_prompt_share=0.1, top_two_share=0.2)
     losses = Result("sae-cross-entropy", dict.fromkeys(ENTROPIES, 2.0), dict.fromkeys(ENTROPIES, (1.9, 2.1)))
     assert judge(losses, replace(own, **changed), (), LIMITS) == Verdict(outcome, rules)
+    same = replace(losses, intervals=dict(losses.intervals) | {"ce_zero": (2.0, 2.0)})  # ln(vocabulary), of every token
+    assert judge(same, own, (), LIMITS).outcome == "pass"
     exact = replace(losses, intervals={name: losses.intervals[name] for name in ENTROPIES[1:]})
     assert judge(exact, own, (), LIMITS).rules == (Rule.NO_STANDARD_ERROR,)
