@@ -112,15 +112,15 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     )  # fmt: skip
     report["dictionary_learning"] = (folder / "dictionary_learning" / "trainer_0" / "ae.pt").exists()
 
-    contexts, length, layer = 7, 16, "model.layers.3"
+    contexts, length, layer = 6, 16, "model.layers.3"
     texts = [
         [0, *(int(token) for token in row)]
         for row in np.random.default_rng(1).integers(1, 4096, (contexts, length - 1))
     ]
     cache = CacheActivationsRunnerConfig(
         dataset_path="", model_name=MODEL, model_from_pretrained_kwargs={"dtype": torch.float32},
-        model_class_name="AutoModelForCausalLM", hook_name=layer, d_in=256, model_batch_size=1, context_size=length,
-        training_tokens=contexts * length, buffer_size_gb=5e-5, prepend_bos=False, shuffle=False, streaming=False,
+        model_class_name="AutoModelForCausalLM", hook_name=layer, d_in=256, model_batch_size=2, context_size=length,
+        training_tokens=contexts * length, buffer_size_gb=4e-5, prepend_bos=False, shuffle=False, streaming=False,
         device="cpu", new_cached_activations_path=str(folder / "cache"),
     )  # fmt: skip
     CacheActivationsRunner(cache, override_dataset=Dataset.from_dict({"input_ids": texts})).run()
