@@ -65,6 +65,18 @@ class GenerateRequest:
         return f"{self.job}:{self.prompt}:{self.sample}"
 
 
+@dataclass(frozen=True)
+class LossRequest:
+    """One prompt whose losses are asked for."""
+
+    name: str
+    """Unique in the engine."""
+    token_ids: list[int]
+    asked: RequestArgs
+    """What is changed."""
+    adapter: Adapter | None = None
+
+
 class CaptureEngine:
     """A vLLM engine in a process of its own, whose worker captures into the runs it is told of.
 
@@ -131,6 +143,7 @@ class CaptureEngine:
             "additional_config": {"millpond": {"lake": lake, "hooks": list(hooks), **device}},
         }
         self.hooks = tuple(hooks)
+        self.saes = frozenset((one.hook, one.artifact) for one in saes)
         self.on_device = not current_platform.is_cpu()
         self.max_num_seqs = int(settings["max_num_seqs"])
         self.max_adapters = max_adapters
@@ -239,6 +252,53 @@ class CaptureEngine:
             left = [*waiting, *(name for name, _ in unconfirmed)]
             if left:
                 self._forget(left)
+
+    def losses(
+        self, requests: Iterator[LossRequest], check: Callable[[], None]
+    ) -> Iterator[tuple[LossRequest, list[float]]]:
+        """Yield each request with the loss in nats of every token of its prompt but the first.
+
+        `check` is called between steps; what it raises ends it.
+
+        Raises:
+            CaptureFailed: the engine failed.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        waiting: dict[str, LossRequest] = {}
+        try:
+            while True:
+                check()
+                for request in islice(requests, self._room - len(waiting)):
+                    asked = (
+                        request.asked.model_dump(mode="json", exclude_none=True) if request.asked.intervene else None
+                    )
+                    parameters = SamplingParams(
+                        temperature=0.0,
+                        max_tokens=1,  # vLLM always draws one
+                        prompt_logprobs=0,
+                        detokenize=False,
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                        extra_args=None if asked is None else {"millpond": asked},
+                    )
+                    waiting[request.name] = request
+                    self._ranks.add(request.name, request.token_ids, parameters, self._lora(request.adapter))
+                if not waiting:
+                    break
+                for output in self._engine.step():
+                    if output.finished:
+                        request = waiting.pop(output.request_id)
+                        self._ranks.ended(output.request_id)
+                        told = zip(request.token_ids[1:], output.prompt_logprobs[1:], strict=True)
+                        yield request, [-logprobs[token].logprob for token, logprobs in told]
+        except CaptureFailed:
+            raise
+        except Exception as error:
+            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+        finally:
+            if waiting:
+                self._forget(list(waiting))
 
     @property
     def _room(self) -> int:
