@@ -295,7 +295,7 @@ class CaptureEngine:
         except CaptureFailed:
             raise
         except Exception as error:
-            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
         finally:
             if waiting:
                 self._forget(list(waiting))
