@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from millpond.capture.engine_errors import EngineErrors
+from millpond.capture.engine_errors import EngineErrors, one_line
 from millpond.capture.metrics import FOLDER
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
 from millpond.store.errors import InvalidInput
@@ -144,6 +144,9 @@ def main() -> None:
             os.environ.setdefault(FOLDER, folder)  # the engine's processes write there, and /metrics shows it
             try:
                 vllm_main()
+            except InvalidInput as error:
+                print(f"millpond: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+                sys.exit(2)
             except Exception:
                 if errors.cause() is None:
                     raise
