@@ -29,24 +29,22 @@ _REMEDIES = {
 
 
 class _Notes(logging.Handler):
-    """Adds the exception of a fatal error to a file, in one line."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(logging.ERROR)
-        self._path = path
+    """Adds the exception of a fatal error to the file, in one line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] is not None and _FATAL.search(record.getMessage()):
-            line = (one_line(record.exc_info[1]) + "\n").encode(errors="replace")
-            with open(self._path, "ab", buffering=0) as file:  # noqa: PTH123 - one write, which other processes' do not split
+        error = record.exc_info[1] if record.exc_info else None
+        path = os.environ.get(_FILE)  # not kept: processes are forked with this handler, and other engines have other files
+        if path and error is not None and _FATAL.search(record.getMessage()):
+            line = (one_line(error) + "\n").encode(errors="replace")
+            with Path(path).open("ab", buffering=0) as file:  # one write, which other processes' do not split
                 file.write(line)
 
 
 def note_errors() -> None:
     """Let this process, one of vLLM's, tell the one that started it what ends it."""
-    logger, path = logging.getLogger("vllm"), os.environ.get(_FILE)
-    if path and not any(isinstance(handler, _Notes) for handler in logger.handlers):
-        logger.addHandler(_Notes(path))
+    logger = logging.getLogger("vllm")
+    if _FILE in os.environ and not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes(logging.ERROR))
 
 
 class EngineErrors:

@@ -46,9 +46,31 @@ def test_what_ended_an_engines_worker_is_the_last_line(tmp_path: Path, monkeypat
     assert list((tmp_path / "lake" / "runs").glob("*")) == []
 
 
-def test_the_first_error_is_the_cause_and_the_remedy_is_added_once() -> None:
+PROCESS = """
+import logging
+from millpond.capture.engine_errors import note_errors
+from millpond.store.errors import InvalidInput
+
+note_errors()
+logger = logging.getLogger("vllm.v1.engine.core")
+for message, error in [
+    ("Invocation of %s method failed", OSError("the engine goes on")),
+    ("WorkerProc failed to start.", InvalidInput("layer 3\\nis unknown; name another")),
+    ("EngineCore failed to start.", RuntimeError("See stack trace for root cause.")),
+]:
+    try:
+        raise error
+    except Exception:
+        logger.exception(message)
+"""
+
+
+def test_the_first_fatal_error_is_the_cause_and_a_known_one_gets_its_remedy() -> None:
     errors = EngineErrors()
     assert errors.cause() is None
+    with errors.heard():
+        subprocess.run([sys.executable, "-c", PROCESS], check=True, capture_output=True)
+    assert errors.cause() == "layer 3 is unknown; name another"
     errors.close()
     told = with_remedy("ValueError: ... larger than the available KV cache memory (0.1 GiB)")
     assert told.endswith("(0.1 GiB); give less max_model_len, or more kv_cache_memory_bytes")
