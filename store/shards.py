@@ -164,8 +164,10 @@ class ArrayWriter:
         self._shard = None
 
 
-GATHER_BYTES = 1 << 20
-"""Written at once, from memory that is still in a core's cache from taking its checksum."""
+GATHER_BYTES = 1 << 18
+"""Written at once, from memory that is still in a core's cache from taking its checksum.
+
+Each array of a segment has so much: with four times as much, they neither stayed in the cache nor were cheap to touch first."""
 
 
 class _ShardWriter:
@@ -348,6 +350,20 @@ def shard_index(folder: Storage, path: str, spec: ArraySpec) -> NDArray[np.uint6
     if len(tail) < spec.index_bytes or int(google_crc32c.value(encoded)).to_bytes(4, "little") != tail[-4:]:
         raise LakeCorrupt(f"{folder.url}/{path} has a damaged index; run millpond verify")
     return np.frombuffer(encoded, "<u8").reshape(-1, 2)
+
+
+def check_shards(array: str, recorded: Sequence[tuple[int, int]], found: Sequence[tuple[int, int]]) -> None:
+    """Compare the sizes and checksums of an array's shards with those that were recorded.
+
+    Raises:
+        LakeCorrupt: one differs.
+    """
+    for number, (wanted, got) in enumerate(zip(recorded, found, strict=True)):
+        if wanted != got:
+            raise LakeCorrupt(
+                f"shard {number} of {array} does not have its checksum, so nothing was made of it; run millpond verify, and "
+                "restore it from a copy"
+            )
 
 
 def object_crc32c(storage: Storage, path: str) -> tuple[int, int]:
