@@ -33,6 +33,7 @@ from millpond.store.interventions import Patch, SpliceSae
 from millpond.store.logs import log_as_parent
 from millpond.store.reads import ReadSpec
 from millpond.store.segment import RunWriter
+from millpond.store.stats import compile_pass
 
 _ROOM_FOR_GENERATED = 64
 """Generated tokens of a request that there is room for from its beginning; most requests may generate more than they do."""
@@ -84,6 +85,8 @@ class Tapping:
         else:
             self._follower = RequestFollower(taps.hooks, facts.d_model, dtype)
         writes = self._keeps and self._pipeline.rank_in_group == 0
+        if writes:
+            compile_pass()
         self._sink = LakeSink(self._open_run, facts.queue_bytes, facts.commit_seconds) if writes else None
         self._edit = lru_cache(maxsize=256)(facts.edits.make)
         self._rows = lru_cache(maxsize=256)(facts.edits.rows)

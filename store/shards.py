@@ -164,8 +164,10 @@ class ArrayWriter:
         self._shard = None
 
 
-GATHER_BYTES = 1 << 20
-"""Written at once, from memory that is still in a core's cache from taking its checksum."""
+GATHER_BYTES = 1 << 18
+"""Written at once, from memory that is still in a core's cache from taking its checksum.
+
+Each array of a segment has so much: with four times as much, they neither stayed in the cache nor were cheap to touch first."""
 
 
 class _ShardWriter:
