@@ -28,6 +28,8 @@ from millpond.store.reads import ReadSpec
 from millpond.store.reprs import human_bytes, read_text
 
 _SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config")
+_COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "data_parallel_size")
+_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")  # as vLLM finds them
 _PATIENCE_SECONDS = 10.0  # for a store to answer while a job is checked
 
 
@@ -153,7 +155,7 @@ def read_model_facts(job: CaptureJob) -> ModelFacts:
         folder=folder,
         n_layers=n_layers,
         d_model=d_model,
-        context=_check_engine(job, context),
+        context=_check_engine(job, context, any(getattr(text, name, None) for name in _EXPERTS)),
         vocab_size=vocab_size,
         dtype=check_dtype(dtype.removeprefix("torch.")),
         weight_bytes=sum(path.stat().st_size for path in weights),
@@ -161,7 +163,7 @@ def read_model_facts(job: CaptureJob) -> ModelFacts:
     )
 
 
-def _check_engine(job: CaptureJob, context: int) -> int:
+def _check_engine(job: CaptureJob, context: int, has_experts: bool) -> int:
     """The longest sequence that the engine of `job` will take, in tokens, after checking its other arguments."""
     if not job.engine:
         return context
@@ -175,14 +177,19 @@ def _check_engine(job: CaptureJob, context: int) -> int:
             raise InvalidInput(f"engine.{name} is set by Millpond; leave it out (model and dtype belong into [model])")
         if name not in known:
             raise InvalidInput(f"engine.{name} is no engine argument of this vLLM; check its name")
-        if name == "data_parallel_size" and value != 1:
-            raise InvalidInput(f"engine.{name} is {value!r}; start several captures, which may share the lake")
+        if name.startswith("data_parallel_") and name != "data_parallel_size":
+            raise InvalidInput(f"engine.{name} cannot be set: a job's engines run on one machine; leave it out")
         if name == "speculative_config":
             raise InvalidInput("engine.speculative_config cannot be combined with capture yet; leave it out")
-        if name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-            limit = context if name == "max_model_len" else 1 << 20
+        if name in _COUNTS:
+            limit = {"max_model_len": context, "data_parallel_size": 1024}.get(name, 1 << 20)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
                 raise InvalidInput(f"engine.{name} is {value!r}; give a whole number from 1 to {limit}")
+        if name == "data_parallel_size" and value > 1 and has_experts:
+            raise InvalidInput(
+                f"engine.{name} is {value}: engines of a mixture of experts compute every step together, which capture does not "
+                "support; leave it out, and start several captures, which may share the lake"
+            )
     return int(job.engine.get("max_model_len", context))
 
 

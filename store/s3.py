@@ -227,6 +227,11 @@ def s3_errors(what: str, bucket: str) -> Iterator[None]:
             raise StorageFailed(f"{what}: there is no bucket {bucket!r}; create it or check the endpoint") from None
         raise FileNotFoundError(f"{what} is missing") from None
     except (PermissionDeniedError, UnauthenticatedError) as error:
+        if "RequestTimeTooSkewed" in str(error):
+            raise StorageFailed(
+                f"{what}: the store refuses requests of this host, whose clock is wrong by more than a quarter of an hour; "
+                "set it (chrony or another NTP client)"
+            ) from error
         raise StorageFailed(
             f"{what}: the store refuses these credentials ({_reason(error)}); renew them or ask for access"
         ) from error

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from millpond.store.commits import check_open, commit, new_segment_id
+from millpond.store.commits import check_open, check_wanted, commit, new_segment_id
 from millpond.store.compaction import compact
 from millpond.store.configuration import Allowance
 from millpond.store.dtypes import decode
-from millpond.store.errors import CaptureFailed, InvalidInput, MillpondError
+from millpond.store.errors import CaptureFailed, InvalidInput, MillpondError, StorageFailed
 from millpond.store.lake import Lake
 from millpond.store.manifest import ArrayChecksums, Part, RunSpec
 from millpond.store.objects import PARALLEL_REQUESTS, Storage, as_storage, check_once
@@ -159,7 +159,9 @@ class SegmentWriter:
 
         Raises:
             InvalidInput: it does not hold what the run needs.
+            CaptureFailed: a write into this segment failed before.
         """
+        self._refuse_failed()
         what = f"request {request.id!r} of run {self.spec.name!r}"
         positions, tokens = request.positions, len(request.token_ids)
         if len(positions) and not (positions[0] >= 0 and positions[-1] < tokens and (np.diff(positions) > 0).all()):
@@ -205,13 +207,20 @@ class SegmentWriter:
     @contextmanager
     def _or_failed(self) -> Iterator[None]:
         """Refuses to go on after a write that failed midway: the arrays no longer agree."""
+        self._refuse_failed()
+        self._failed = True
+        try:
+            yield
+        except StorageFailed:
+            check_wanted(self.run, self.spec, self.id)
+            raise
+        self._failed = False
+
+    def _refuse_failed(self) -> None:
         if self._failed:
             raise CaptureFailed(
                 f"run {self.spec.name!r}: a write into this segment failed before; discard it and capture its requests again"
             )
-        self._failed = True
-        yield
-        self._failed = False
 
     def discard(self) -> None:
         """Remove the segment; to be called instead of `commit`."""

@@ -353,6 +353,20 @@ def shard_index(folder: Storage, path: str, spec: ArraySpec) -> NDArray[np.uint6
     return np.frombuffer(encoded, "<u8").reshape(-1, 2)
 
 
+def check_shards(array: str, recorded: Sequence[tuple[int, int]], found: Sequence[tuple[int, int]]) -> None:
+    """Compare the sizes and checksums of an array's shards with those that were recorded.
+
+    Raises:
+        LakeCorrupt: one differs.
+    """
+    for number, (wanted, got) in enumerate(zip(recorded, found, strict=True)):
+        if wanted != got:
+            raise LakeCorrupt(
+                f"shard {number} of {array} does not have its checksum, so nothing was made of it; run millpond verify, and "
+                "restore it from a copy"
+            )
+
+
 def object_crc32c(storage: Storage, path: str) -> tuple[int, int]:
     """Size and crc32c of a whole object."""
     crc, size = 0, storage.head(path).size

@@ -99,7 +99,7 @@ class SparseArchitecture(Architecture):
     """
 
     @abstractmethod
-    def select(self, centred: sparse.Columns) -> sparse.Active:
+    def select(self, centred: Tensor) -> sparse.Active:
         """The entries that stay, with positive pre-activations."""
 
     def products(self, centred: Tensor, *, biased: bool) -> Tensor:
@@ -107,72 +107,79 @@ class SparseArchitecture(Architecture):
         w_enc, b_enc = self.parameters["w_enc"], self.parameters["b_enc"]
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         out = self.scratch.like("products", (len(centred), len(w_enc)), dtype, centred.device)
-        left, right = centred.to(dtype), w_enc.to(dtype).T
+        left, right = (
+            matrix if matrix.dtype == dtype else self.scratch.like(name, matrix.shape, dtype, matrix.device).copy_(matrix)
+            for name, matrix in (("rows", centred), ("encoder", w_enc))
+        )
+        right = right.T
         return torch.addmm(b_enc.to(dtype), left, right, out=out) if biased else torch.mm(left, right, out=out)
 
-    def exact(self, flat: Tensor, centred: sparse.Columns) -> sparse.Active:
-        """The entries with these flat indices, their pre-activations computed in float32."""
-        return sparse.entries(flat, centred.whole, self.parameters["w_enc"], self.parameters["b_enc"])
+    def exact(self, pattern: sparse.Pattern, centred: Tensor) -> sparse.Active:
+        """The entries of a pattern, their pre-activations computed in float32."""
+        values = self.parameters["b_enc"].index_select(0, pattern[1])
+        sparse.add_sampled(values, *pattern, centred, self.parameters["w_enc"])
+        return sparse.Active(*pattern, values)
 
     @torch.no_grad()
     def gradients(self, x: Tensor, y: Tensor) -> BatchGradients:
         """See `Architecture.gradients`."""
         own, n, d_sae = self.parameters, len(x), self.config.d_sae
-        centred = sparse.Columns(self.centred(x))
-        active = self.select(centred)
-        row, col, values = active.row, active.col, active.values
-        crow, place = active.crow, row
+        whole = self.centred(x)
+        active = self.select(whole)
+        crow, col, values = active.crow, active.col, active.values
         levels = self.config.matryoshka_prefixes
         if len(levels) > 1:  # entries of each level in rows of their own, level by level
-            level = torch.bucketize(col, torch.tensor(levels, device=col.device), right=True)
+            level = torch.bucketize(col, torch.tensor(levels, dtype=col.dtype, device=col.device), right=True)
             order = torch.argsort(level, stable=True)
-            place, row, col, values = (level * n + row)[order], row[order], col[order], values[order]
+            place, col, values = (level * n + active.row)[order], col[order], values[order]
             crow = torch.zeros(len(levels) * n + 1, dtype=torch.long, device=col.device)
             crow[1:] = torch.bincount(place, minlength=len(levels) * n).cumsum(0)
-        w_dec = sparse.Columns(own["w_dec"])
-        target = centred.whole if self.tied else y - own["b_dec"]
+        starts, place, order = sparse.by_latent(crow, col, d_sae)
+        offsets, firsts = crow[:-1].int(), starts[:-1].int()
+        row = place if len(levels) == 1 else place % n
+        target = whole if self.tied else y - own["b_dec"]
         if "w_skip" in own:
             target -= x @ own["w_skip"]
-        errors, first = sparse.decode(crow, col, values, w_dec), 0
-        for part in errors.parts:
-            here = slice(first, first + part.shape[1])
-            first = here.stop
+        variance = spread(y)
+        scale = 2 / (variance * len(levels))  # of the loss's slopes by the errors, applied to all that is made of them
+        codes = values.index_select(0, order).mul_(scale)
+        errors, squared, every, sums = [], [], [], []
+        slopes, w_dec = torch.zeros_like(values), torch.empty_like(own["w_dec"])
+        for here in sparse.column_blocks(w_dec):  # a block is used again while it is in the cache
+            table = own["w_dec"][:, here].contiguous()
+            part = sparse.decode(offsets, col, values, table)
             by_level = part.view(len(levels), n, -1)
             if len(levels) > 1:
                 by_level.cumsum_(0)
             by_level.sub_(target[:, here])
-        variance = spread(y)
-        squared = torch.stack([sum_of_squares(part[-n:]) for part in errors.parts]).sum()
-        loss = squared / variance
-        if len(levels) > 1:
-            loss = torch.stack([sum_of_squares(part) for part in errors.parts]).sum() / variance / len(levels)
-        scale = 2 / (variance * len(levels))
-        for part in errors.parts:
-            part *= scale
+            every.append(sum_of_squares(part))
+            squared.append(sum_of_squares(part[-n:]) if len(levels) > 1 else every[-1])
             if len(levels) > 1:  # a latent of a level is in the reconstructions of that level and all later ones
-                by_level = part.view(len(levels), n, -1)
                 by_level.copy_(by_level.flip(0).cumsum_(0).flip(0))
-        total = torch.cat([part[:n].sum(0) for part in errors.parts])
-        slopes = sparse.sampled(crow, col, errors, w_dec)
-        by_latent = sparse.order_by(col, d_sae)
-        counts = torch.bincount(col, minlength=d_sae)
-        starts = torch.zeros(d_sae + 1, dtype=torch.long, device=col.device)
-        starts[1:] = counts.cumsum(0)
+            sums.append(part[:n].sum(0))
+            sparse.add_sampled(slopes, crow, col, part, table)
+            w_dec[:, here] = sparse.decode(firsts, place, codes, part)
+            errors.append(part)
+        slopes *= scale
         bias = torch.zeros_like(own["b_enc"]).index_add_(0, col, slopes)
-        row, place, values, changes = (each.index_select(0, by_latent) for each in (row, place, values, slopes))
+        slopes, w_enc = slopes.index_select(0, order), torch.empty_like(own["w_enc"])
+        for here in sparse.column_blocks(w_enc):
+            w_enc[:, here] = sparse.decode(firsts, row, slopes, whole[:, here].contiguous())
+        total = scale * torch.cat(sums)
         gradients = {
-            "w_enc": sparse.decode(starts, row, changes, centred).whole,
-            "w_dec": sparse.decode(starts, place, values, errors).whole,
+            "w_enc": w_enc,
+            "w_dec": w_dec,
             "b_enc": bias,
             "b_dec": total - bias @ own["w_enc"] if self.tied else total,
         }
         if "w_skip" in own:
-            gradients["w_skip"] = x.T @ errors.whole[:n]
+            gradients["w_skip"] = scale * (x.T @ torch.cat([part[:n] for part in errors], dim=1))
 
-        def error(rows: int) -> Tensor:  # the last level has only its own error, scaled
-            return torch.cat([part[len(part) - n : len(part) - n + rows] for part in errors.parts], dim=1) / scale
+        def error(rows: int) -> Tensor:  # the last level has only its own error
+            return torch.cat([part[len(part) - n : len(part) - n + rows] for part in errors], dim=1)
 
-        return BatchGradients(loss, squared, variance, counts, error, gradients)
+        loss = torch.stack(every).sum() / variance / len(levels)
+        return BatchGradients(loss, torch.stack(squared).sum(), variance, starts.diff(), error, gradients)
 
 
 class DenseArchitecture(Architecture):

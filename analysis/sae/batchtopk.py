@@ -22,13 +22,13 @@ class BatchTopK(SparseArchitecture):
 
     _floor: float | None = None
 
-    def select(self, centred: sparse.Columns) -> sparse.Active:
+    def select(self, centred: Tensor) -> sparse.Active:
         """See `SparseArchitecture.select`."""
         k, bias, held, products = self.config.k, self.parameters["b_enc"], None, None
         assert k is not None
         wanted, floor = k * len(centred), self._floor
         if floor is None:
-            floor = self._first_floor(self.products(centred.whole, biased=True), k)
+            floor = self._first_floor(self.products(centred, biased=True), k)
         margin = 2 * _ROUNDING * self.parameters["w_enc"].norm(dim=1) if self.bf16 else torch.zeros_like(bias)
         while True:
             limits = (1 - _ROUNDING) * (floor - bias) - margin  # costs less than to add the bias to all products
@@ -36,12 +36,12 @@ class BatchTopK(SparseArchitecture):
             if biased:
                 limits = (floor - _ROUNDING * bias.abs() - margin).clamp_min(0)
             if products is None or biased is not held:
-                products, held = self.products(centred.whole, biased=biased), biased
-            flat = sparse.above(products, limits)
-            if len(flat) < wanted and floor > 0:
+                products, held = self.products(centred, biased=biased), biased
+            pattern = sparse.above(products, limits)
+            if len(pattern[1]) < wanted and floor > 0:
                 floor = 0.9 * floor if floor > 1e-3 else 0.0
                 continue
-            active, cut = sparse.trim_batch(self.exact(flat, centred), wanted)
+            active, cut = sparse.trim_batch(self.exact(pattern, centred), wanted)
             if cut >= floor or floor == 0:  # otherwise some between the two may be missing
                 break
             floor = _BELOW * max(cut, 0.0)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as nn
 from numpy.typing import NDArray
 from torch import Tensor
+
+from millpond.analysis.sae import kernels
 
 _CACHED_ROWS, _CACHED_COLUMNS, _CACHED_BYTES = 8192, 64, 1 << 20
 _MARKED_ROWS = 128
@@ -26,9 +29,9 @@ class Active:
     """Entries of a (rows, d_sae) matrix, row by row and by latent within a row (CSR)."""
 
     crow: Tensor
-    """Start of each row among the entries, (rows + 1,)."""
+    """Start of each row among the entries, (rows + 1,), int64."""
     col: Tensor
-    """Latent of each entry."""
+    """Latent of each entry, int32."""
     values: Tensor
     """Its pre-activation, float32."""
 
@@ -39,99 +42,87 @@ class Active:
 
     def keep(self, mask: Tensor) -> Active:
         """The entries that `mask` marks."""
-        places = mask.nonzero().view(-1) if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
-        crow = torch.searchsorted(places, self.crow)
-        return Active(crow, self.col.index_select(0, places), self.values.index_select(0, places))
+        if mask.is_cuda:
+            places = mask.nonzero().view(-1)
+            crow = torch.searchsorted(places, self.crow)
+            return Active(crow, self.col.index_select(0, places), self.values.index_select(0, places))
+        count = int(mask.count_nonzero())
+        new = Active(torch.empty_like(self.crow), self.col.new_empty(count), self.values.new_empty(count))
+        kernels.kept(mask.numpy(), *self.arrays, new.arrays)
+        return new
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """The three as NumPy arrays that share their memory."""
+        return self.crow.numpy(), self.col.numpy(), self.values.numpy()
 
 
-class Columns:
-    """A matrix whose rows are gathered at random, on a CPU in blocks of columns.
+def column_blocks(matrix: Tensor) -> list[slice]:
+    """How to cut a matrix whose rows are gathered at random, on a CPU in blocks of columns.
 
     Such a gather is bound by where the matrix lies: a block of 64 columns of up to 8,192 rows fits in a
     core's second-level cache, the whole matrix does not. On one core of a Xeon, 131,072 rows of a
     (4096, 512) matrix are summed three times as fast.
     """
-
-    def __init__(self, whole: Tensor) -> None:
-        self._whole: Tensor | None = whole
-        self.parts = [whole]
-        if not whole.is_cuda and len(whole) <= _CACHED_ROWS and whole.shape[1] > _CACHED_COLUMNS:
-            self.parts = [part.contiguous() for part in torch.split(whole, _CACHED_COLUMNS, dim=1)]
-
-    @classmethod
-    def of(cls, parts: list[Tensor]) -> Columns:
-        """The matrix with these blocks of columns."""
-        made = cls.__new__(cls)
-        made.parts, made._whole = parts, parts[0] if len(parts) == 1 else None
-        return made
-
-    @property
-    def whole(self) -> Tensor:
-        """The matrix."""
-        if self._whole is None:
-            self._whole = torch.cat(self.parts, dim=1)
-        return self._whole
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
+    rows, width = matrix.shape
+    size = width if matrix.is_cuda or rows > _CACHED_ROWS else _CACHED_COLUMNS
+    return [slice(first, min(first + size, width)) for first in range(0, width, size)]
 
 
-def sampled(crow: Tensor, col: Tensor, left: Columns, right: Columns) -> Tensor:
-    """The entries of `left @ right.T` at the places of a CSR pattern."""
-    zeros = torch.zeros(len(col), device=col.device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        # 32-bit indices: MKL would convert others in each product
-        pattern = torch.sparse_csr_tensor(crow.int(), col.int(), zeros, (len(left), len(right)), check_invariants=False)
-    blocked = len(left.parts) == len(right.parts)
-    pairs = zip(left.parts, right.parts, strict=True) if blocked else [(left.whole, right.whole)]
-    total: Tensor | None = None
-    for one, other in pairs:
-        values: Tensor = torch.sparse.sampled_addmm(pattern, one, other.T, beta=0.0).values()
-        total = values if total is None else total.add_(values)
-    assert total is not None
-    return total
+def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the entries of `left @ right.T` at the places of a CSR pattern to `values`, on a CPU by tiles of `right` in cache.
 
-
-def decode(crow: Tensor, col: Tensor, values: Tensor, table: Columns) -> Columns:
-    """For each row of a CSR pattern, the rows of `table` that it names, summed with `values` as weights."""
-    return Columns.of(
-        [nn.embedding_bag(col, part, crow[:-1], per_sample_weights=values, mode="sum") for part in table.parts]
-    )
-
-
-def products(row: Tensor, col: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The entries of `left @ right.T` at these places, by tiles of `right` that stay in a core's cache.
-
-    They are the gradients that an embedding bag has by the weights of its samples.
+    They are the gradients that `decode` has by its `values`.
     """
-    size = len(right) if right.is_cuda else max(1, _CACHED_BYTES // (4 * right.shape[1]), -(-len(right) // 256))
-    tile = torch.div(col, size, rounding_mode="floor")
-    order = order_by(tile, -(-len(right) // size))
-    row, col, counts = row.index_select(0, order), col.index_select(0, order), torch.bincount(tile)
-    found, first = torch.empty(len(col), device=col.device), 0
-    for number, count in enumerate(counts.tolist()):
-        here = slice(first, first + count)
-        first, start = here.stop, number * size
-        if count:
-            found[here] = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                left, right[start : start + size], col[here] - start, col[:0], row[here], 0
+    if values.is_cuda:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            size = (len(left), len(right))
+            pattern = torch.sparse_csr_tensor(
+                crow.int(), col, torch.zeros_like(values), size, check_invariants=False
             )
-    values = torch.empty_like(found)
-    values[order] = found
-    return values
+        values += torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+        return
+    arrays = [tensor.numpy() for tensor in (crow, col, left, right)]
+    tile = max(1, _CACHED_BYTES // (4 * right.shape[1]))
+
+    def work(first: int, last: int) -> None:
+        kernels.add_sampled(first, last, *arrays, tile, values.numpy())
+
+    n, count = len(left), torch.get_num_threads()
+    if count == 1:
+        work(0, n)
+    else:
+        list(_threads(count).map(work, *zip(*((n * i // count, n * (i + 1) // count) for i in range(count)), strict=True)))
 
 
-def entries(flat: Tensor, centred: Tensor, w_enc: Tensor, b_enc: Tensor) -> Active:
-    """The entries with these ascending flat indices, their pre-activations computed in float32."""
-    d_sae = len(w_enc)
-    starts = torch.arange(len(centred) + 1, device=flat.device) * d_sae
-    crow = torch.searchsorted(flat, starts)
-    row = torch.repeat_interleave(torch.arange(len(centred), device=flat.device), crow.diff())
-    col = flat - row * d_sae
-    values = products(row, col, centred, w_enc)
-    values += b_enc.index_select(0, col)
-    return Active(crow, col, values)
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="sae-entries")
+
+
+def decode(offsets: Tensor, col: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    """For each row of a CSR pattern, the rows of `table` that it names, summed with `values` as weights.
+
+    `offsets` are the rows' starts, int32 like `col`.
+    """
+    # as torch.nn.functional.embedding_bag calls it, which spends as long on its arguments as on a small block
+    summed: Tensor = torch.embedding_bag(table, col, offsets, False, 0, False, values)[0]
+    return summed
+
+
+def by_latent(crow: Tensor, col: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The transpose of a CSR pattern: start of each latent among its entries, their rows, and their places in the pattern."""
+    if col.is_cuda:
+        starts = torch.zeros(d_sae + 1, dtype=torch.long, device=col.device)
+        torch.cumsum(torch.bincount(col, minlength=d_sae), 0, out=starts[1:])
+        order = torch.sort(col, stable=True)[1]
+        row = torch.repeat_interleave(torch.arange(len(crow) - 1, device=col.device), crow.diff())
+        return starts, row.index_select(0, order).int(), order.int()
+    starts = torch.empty(d_sae + 1, dtype=torch.long)
+    row, order = torch.empty_like(col), torch.empty_like(col)
+    kernels.transposed(*(tensor.numpy() for tensor in (crow, col, starts, row, order)))
+    return starts, row, order
 
 
 class Scratch:
@@ -148,22 +139,26 @@ class Scratch:
         return held
 
 
-def above(pre: Tensor, limits: Tensor) -> Tensor:
-    """Flat indices, ascending, of the entries above the limit of their latent, (d_sae,), which is not negative."""
+Pattern = tuple[Tensor, Tensor]
+"""`crow` and `col` of entries whose values are still to be computed."""
+
+
+def above(pre: Tensor, limits: Tensor) -> Pattern:
+    """The entries above the limit of their latent, (d_sae,), which is not negative."""
     limits = limits.to(pre.dtype)
     if pre.is_cuda:
-        return (pre > limits).view(-1).nonzero().view(-1)
+        return _pattern(pre > limits)
     # not negative floats sort like their bits, and negative ones have the sign bit set
     ordered, cut = (_bits(pre), _bits(limits)) if pre.dtype == torch.bfloat16 else (pre.numpy(), limits.numpy())
     return _marked(part > cut for part in _slices(ordered))
 
 
-def largest_of_rows(pre: Tensor, count: int) -> Tensor:
-    """Flat indices, ascending, of at least the `count` largest entries of each row, of those above 0."""
+def largest_of_rows(pre: Tensor, count: int) -> Pattern:
+    """At least the `count` largest entries of each row, of those above 0."""
     d_sae = pre.shape[1]
     if pre.is_cuda:
         cut = pre.topk(count, dim=1).values[:, -1:]
-        return ((pre >= cut) & (pre > 0)).view(-1).nonzero().view(-1)
+        return _pattern((pre >= cut) & (pre > 0))
     # among negative bfloat16 values the order of the bits is reversed, but those are left out anyway
     ordered = _bits(pre) if pre.dtype == torch.bfloat16 else pre.numpy()
     smallest = ordered.dtype.type(1) if ordered.dtype == np.int16 else np.nextafter(np.float32(0), np.float32(1))
@@ -178,16 +173,28 @@ def _bits(x: Tensor) -> NDArray[Any]:
 
 
 def _slices(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Of so many rows that what is made of them stays in the cache, and their entries fill whole bytes of bits."""
+    """Of so many rows that what is made of them stays in the cache."""
     return (array[start : start + _MARKED_ROWS] for start in range(0, len(array), _MARKED_ROWS))
 
 
-def _marked(masks: Iterable[NDArray[np.bool_]]) -> Tensor:
-    """Flat indices of the marked places of masks that follow each other; eight times as fast as Tensor.nonzero for a few."""
-    packed = np.concatenate([np.packbits(mask.reshape(-1)) for mask in masks])
-    some = np.flatnonzero(packed.view(np.bool_))  # NumPy skips zeros in the bytes of truth values only
-    found = np.flatnonzero(np.unpackbits(packed[some]).view(np.bool_))
-    return torch.from_numpy((some[found >> 3] << 3) + (found & 7))
+def _pattern(mask: Tensor) -> Pattern:
+    row, col = mask.nonzero(as_tuple=True)
+    return torch.searchsorted(row, torch.arange(len(mask) + 1, device=row.device)), col.int()
+
+
+def _marked(masks: Iterable[NDArray[np.bool_]]) -> Pattern:
+    """The marked places of masks that follow each other; eight times as fast as Tensor.nonzero for a few."""
+    crow, col, total = [], [], 0
+    found = np.empty(0, np.int32)
+    for mask in masks:
+        if found.size < mask.size:
+            found = np.empty(mask.size, np.int32)
+        starts = np.empty(len(mask), np.int64)
+        stop = kernels.marked(np.packbits(mask, axis=1, bitorder="little"), total, starts, found)
+        crow.append(starts)
+        col.append(found[: stop - total].copy())
+        total = stop
+    return torch.from_numpy(np.concatenate([*crow, [total]])), torch.from_numpy(np.concatenate(col))
 
 
 def trim_rows(active: Active, k: int) -> Active:
@@ -222,7 +229,7 @@ def _trim(active: Active, cut: Tensor, limit: Tensor, segment: Tensor | None, st
     keep = active.values >= cut
     if int(keep.sum()) <= int(limit.sum()) and segment is None:
         return active.keep(keep)
-    of = torch.zeros_like(active.col) if segment is None else segment
+    of = torch.zeros_like(active.col, dtype=torch.long) if segment is None else segment
     ties = active.values == cut
     greater = keep & ~ties
     room = limit - torch.bincount(of[greater], minlength=len(limit))
@@ -230,15 +237,6 @@ def _trim(active: Active, cut: Tensor, limit: Tensor, segment: Tensor | None, st
     torch.cumsum(ties, 0, out=before[1:])
     rank = before[:-1] - before[starts][of]
     return active.keep(greater | (ties & (rank < room[of])))
-
-
-def order_by(keys: Tensor, n_keys: int) -> Tensor:
-    """Places of the keys, which are below `n_keys`, in ascending order; of equal ones as they lie."""
-    if not keys.is_cuda and n_keys <= 1 << 16:  # a radix sort
-        return torch.from_numpy(
-            np.argsort(keys.numpy().astype(np.uint8 if n_keys <= 1 << 8 else np.uint16), kind="stable")
-        )
-    return torch.sort(keys.to(torch.int32), stable=True)[1]
 
 
 def has_bfloat16(device: torch.device) -> bool:

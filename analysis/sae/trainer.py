@@ -8,21 +8,19 @@ Monosemanticity", appendix on neuron resampling).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from millpond.analysis.sae import architecture
+from millpond.analysis.sae import architecture, kernels
 from millpond.analysis.sae.architecture import BatchGradients
 from millpond.analysis.sae.config import WITH_K, SaeConfig, default_lr
 
 if TYPE_CHECKING:
     from millpond.analysis.sae.parallel import Group
 
-_CACHED_BYTES = 1 << 19
 AUX_SHARE = 8
 FREQUENCY_SHARE = 0.2
 """Share of the steps, at the end, over which firings are counted."""
@@ -99,10 +97,6 @@ class Trainer:
             self.group.add(sums, counts)
         squared, variance, loss = sums.tolist()
         seen = len(x) * self.workers
-        w_dec = self.parameters["w_dec"]
-        if self.arch.unit_norm:  # only directions across a decoder row matter: rows are kept at norm 1
-            for part, rows in _in_cache(batch.gradients["w_dec"], w_dec):
-                part.addcmul_(torch.linalg.vecdot(part, rows)[:, None], rows, value=-1)
         lr = self._update(batch.gradients)
         self.idle += seen
         self.idle[counts > 0] = 0
@@ -116,10 +110,15 @@ class Trainer:
         return StepStats(loss / self.workers, squared / variance, float(counts.sum()) / seen, dead, lr)
 
     def _update(self, gradients: dict[str, Tensor]) -> float:
+        w_dec, norms = self.parameters["w_dec"], []
         for leaf, name in zip(self._leaves, self.parameters, strict=True):
             leaf.grad = gradients[name]
-        norm = torch.nn.utils.get_total_norm([leaf.grad for leaf in self._leaves if leaf.grad is not None])
-        most = self.config.clip / self.parameters["w_dec"].shape[1]
+            if name == "w_dec" and self.arch.unit_norm:  # only directions across a row matter: rows are kept at norm 1
+                norms.append(_take_across(leaf.grad, w_dec))
+            else:
+                norms.append(torch.linalg.vector_norm(leaf.grad))
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        most = self.config.clip / w_dec.shape[1]
         # fused Adam divides gradients by this while it reads them, which saves a pass that clips
         self.adam.grad_scale = ((norm + 1e-6) / most).clamp_min(1.0)  # type: ignore[attr-defined]
         done, config = self.steps / self.total_steps, self.config
@@ -130,8 +129,7 @@ class Trainer:
             group["lr"] = lr
         self.adam.step()
         if self.arch.unit_norm:
-            w_dec = self.parameters["w_dec"]
-            w_dec.div_(torch.linalg.vector_norm(w_dec, dim=1, keepdim=True))
+            _normalise(w_dec)
         self.steps += 1
         return lr
 
@@ -206,10 +204,19 @@ class Trainer:
         self.arch.load_state(state["architecture"])
 
 
-def _in_cache(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of matrices of one shape, on a CPU as many as are still in a core's cache when they are read again."""
-    count = len(matrices[0]) if matrices[0].is_cuda else max(1, _CACHED_BYTES // (4 * matrices[0].shape[1]))
-    return zip(*(torch.split(matrix, count) for matrix in matrices), strict=True)
+def _take_across(gradient: Tensor, rows: Tensor) -> Tensor:
+    """Take from each row of `gradient` what is along the row of norm 1 of `rows`; the norm of what is left."""
+    if not gradient.is_cuda:
+        return torch.tensor(kernels.take_across(gradient.numpy(), rows.numpy()))
+    gradient.addcmul_(torch.linalg.vecdot(gradient, rows)[:, None], rows, value=-1)
+    return torch.linalg.vector_norm(gradient)
+
+
+def _normalise(rows: Tensor) -> None:
+    if rows.is_cuda:
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+    else:
+        kernels.normalise(rows.numpy())
 
 
 def device(config: SaeConfig) -> torch.device:

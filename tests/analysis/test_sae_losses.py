@@ -8,7 +8,7 @@ import torch
 
 from millpond.analysis.sae import trainer as training
 from millpond.analysis.sae.config import SaeConfig
-from millpond.analysis.sae.sparse import Columns, above, products
+from millpond.analysis.sae.sparse import above, add_sampled, column_blocks
 from millpond.analysis.sae.trainer import Trainer
 
 D, S, N, K = 24, 96, 64, 4
@@ -52,7 +52,7 @@ def make(architecture, *, d_out=None, skip=False, **options):
 
 
 def select(trainer, x):
-    return trainer.arch.select(Columns(x))
+    return trainer.arch.select(x)
 
 
 def cut_by_rank(pre, k, by_row):
@@ -142,11 +142,11 @@ def test_loss_and_gradients_equal_autograd_on_dense_arrays(architecture, options
 
 
 def test_blocks_of_columns_are_the_matrix():
-    """Wide and narrow inputs take the two paths of `sparse.Columns`."""
+    """Inputs and outputs of more than 64 dimensions, here of 2 * 64 and 22 more."""
     config = SaeConfig(S, K, batch_size=N, encoder_dtype="float32")
     trainer = Trainer(config, 150, total_steps=50)
     x = torch.randn(N, 150, generator=torch.Generator().manual_seed(0))
-    assert len(Columns(x).parts) == 3
+    assert len(column_blocks(x)) == 3
     own = {name: tensor.clone().requires_grad_() for name, tensor in trainer.parameters.items()}
     expected = torch.autograd.grad(dense_loss(trainer, own, x, x)[0], list(own.values()))
     for gradient, (name, found) in zip(expected, trainer.arch.gradients(x, x).gradients.items(), strict=True):
@@ -233,23 +233,31 @@ def test_a_selection_in_bfloat16_is_that_of_float32(most):
     for _ in range(4):
         x = torch.randn(8 * N, D, generator=generator)
         pre = torch.relu((x - own["b_dec"]) @ own["w_enc"].T + own["b_enc"])
-        active = trainer.arch.select(Columns(trainer.arch.centred(x)))
+        active = trainer.arch.select(trainer.arch.centred(x))
         expected = cut_by_rank(pre, K, by_row=False).nonzero()
         np.testing.assert_array_equal(torch.stack([active.row, active.col], dim=1).numpy(), expected.numpy())
 
 
-def test_exact_values_by_tiles_and_marks_in_ragged_rows():
-    """1,100 latents of width 2,048 are nine tiles, of which some hold no entry; 37 * 1,101 entries are no whole bytes."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_exact_values_by_tiles_and_marks_in_ragged_rows(threads):
+    """1,100 latents of width 2,048 are nine tiles, of which some hold no entry; 1,101 entries a row are no whole bytes."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(9, 2048, generator=generator), torch.randn(1100, 2048, generator=generator)
-    row, col = torch.tensor([0, 0, 1, 7, 8]), torch.tensor([3, 1099, 600, 600, 0])
-    np.testing.assert_allclose(products(row, col, left, right).numpy(), (left @ right.T)[row, col].numpy(), rtol=1e-4)
-    pre = torch.randn(37, 1101, generator=generator)
+    cols = [[3, 127, 128, 129, 130, 131, 1099], [], [600], [], [], [], [], [600], [0, 1, 2, 3, 4]]
+    crow = torch.tensor(np.cumsum([0, *map(len, cols)]))
+    row, col = torch.repeat_interleave(torch.arange(9), crow.diff()), torch.tensor(sum(cols, []))
+    values = torch.ones(len(col))
+    torch.set_num_threads(threads)
+    add_sampled(values, crow, col.int(), left, right)
+    torch.set_num_threads(1)
+    np.testing.assert_allclose(values.numpy(), (left @ right.T)[row, col].numpy() + 1, rtol=1e-4, atol=1e-4)
+    pre = torch.randn(137, 1101, generator=generator)
     limits = torch.rand(1101, generator=generator)
     for kind in (torch.float32, torch.bfloat16):
-        marked = pre.to(kind) > limits.to(kind)
-        expected = np.flatnonzero(marked.numpy())
-        np.testing.assert_array_equal(above(pre.to(kind), limits).numpy(), expected)
+        expected = torch.stack(torch.where(pre.to(kind) > limits.to(kind)))
+        crow, col = above(pre.to(kind), limits)
+        found = torch.repeat_interleave(torch.arange(137), crow.diff()), col
+        np.testing.assert_array_equal(torch.stack(found).numpy(), expected.numpy())
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
