@@ -167,7 +167,7 @@ class RemoteRun:
         if missing and self.view.columns:
             raise InvalidInput(
                 f"where names {min(missing)!r}, which is no column or label of run {self.name!r}; it has "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(sorted(known))} (lake.refresh() sees what others have added since)"
             )
         return self._with(where=condition.text)
 
