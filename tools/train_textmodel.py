@@ -1,6 +1,6 @@
 """Learns `hub/textmodel.npz`: how far the text coder's model believes what it has counted, and how it mixes.
 
-    python tools/train_textmodel.py            # about an hour of a core; integers, so every machine learns the same
+    python tools/train_textmodel.py            # a quarter of an hour of a core; integers, so every machine learns the same
     python tools/train_textmodel.py --share 0.01 --out /tmp/textmodel.npz        # whether it works, in a minute or two
 
 From docstrings of the standard library that the example's corpus does not hold out: pieces of each fifth are coded with the
