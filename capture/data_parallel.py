@@ -19,7 +19,8 @@ class DataParallelEngines:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._client = engine.engine_core
-        self._names: list[bytes] = getattr(self._client, "core_engines", [b""])  # none where the engine is in this process
+        # they have no names where vLLM is told to run the one engine in this process
+        self._names: list[bytes] = getattr(self._client, "core_engines", [b""])
         self._requests: dict[str, int] = {}
         abort = self._client.abort_requests
 

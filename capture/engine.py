@@ -10,6 +10,7 @@ from typing import Any
 
 from millpond.capture.adapters import Adapter, engine_rank
 from millpond.capture.data_parallel import DataParallelEngines
+from millpond.capture.engine_errors import EngineErrors, one_line, with_remedy
 from millpond.capture.interrupts import blocked
 from millpond.capture.plan import ModelFacts
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
@@ -90,6 +91,9 @@ class CaptureEngine:
         max_rank: the largest rank of an adapter.
         edits_per_token: most interventions of one request at one hook; 0 leaves them out of CUDA graphs.
         saes: splices that requests may ask for, which are part of CUDA graphs.
+
+    Raises:
+        CaptureFailed: it did not start.
     """
 
     def __init__(
@@ -146,8 +150,14 @@ class CaptureEngine:
         self.max_rank = engine_rank(max_rank) if max_adapters else 0
         self._adapter_numbers: dict[Path, int] = {}
         self._committed = (0, 0)
-        with blocked():
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        self._errors = EngineErrors()
+        try:
+            with blocked(), self._errors.heard():
+                self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        except Exception as error:
+            reason = self._reason(error)
+            self._errors.close()
+            raise CaptureFailed(f"the engine did not start: {reason}") from error
         self._ranks = DataParallelEngines(self._engine)
 
     def run(
@@ -184,7 +194,7 @@ class CaptureEngine:
         except CaptureFailed:
             raise
         except Exception as error:
-            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
         finally:
             left = [*waiting, *(request.capture_id for request, _ in finished)]
             if left:
@@ -237,7 +247,7 @@ class CaptureEngine:
         except CaptureFailed:
             raise
         except Exception as error:
-            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
         finally:
             left = [*waiting, *(name for name, _ in unconfirmed)]
             if left:
@@ -285,7 +295,7 @@ class CaptureEngine:
         except CaptureFailed:
             raise
         except Exception as error:
-            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
         finally:
             if waiting:
                 self._forget(list(waiting))
@@ -379,12 +389,12 @@ class CaptureEngine:
         try:
             self._ranks.call(method, *arguments)
         except Exception as error:
-            raise CaptureFailed(f"the engine died: {_reason(error)}") from error
+            raise CaptureFailed(f"the engine died: {self._reason(error)}") from error
+
+    def _reason(self, error: Exception) -> str:
+        return self._errors.cause() or with_remedy(one_line(error))
 
     def close(self) -> None:
         """End the engine's processes."""
         self._engine.engine_core.shutdown()
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        self._errors.close()

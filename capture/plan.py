@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from millpond.capture.adapters import Adapter, engine_rank, read_adapter
-from millpond.capture.admission import EngineFacts, model_hooks
+from millpond.capture.admission import EngineFacts, model_hooks, naming
 from millpond.capture.prompt_file import Prompts, read_prompts
 from millpond.capture.versions import check_vllm_version, set_environment
 from millpond.store.capture_spec import CaptureJob
 from millpond.store.dtypes import STORED_AS, check_dtype
-from millpond.store.errors import InvalidInput, StorageFailed
-from millpond.store.hooks import hook_sort_key
+from millpond.store.errors import InvalidInput, RunNotFound, StorageFailed
+from millpond.store.hooks import hook_sort_key, summarize_hooks
 from millpond.store.interventions import Patch
 from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
@@ -28,7 +28,8 @@ from millpond.store.reads import ReadSpec
 from millpond.store.reprs import human_bytes, read_text
 
 _SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config")
-_COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "data_parallel_size")
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", *_PARALLEL)
 _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")  # as vLLM finds them
 _PATIENCE_SECONDS = 10.0  # for a store to answer while a job is checked
 
@@ -103,7 +104,7 @@ class CapturePlan:
         return "\n".join(
             [
                 f"model    {self.model.architecture}, {self.model.n_layers} layers, d_model {self.model.d_model}, {self.model.dtype}",
-                *([f"hooks    {len(self.hooks)}: {self.hooks[0]} to {self.hooks[-1]}"] if self.hooks else []),
+                *([f"hooks    {len(self.hooks)}: {summarize_hooks(self.hooks)}"] if self.hooks else []),
                 *(f"read     {read_text(read)}" for read in self.reads),
                 f"prompts  {len(self.prompts.ids):,}, {self.prompts.n_tokens:,} tokens",
                 f"rows     {most}{self.rows:,} a hook, {most}{human_bytes(self.bytes)} in all",
@@ -182,7 +183,7 @@ def _check_engine(job: CaptureJob, context: int, has_experts: bool) -> int:
         if name == "speculative_config":
             raise InvalidInput("engine.speculative_config cannot be combined with capture yet; leave it out")
         if name in _COUNTS:
-            limit = {"max_model_len": context, "data_parallel_size": 1024}.get(name, 1 << 20)
+            limit = context if name == "max_model_len" else 1024 if name in _PARALLEL else 1 << 20
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
                 raise InvalidInput(f"engine.{name} is {value!r}; give a whole number from 1 to {limit}")
         if name == "data_parallel_size" and value > 1 and has_experts:
@@ -228,6 +229,13 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
         )
     targets = _targets(job)
     facts = _facts(job, model)
+    for number, name in enumerate(job.destination.reuse):
+        if facts.lake is None or name not in facts.lake:
+            held = ", ".join(facts.lake.runs()[:10]) if facts.lake is not None else ""
+            raise RunNotFound(
+                f"destination.reuse.{number}: lake {job.destination.lake!r} has no run {name!r}; it holds {held or 'no runs yet'}: "
+                "leave it out or name another"
+            )
     reads = facts.readers.resolve(job.capture.reads, facts.hooks)
     taps = {*hooks, *(read.hook for read in reads), *_check_interventions(job, facts, model.n_layers, prompts)}
     ordered = tuple(sorted(taps, key=hook_sort_key))
@@ -252,12 +260,18 @@ def _facts(job: CaptureJob, model: ModelFacts) -> EngineFacts:
 def _check_interventions(job: CaptureJob, facts: EngineFacts, n_layers: int, prompts: Prompts) -> set[str]:
     """The hooks that are intervened at, after checking that every intervention can be made."""
     taps = set()
-    for intervention in job.intervene:
-        where = f"intervene: model {job.model.path!r} offers"
-        for hook in model_hooks([intervention.hook], n_layers, where):
-            taps.add(hook)
-            for tokens in prompts.token_ids if isinstance(intervention, Patch) else prompts.token_ids[:1]:
-                facts.edits.make(intervention, hook, len(tokens))
+    more = max(job.capture.max_new_tokens - 1, 0)
+    for number, intervention in enumerate(job.intervene):
+        where = f"model {job.model.path!r} offers"
+        with naming(f"intervene.{number}"):
+            for hook in model_hooks([intervention.hook], n_layers, where):
+                taps.add(hook)
+                for tokens in prompts.token_ids if isinstance(intervention, Patch) else prompts.token_ids[:1]:
+                    facts.edits.make(intervention, hook, len(tokens))
+            if not any(len(intervention.select(len(ids), 0, len(ids) + more)) for ids in prompts.token_ids):
+                raise InvalidInput(
+                    f"positions {intervention.positions!r} from position {intervention.first_position} are of no token of any prompt"
+                )
     return taps
 
 

@@ -19,7 +19,7 @@ from millpond.capture.claims import PromptClaims
 from millpond.capture.device_requests import DeviceFollower
 from millpond.capture.device_saes import DeviceSplice, LatentEdits
 from millpond.capture.device_tap import DeviceTaps
-from millpond.capture.engine_checks import check_engine
+from millpond.capture.engine_checks import check_attention, check_engine
 from millpond.capture.metrics import FOLDER, MetricsFile, capture_metrics
 from millpond.capture.requests import BankedEdit, BankedSplice, Following, PlannedEdit, PlannedRead, RequestFollower
 from millpond.capture.sink import LakeSink
@@ -57,6 +57,7 @@ class Tapping:
         config = worker.vllm_config
         self._facts = facts = EngineFacts.of(config)
         check_engine(config, on_device=facts.on_device)
+        check_attention(config)
         self._runner = runner = worker.model_runner
         model = runner.get_model()  # without what records its graphs
         self._v2 = bool(worker.use_v2_model_runner)

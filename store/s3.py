@@ -301,9 +301,9 @@ def _open_store(bucket: str, options: Mapping[str, Any]) -> S3Store:
         config=config,  # type: ignore[arg-type]
         client_options={"allow_http": allow_http, "timeout": timedelta(seconds=60)},
         retry_config={
-            "max_retries": 100,
+            "max_retries": 100_000,  # the time decides: a hundred refused connections take less than a minute
             "retry_timeout": timedelta(seconds=retry_timeout),
-            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 3},
         },
         credential_provider=provider,
     )

@@ -164,10 +164,10 @@ class ArrayWriter:
         self._shard = None
 
 
-GATHER_BYTES = 1 << 18
-"""Written at once, from memory that is still in a core's cache from taking its checksum.
-
-Each array of a segment has so much: with four times as much, they neither stayed in the cache nor were cheap to touch first."""
+WRITE_BYTES = 1 << 18
+"""Written at once, while it is in a core's cache from taking its checksum."""
+GATHER_BYTES = 1 << 16
+"""Less than this is gathered first."""
 
 
 class _ShardWriter:
@@ -211,15 +211,16 @@ class _ShardWriter:
         self._write(data)
 
     def _write(self, data: Array) -> None:
-        """Bytes of the shard, gathered until there are enough of them: copying costs less than checksums of cold memory."""
+        """Bytes of the shard; a few are gathered until there are enough of them."""
         self._bytes += len(data)
-        while len(data):
-            start = self._gathered_bytes
-            stop = min(start + len(data), GATHER_BYTES)
-            self._gathered[start:stop] = data[: stop - start]
-            self._gathered_bytes, data = stop, data[stop - start :]
-            if stop == GATHER_BYTES:
-                self._flush()
+        while len(data) >= GATHER_BYTES:
+            self._flush()
+            self._put(data[:WRITE_BYTES])
+            data = data[WRITE_BYTES:]
+        if self._gathered_bytes + len(data) > GATHER_BYTES:
+            self._flush()
+        self._gathered[self._gathered_bytes : self._gathered_bytes + len(data)] = data
+        self._gathered_bytes += len(data)
 
     def _flush(self) -> None:
         if self._gathered_bytes:

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Ints, Longs, Floats = NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]
+Numbers = NDArray[Any]
 
-_FIRST_BIT = np.array([0] + [(value & -value).bit_length() - 1 for value in range(1, 256)], np.uint8)
-"""Of each byte that is not 0, the place of its lowest 1."""
+_ONES, _ONE, _TOP = np.uint64(0x0101010101010101), np.uint64(1), np.uint64(56)
 
 
 def _compiled(**options: Any) -> Callable[[Function], Function]:
@@ -34,20 +34,30 @@ def _compiled(**options: Any) -> Callable[[Function], Function]:
 
 
 @_compiled()
-def marked(packed: NDArray[np.uint8], start: int, crow: Longs, col: Ints) -> int:
-    """Entries of the 1s of `packed`, (rows, bytes), the lowest bit of each byte first; returns `start` and how many there are.
+def above(ordered: Numbers, of_rows: Numbers, of_columns: Numbers, start: int, crow: Longs, col: Ints) -> int:
+    """The entries above the limits of their row and of their column; returns `start` and how many there are.
 
     `crow`, (rows,), receives where each row starts, the first at `start`; `col` has room for all of them.
     """
+    rows, columns = ordered.shape
+    words = np.zeros(-(-columns // 8), np.uint64)
+    marks, some = words.view(np.uint8), np.empty(len(words), np.int64)
     found = 0
-    for row in range(packed.shape[0]):
+    for row in range(rows):
         crow[row] = start + found
-        for place in range(packed.shape[1]):
-            left = packed[row, place]
+        for column in range(columns):
+            marks[column] = ordered[row, column] > max(of_rows[row], of_columns[column])
+        count = 0
+        for place in range(len(words)):  # few have a mark, and which cannot be guessed: no branch
+            some[count] = place
+            count += words[place] != 0
+        for number in range(count):
+            left = words[some[number]]
             while left:
-                col[found] = 8 * place + _FIRST_BIT[left]
-                left &= np.uint8(left - np.uint8(1))
+                below = (left - _ONE) & ~left
+                col[found] = 8 * some[number] + np.int64((below & _ONES) * _ONES >> _TOP)  # bytes below the lowest 1
                 found += 1
+                left &= left - _ONE
     return start + found
 
 

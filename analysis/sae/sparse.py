@@ -150,7 +150,7 @@ def above(pre: Tensor, limits: Tensor) -> Pattern:
         return _pattern(pre > limits)
     # not negative floats sort like their bits, and negative ones have the sign bit set
     ordered, cut = (_bits(pre), _bits(limits)) if pre.dtype == torch.bfloat16 else (pre.numpy(), limits.numpy())
-    return _marked(part > cut for part in _slices(ordered))
+    return _above(((part, np.zeros(len(part), cut.dtype)) for part in _slices(ordered)), cut)
 
 
 def largest_of_rows(pre: Tensor, count: int) -> Pattern:
@@ -161,11 +161,15 @@ def largest_of_rows(pre: Tensor, count: int) -> Pattern:
         return _pattern((pre >= cut) & (pre > 0))
     # among negative bfloat16 values the order of the bits is reversed, but those are left out anyway
     ordered = _bits(pre) if pre.dtype == torch.bfloat16 else pre.numpy()
-    smallest = ordered.dtype.type(1) if ordered.dtype == np.int16 else np.nextafter(np.float32(0), np.float32(1))
     place = d_sae - count
-    return _marked(
-        part >= np.maximum(np.partition(part, place, axis=1)[:, place, None], smallest) for part in _slices(ordered)
-    )
+
+    def limit(part: NDArray[Any]) -> NDArray[Any]:
+        cut = np.partition(part, place, axis=1)[:, place]
+        if cut.dtype == np.int16:  # those above what is just below the cut are those at it
+            return np.asarray(np.maximum(cut, 1) - 1)
+        return np.maximum(np.nextafter(cut, np.float32(-1)), 0)
+
+    return _above(((part, limit(part)) for part in _slices(ordered)), np.zeros(d_sae, ordered.dtype))
 
 
 def _bits(x: Tensor) -> NDArray[Any]:
@@ -182,15 +186,13 @@ def _pattern(mask: Tensor) -> Pattern:
     return torch.searchsorted(row, torch.arange(len(mask) + 1, device=row.device)), col.int()
 
 
-def _marked(masks: Iterable[NDArray[np.bool_]]) -> Pattern:
-    """The marked places of masks that follow each other; eight times as fast as Tensor.nonzero for a few."""
+def _above(parts: Iterable[tuple[NDArray[Any], NDArray[Any]]], of_columns: NDArray[Any]) -> Pattern:
+    """The entries of successive rows above the limits of their row, given with them, and of their column."""
     crow, col, total = [], [], 0
-    found = np.empty(0, np.int32)
-    for mask in masks:
-        if found.size < mask.size:
-            found = np.empty(mask.size, np.int32)
-        starts = np.empty(len(mask), np.int64)
-        stop = kernels.marked(np.packbits(mask, axis=1, bitorder="little"), total, starts, found)
+    found = np.empty(_MARKED_ROWS * len(of_columns), np.int32)
+    for part, of_rows in parts:
+        starts = np.empty(len(part), np.int64)
+        stop = kernels.above(part, of_rows, of_columns, total, starts, found)
         crow.append(starts)
         col.append(found[: stop - total].copy())
         total = stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -73,8 +74,10 @@ def refused_prompts(refused: Refused, write_prompts: Callable[..., Path], write_
         ),
         ({"capture": {"hooks": ["resid"]}}, ["'resid'", "blocks.{0..5}.hook_resid_post"]),
         ({"capture": {"hooks": []}}, ["capture.hooks"]),
+        ({"capture": {"hooks": "blocks.0.hook_resid_post"}}, ["capture.hooks: Input should be a list"]),
         ({"capture": {"positions": [2]}}, ["capture.positions", "'b'", "2 tokens"]),
-        ({"capture": {"positions": "some"}}, ["capture.positions", "'some'"]),
+        ({"capture": {"positions": "some"}}, ["capture.positions: give 'all', ", "or a list of positions", "'some'"]),
+        ({"capture": {"positions": []}}, ["capture.positions: give 'all', ", "or a list of positions", "[]"]),
         ({"capture": {"positions": "generated"}}, ["capture.positions", "selects no token"]),
         ({"capture": {"hook": "x"}}, ["capture.hook", "Extra inputs"]),
         ({"prompts": {"path": "nowhere.jsonl"}}, ["'nowhere.jsonl'", "does not exist"]),
@@ -97,6 +100,8 @@ def refused_prompts(refused: Refused, write_prompts: Callable[..., Path], write_
         ({"prompts": {"metadata": ["mark", "mark"]}}, ["mark, mark", "twice"]),
         ({"engine": {"nonsense": 1}}, ["engine.nonsense"]),
         ({"engine": {"dtype": "bfloat16"}}, ["engine.dtype", "set by Millpond"]),
+        ({"destination": {"reuse": ["gone"]}}, ["destination.reuse.0", "'gone'", "no runs yet"]),
+        ({"engine": {"tensor_parallel_size": "two"}}, ["engine.tensor_parallel_size", "'two'"]),
         ({"engine": {"data_parallel_size": 0}}, ["engine.data_parallel_size", "0", "from 1 to"]),
         ({"engine": {"data_parallel_rank": 1}}, ["engine.data_parallel_rank", "one machine"]),
         ({"engine": {"max_model_len": 1000}}, ["engine.max_model_len", "1000", "512"]),
@@ -111,6 +116,36 @@ def test_a_bad_field_is_refused_by_name(
 ) -> None:
     refused_prompts(GOOD, *words, **sections)
     assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, ["intervene.0.op: Field required"]),
+        ({"op": "steer"}, ["intervene.0.op", "'add', 'ablate'", "'steer'"]),
+        ({"op": "add", "vector": [1.0, 2.0]}, ["intervene.0", "vector has 2 numbers", "256"]),
+        ({"op": "add", "vector": "truth"}, ["intervene.0", "no lake", "'truth'"]),
+        ({"op": "add", "vector": [1.0] * 256, "hook": "blocks.6.hook_resid_post"}, ["intervene.0", "'blocks.6."]),
+        (
+            {"op": "add", "vector": [1.0] * 256, "positions": [3, 4]},
+            ["intervene.0", "(3, 4)", "no token of any prompt"],
+        ),
+        ({"op": "ablate", "vector": [0.0] * 256}, ["intervene.0", ": vector is zero"]),
+    ],
+)
+def test_a_bad_intervention_is_refused_by_number(
+    asked: dict[str, Any],
+    words: list[str],
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    refused: Refused,
+) -> None:
+    job = write_job(write_prompts(GOOD))
+    fields = {"hook": "blocks.0.hook_resid_post", **asked}
+    job.write_text(
+        job.read_text() + "\n[[intervene]]\n" + "\n".join(f"{key} = {json.dumps(v)}" for key, v in fields.items())
+    )
+    refused(job, *words)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +221,9 @@ def test_models_that_cannot_be_used_are_refused(
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(config.replace('"num_hidden_layers": 6', '"num_hidden_layers": "x"'))
     refused(job, "config.json")
-    (model / "config.json").write_text(config.replace('"num_hidden_layers"', '"num_local_experts": 8, "num_hidden_layers"'))
+    (model / "config.json").write_text(
+        config.replace('"num_hidden_layers"', '"num_local_experts": 8, "num_hidden_layers"')
+    )
     experts = write_job(write_prompts(GOOD), model={"path": str(model)}, engine={"data_parallel_size": 2})
     refused(experts, "engine.data_parallel_size is 2", "mixture of experts", "several captures")
     job = write_job(write_prompts(GOOD), model={"path": str(model)})
