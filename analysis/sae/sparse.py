@@ -78,9 +78,7 @@ def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             size = (len(left), len(right))
-            pattern = torch.sparse_csr_tensor(
-                crow.int(), col, torch.zeros_like(values), size, check_invariants=False
-            )
+            pattern = torch.sparse_csr_tensor(crow.int(), col, torch.zeros_like(values), size, check_invariants=False)
         values += torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
         return
     arrays = [tensor.numpy() for tensor in (crow, col, left, right)]
@@ -93,7 +91,11 @@ def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: 
     if count == 1:
         work(0, n)
     else:
-        list(_threads(count).map(work, *zip(*((n * i // count, n * (i + 1) // count) for i in range(count)), strict=True)))
+        list(
+            _threads(count).map(
+                work, *zip(*((n * i // count, n * (i + 1) // count) for i in range(count)), strict=True)
+            )
+        )
 
 
 @cache
