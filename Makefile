@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo up test test-gpu soak docs screenshots check lint types layers format clean help
+.PHONY: demo up test test-gpu test-vllm-next soak docs screenshots check lint types layers format clean help
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,10 @@ test: ## install, then run every test
 test-gpu: ## install, then the tests that need a CUDA GPU
 	$(PYTHON) tools/install.py --for test
 	$(BIN)/python -m pytest -m gpu
+
+test-vllm-next: ## install, fetch vLLM 0.33's code, then run capture's tests on it
+	$(PYTHON) tools/install.py --for test
+	$(BIN)/python tools/vllm_next.py
 
 soak: ## install, then an hour or two of random traffic, kills and races, everything checked
 	$(PYTHON) tools/install.py --for test
@@ -53,4 +57,4 @@ format: ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean: ## remove what the commands above made
-	rm -rf .venv .venv-sae-peers demo dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-sae-peers .vllm-next demo dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

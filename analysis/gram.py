@@ -34,6 +34,7 @@ class UpperGram:
         self._buffer: Any = None
         self._filled = 0
 
+    @np.errstate(over="ignore", invalid="ignore")
     def update(self, x: NDArray[Any]) -> None:
         """Take in rows (n, width), float32 or float64."""
         if not self.coarse:
@@ -102,10 +103,14 @@ def _slice_rows(x: Rows) -> int:
     return max(1024, min(8192, (32 << 20) // (4 * x.shape[1])))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def covariance_of(
     found: tuple[int, NDArray[np.float64], tuple[NDArray[Any], ...]],
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """Rows, mean and covariance (n - 1) of what `Covariance` summed; the mean is that of the shifted rows."""
+    """Rows, mean and covariance (n - 1) of what `Covariance` summed; the mean is that of the shifted rows.
+
+    Where squares have overflowed, the covariance is not finite.
+    """
     n, total, parts = found
     mean = total / n
     out = whole(parts, len(total))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 Hooks = str | Iterable[str]
 
+_UNTOLD = np.errstate(over="ignore", invalid="ignore")
+"""What overflows is found in the sums, and refused by name."""
 _SUMS = ("n", "sum", "squares", "norms")
 
 
@@ -172,7 +174,11 @@ def _together(run: Run, names: Sequence[str]) -> AlignedRows:
 
 def _check_finite(values: NDArray[Any], run: Run, name: str) -> None:
     if not np.isfinite(values).all():
-        raise InvalidInput(f"{name} of run {run.name!r} holds NaN or infinity; millpond verify says where")
+        raise InvalidInput(
+            f"{name} of run {run.name!r} holds NaN, infinity, or values so large (from about 1e17) that float32 does not hold "
+            "sums of their squares; millpond verify says where the first two are, run.stats[hook].max_abs which dimensions are "
+            "that large"
+        )
 
 
 def _result(kind: str, run: Run, names: Sequence[str], values: dict[str, Any], *, read: int, **more: Any) -> Result:
@@ -189,6 +195,7 @@ def _result(kind: str, run: Run, names: Sequence[str], values: dict[str, Any], *
     return Result(kind, values, evidence=evidence, provenance=about | more)
 
 
+@_UNTOLD
 def _moments(shift: Vector, x: Rows) -> dict[str, Any]:
     sums: dict[str, Any] = {
         "n": len(x), "sum": np.zeros(len(shift)), "squares": np.zeros(len(shift)), "norms": 0.0,
@@ -215,11 +222,17 @@ def _merge_moments(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any
 def _cosines(state: None, *hooks: Rows) -> tuple[int, Vector]:
     total = np.zeros((len(hooks), len(hooks)))
     for together in zip(*(tiles(x, rows=64) for x in hooks), strict=True):
-        units = [tile / np.maximum(np.linalg.norm(tile, axis=1, keepdims=True), 1e-30) for _, tile in together]
+        units = [_units(tile) for _, tile in together]
         for i, left in enumerate(units):
             for j in range(i, len(units)):
                 total[i, j] += float(np.vdot(left, units[j]))
     return len(hooks[0]), np.triu(total) + np.triu(total, 1).T
+
+
+def _units(tile: NDArray[Any]) -> NDArray[Any]:
+    norms = np.sqrt(np.einsum("ij,ij->i", tile, tile, dtype=np.float64))[:, None]
+    units: NDArray[Any] = tile / np.maximum(norms, 1e-30).astype(tile.dtype)
+    return units
 
 
 def _first_means(state: None, *hooks: Rows) -> Vector:
@@ -262,6 +275,7 @@ def _plus_plus(sample: Vector, k: int, rng: np.random.Generator) -> Vector:
     return np.stack(chosen)
 
 
+@_UNTOLD
 def _assign(centroids: Vector, x: Rows, numbers: NDArray[Any]) -> tuple[Vector, NDArray[np.int64], float]:
     """Sum of rows less their centroid, rows, and squared distances, by nearest centroid."""
     k = len(centroids)
@@ -270,7 +284,10 @@ def _assign(centroids: Vector, x: Rows, numbers: NDArray[Any]) -> tuple[Vector, 
     around = centroids - center
     half = np.square(around).sum(axis=1) / 2
     for _, tile in tiles(x, center, rows=1024):
-        nearest = (tile @ around.T.astype(tile.dtype) - half.astype(tile.dtype)).argmax(axis=1)
+        closeness = tile @ around.T.astype(tile.dtype) - half.astype(tile.dtype)
+        if not np.isfinite(closeness).all():  # of which the largest would be none
+            return np.full(centroids.shape, np.nan), counts, np.nan
+        nearest = closeness.argmax(axis=1)
         tile -= around.astype(tile.dtype)[nearest]
         inertia += float(np.einsum("ij,ij->", tile, tile, dtype=np.float64))
         one_hot = (nearest[:, None] == np.arange(k)).astype(tile.dtype)

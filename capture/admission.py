@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -22,6 +23,15 @@ _SETTINGS = {
     "lake", "run", "hooks", "request_bytes", "queue_bytes", "commit_seconds",
     "device_taps", "staging_rows", "edits_per_token", "vectors_per_request", "saes", "latents_per_request",
 }  # fmt: skip
+
+
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """What is refused inside is refused with the field's name."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise type(error)(f"{field}: {error}") from error
 
 
 def model_hooks(patterns: Iterable[str], n_layers: int, where: str = "the model offers") -> tuple[str, ...]:
@@ -214,11 +224,12 @@ class EngineFacts:
         at_hook: Counter[str] = Counter()
         banked: set[BankRows] = set()
         spliced: set[str] = set()
-        for intervention in args.intervene:
+        for number, intervention in enumerate(args.intervene):
             length = n_prompt if isinstance(intervention, Patch) else 0
             for hook in match_hooks(intervention.hook, self.hooks, "intervene: the engine has taps at"):
                 if not self.on_device or isinstance(intervention, SpliceSae):
-                    self._edit(intervention, hook, length)
+                    with naming(f"intervene.{number}"):
+                        self._edit(intervention, hook, length)
                 if self.on_device and isinstance(intervention, SpliceSae):
                     if hook in spliced or at_hook[hook]:
                         raise InvalidInput(
@@ -228,7 +239,8 @@ class EngineFacts:
                     self._check_splice(intervention, hook)
                     spliced.add(hook)
                 elif self.on_device:
-                    banked.add(self._rows(intervention, hook, length))
+                    with naming(f"intervene.{number}"):
+                        banked.add(self._rows(intervention, hook, length))
                     at_hook[hook] += 1
             if (
                 self.on_device

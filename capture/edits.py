@@ -98,7 +98,7 @@ class Edits:
 
     def _vector(self, vector: str | tuple[float, ...]) -> Tensor:
         if isinstance(vector, str):
-            values = load_artifact(self._needs_lake(), vector, "vector").arrays()["vector"]
+            values = load_artifact(self._needs_lake(vector), vector, "vector").arrays()["vector"]
             what = f"vector {vector!r}"
         else:
             values = np.array(vector, np.float32)
@@ -119,7 +119,7 @@ class Edits:
 
     def _patch_rows(self, patch: Patch, hook: str, n_prompt: int) -> dict[int, Tensor]:
         """The stored row (d_model,) that each position gets."""
-        run = self._needs_lake()[patch.run]
+        run = self._needs_lake(patch.run)[patch.run]
         run.match(hook)
         if run.d_model != self._d_model:
             raise InvalidInput(f"run {patch.run!r} has d_model {run.d_model}; the model's is {self._d_model}")
@@ -163,12 +163,12 @@ class Edits:
         return splice_in
 
     def _load_sae(self, name: str) -> StoredSae:
-        sae = StoredSae(load_artifact(self._needs_lake(), name, "sae"))
+        sae = StoredSae(load_artifact(self._needs_lake(name), name, "sae"))
         if sae.d_in != self._d_model:
             raise InvalidInput(f"SAE {name!r} takes {sae.d_in} dimensions; the model's d_model is {self._d_model}")
         return sae
 
-    def _needs_lake(self) -> Lake:
+    def _needs_lake(self, name: str) -> Lake:
         if self._lake is None:
-            raise InvalidInput("the engine has no lake, so that nothing can be named; send the vector's numbers")
+            raise InvalidInput(f"there is no lake that could hold {name!r}; save it in one, or give a vector's numbers")
         return self._lake

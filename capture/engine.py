@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from millpond.capture.adapters import Adapter, engine_rank
+from millpond.capture.data_parallel import DataParallelEngines
+from millpond.capture.engine_errors import EngineErrors, one_line, with_remedy
 from millpond.capture.interrupts import blocked
 from millpond.capture.plan import ModelFacts
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
@@ -63,8 +65,22 @@ class GenerateRequest:
         return f"{self.job}:{self.prompt}:{self.sample}"
 
 
+@dataclass(frozen=True)
+class LossRequest:
+    """One prompt whose losses are asked for."""
+
+    name: str
+    """Unique in the engine."""
+    token_ids: list[int]
+    asked: RequestArgs
+    """What is changed."""
+    adapter: Adapter | None = None
+
+
 class CaptureEngine:
     """A vLLM engine in a process of its own, whose worker captures into the runs it is told of.
+
+    With `data_parallel_size` among the arguments there are so many, each of which writes segments of its own.
 
     Args:
         model: what runs.
@@ -75,6 +91,9 @@ class CaptureEngine:
         max_rank: the largest rank of an adapter.
         edits_per_token: most interventions of one request at one hook; 0 leaves them out of CUDA graphs.
         saes: splices that requests may ask for, which are part of CUDA graphs.
+
+    Raises:
+        CaptureFailed: it did not start.
     """
 
     def __init__(
@@ -124,14 +143,22 @@ class CaptureEngine:
             "additional_config": {"millpond": {"lake": lake, "hooks": list(hooks), **device}},
         }
         self.hooks = tuple(hooks)
+        self.saes = frozenset((one.hook, one.artifact) for one in saes)
         self.on_device = not current_platform.is_cpu()
         self.max_num_seqs = int(settings["max_num_seqs"])
         self.max_adapters = max_adapters
         self.max_rank = engine_rank(max_rank) if max_adapters else 0
         self._adapter_numbers: dict[Path, int] = {}
         self._committed = (0, 0)
-        with blocked():
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        self._errors = EngineErrors()
+        try:
+            with blocked(), self._errors.heard():
+                self._engine = LLMEngine.from_engine_args(EngineArgs(**settings))
+        except Exception as error:
+            reason = self._reason(error)
+            self._errors.close()
+            raise CaptureFailed(f"the engine did not start: {reason}") from error
+        self._ranks = DataParallelEngines(self._engine)
 
     def run(
         self, requests: Iterator[CaptureRequest], check: Callable[[], None]
@@ -139,7 +166,7 @@ class CaptureEngine:
         """Capture `requests`, and yield each with all its tokens once it is on its way to the lake.
 
         `check` is called between steps; what it raises ends the capture, and the requests under way are forgotten.
-        At most four times `max_num_seqs` requests wait in the engine, however many there are.
+        At most four times `max_num_seqs` requests wait in each engine, however many there are.
 
         Raises:
             CaptureFailed: the engine, the worker or the lake failed.
@@ -149,7 +176,7 @@ class CaptureEngine:
         try:
             while True:
                 check()
-                for request in islice(requests, 4 * self.max_num_seqs - len(waiting)):
+                for request in islice(requests, self._room - len(waiting)):
                     self._add(request)
                     waiting[request.capture_id] = request
                 if not waiting:
@@ -157,6 +184,7 @@ class CaptureEngine:
                 for output in self._engine.step():
                     if output.finished:
                         request = waiting.pop(output.request_id)
+                        self._ranks.ended(output.request_id)
                         generated = output.outputs[0].token_ids if request.max_new_tokens else []
                         finished.append((request, [*request.token_ids, *generated]))
                 if len(finished) >= _CONFIRM_EVERY or (finished and not waiting):
@@ -166,7 +194,7 @@ class CaptureEngine:
         except CaptureFailed:
             raise
         except Exception as error:
-            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
         finally:
             left = [*waiting, *(request.capture_id for request, _ in finished)]
             if left:
@@ -190,7 +218,7 @@ class CaptureEngine:
         try:
             while True:
                 check()
-                for request in islice(requests, 4 * self.max_num_seqs - len(waiting)):
+                for request in islice(requests, self._room - len(waiting)):
                     wanted = request.sampling
                     parameters = SamplingParams(
                         temperature=wanted.temperature,
@@ -202,18 +230,14 @@ class CaptureEngine:
                         extra_args={"millpond": request.asked.model_dump(mode="json", exclude_none=True)},
                     )
                     waiting[request.request_id] = request
-                    self._engine.add_request(
-                        request.request_id,
-                        {"prompt_token_ids": request.token_ids},
-                        parameters,
-                        lora_request=self._lora(request.adapter),
-                    )
+                    self._ranks.add(request.request_id, request.token_ids, parameters, self._lora(request.adapter))
                 if not waiting:
                     break
                 for output in self._engine.step():
                     if output.finished:
                         (made,) = output.outputs
                         request = waiting.pop(output.request_id)
+                        self._ranks.ended(output.request_id)
                         if request.asked.capture is not None:
                             unconfirmed.append((request.request_id, len(request.token_ids) + len(made.token_ids)))
                         yield request, made.text, list(made.token_ids)
@@ -223,11 +247,63 @@ class CaptureEngine:
         except CaptureFailed:
             raise
         except Exception as error:
-            raise CaptureFailed(f"the engine failed: {_reason(error)}") from error
+            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
         finally:
             left = [*waiting, *(name for name, _ in unconfirmed)]
             if left:
                 self._forget(left)
+
+    def losses(
+        self, requests: Iterator[LossRequest], check: Callable[[], None]
+    ) -> Iterator[tuple[LossRequest, list[float]]]:
+        """Yield each request with the loss in nats of every token of its prompt but the first.
+
+        `check` is called between steps; what it raises ends it.
+
+        Raises:
+            CaptureFailed: the engine failed.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        waiting: dict[str, LossRequest] = {}
+        try:
+            while True:
+                check()
+                for request in islice(requests, self._room - len(waiting)):
+                    asked = (
+                        request.asked.model_dump(mode="json", exclude_none=True) if request.asked.intervene else None
+                    )
+                    parameters = SamplingParams(
+                        temperature=0.0,
+                        max_tokens=1,  # vLLM always draws one
+                        prompt_logprobs=0,
+                        detokenize=False,
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                        extra_args=None if asked is None else {"millpond": asked},
+                    )
+                    waiting[request.name] = request
+                    self._ranks.add(request.name, request.token_ids, parameters, self._lora(request.adapter))
+                if not waiting:
+                    break
+                for output in self._engine.step():
+                    if output.finished:
+                        request = waiting.pop(output.request_id)
+                        self._ranks.ended(output.request_id)
+                        told = zip(request.token_ids[1:], output.prompt_logprobs[1:], strict=True)
+                        yield request, [-logprobs[token].logprob for token, logprobs in told]
+        except CaptureFailed:
+            raise
+        except Exception as error:
+            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
+        finally:
+            if waiting:
+                self._forget(list(waiting))
+
+    @property
+    def _room(self) -> int:
+        """Requests that may wait in the engines."""
+        return 4 * self.max_num_seqs * self._ranks.count
 
     def _lora(self, adapter: Adapter | None) -> Any:
         """The request for an adapter as vLLM takes it; None for none."""
@@ -253,32 +329,29 @@ class CaptureEngine:
             detokenize=False,
             extra_args={"millpond": asked},
         )
-        self._engine.add_request(
-            request.capture_id,
-            {"prompt_token_ids": request.token_ids},
-            parameters,
-            lora_request=self._lora(request.adapter),
-        )
+        self._ranks.add(request.capture_id, request.token_ids, parameters, self._lora(request.adapter))
 
     def _confirm(self, pairs: list[tuple[str, int]]) -> None:
         """Tell the worker of ended requests: the capture id of each, and how many tokens it has."""
         answers: dict[str, dict[str, Any]] = {}
-        for answer in self._engine.collective_rpc("millpond_confirm", args=(pairs,)):
+        for answer in chain(*self._ranks.call("millpond_confirm", pairs)):
             answers |= answer
         for capture_id, _ in pairs:
             if capture_id not in answers:
                 raise CaptureFailed(f"request {capture_id!r} never reached the worker")
             if answers[capture_id]["error"]:
                 raise CaptureFailed(answers[capture_id]["error"])
-        for answer in self._engine.collective_rpc("millpond_poll"):
+        for answer in chain(*self._ranks.call("millpond_poll")):
             for reason in answer["failed"].values():
                 raise CaptureFailed(reason)
 
     def _forget(self, capture_ids: list[str]) -> None:
         """Abort requests and let the worker drop what it kept of them; nothing if the engine is gone."""
+        for capture_id in capture_ids:
+            self._ranks.ended(capture_id)
         try:
             self._engine.abort_request(capture_ids)
-            self._engine.collective_rpc("millpond_drop", args=(capture_ids,))
+            self._ranks.call("millpond_drop", capture_ids)
         except Exception:  # noqa: S110 - what ended the capture is already being raised
             pass
 
@@ -288,9 +361,11 @@ class CaptureEngine:
         Raises:
             CaptureFailed: the lake could not be written.
         """
-        ((rows, prompts, problem), *_) = self._engine.collective_rpc("millpond_commit")
-        if problem:
-            raise CaptureFailed(problem)
+        first_workers = [answers[0] for answers in self._ranks.call("millpond_commit")]  # which write
+        for _, _, problem in first_workers:
+            if problem:
+                raise CaptureFailed(problem)
+        rows, prompts = (sum(counts) for counts in list(zip(*first_workers, strict=True))[:2])
         before, self._committed = self._committed, (rows, prompts)
         return rows - before[0], prompts - before[1]
 
@@ -312,14 +387,14 @@ class CaptureEngine:
 
     def _call(self, method: str, *arguments: Any) -> None:
         try:
-            self._engine.collective_rpc(method, args=arguments)
+            self._ranks.call(method, *arguments)
         except Exception as error:
-            raise CaptureFailed(f"the engine died: {_reason(error)}") from error
+            raise CaptureFailed(f"the engine died: {self._reason(error)}") from error
+
+    def _reason(self, error: Exception) -> str:
+        return self._errors.cause() or with_remedy(one_line(error))
 
     def close(self) -> None:
-        """End the engine's process."""
+        """End the engine's processes."""
         self._engine.engine_core.shutdown()
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        self._errors.close()

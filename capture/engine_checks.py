@@ -49,3 +49,22 @@ def check_engine(config: Any, *, on_device: bool) -> None:
         raise InvalidInput("enable_prompt_embeds is not supported with capture: rows need tokens; leave it out")
     if on_device and config.model_config.is_encoder_decoder:
         raise InvalidInput("encoder-decoder models are not supported with capture")
+
+
+def check_attention(config: Any) -> None:
+    """Check that there are attention kernels for a model that is loaded; vLLM's CPU engine would die at the first step.
+
+    Args:
+        config: vLLM's configuration, in which the model's attention layers have put themselves.
+
+    Raises:
+        InvalidInput: there are none.
+    """
+    for layer in config.compilation_config.static_forward_context.values():
+        backend, size = getattr(layer, "attn_backend", None), getattr(layer, "head_size", None)
+        if backend is not None and size is not None and not backend.supports_head_size(size):
+            sizes = ", ".join(map(str, backend.get_supported_head_sizes()))
+            raise InvalidInput(
+                f"the model has attention heads of size {size}; vLLM's {backend.get_name()} kernels take {sizes}: use another "
+                "model, or a GPU"
+            )

@@ -94,11 +94,9 @@ def run_capture(
     try:
         lake = open_lake(destination.lake, create=True)
         _check_quota(lake, plan, resume)
-        parts = [_part(lake, plan, target, resume) for target in plan.targets]
-        made = [part for part in parts if part.made]
         with ExitStack() as locks:
             checks = [locks.enter_context(held_back())]
-            checks += [locks.enter_context(only_capture(part.storage)) for part in parts]
+            parts = _take_runs(lake, plan, resume, locks, checks)
 
             def check() -> None:
                 for one in checks:
@@ -110,8 +108,9 @@ def run_capture(
                 raise
             except Exception as error:
                 if not keep and not isinstance(error, _SealingFailed):
-                    for part in made:
-                        lake.delete(part.target.run)
+                    for part in parts:
+                        if part.made:
+                            lake.delete(part.target.run)
                 raise
     except (CaptureFailed, InvalidInput, LeaseLost):
         raise
@@ -279,6 +278,33 @@ def _check_quota(lake: Lake, plan: CapturePlan, resume: bool) -> None:
     check_quota(lake, more)
 
 
+def _take_runs(
+    lake: Lake, plan: CapturePlan, resume: bool, locks: ExitStack, checks: list[Callable[[], None]]
+) -> list[_Part]:
+    """The runs of all targets, each held by this capture; if one cannot be had, those that were made are removed again.
+
+    Args:
+        lake: where they are.
+        plan: of the job.
+        resume: take those that an interrupted capture of the same job left.
+        locks: ends the capture's hold on them.
+        checks: gets what checks that they are still held.
+    """
+    parts: list[_Part] = []
+    with ExitStack() as undo:
+        for target in plan.targets:
+            part = _part(lake, plan, target, resume)
+            checks.append(locks.enter_context(only_capture(part.storage)))
+            if part.made:  # only what is held is removed: another capture may go on with it
+                undo.callback(lake.delete, target.run)
+                if plan.job.destination.consumed_by:
+                    grace = read_configuration(lake).collection_grace_s
+                    lake.retain(target.run, plan.job.destination.consumed_by, grace_s=grace)
+            parts.append(part)
+        undo.pop_all()
+    return parts
+
+
 def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
     """The run of one target: made, or what an interrupted capture of the same job left of it."""
     provenance = _provenance(plan, target)
@@ -295,9 +321,6 @@ def _part(lake: Lake, plan: CapturePlan, target: Target, resume: bool) -> _Part:
             provenance=provenance,
             reads=plan.reads,
         )
-        if destination.consumed_by:
-            grace = read_configuration(lake).collection_grace_s
-            lake.retain(target.run, destination.consumed_by, grace_s=grace)
         return _Part(target, storage, provenance, made=True, sealed=False, done={})
     run = lake[target.run]
     if (run.hooks, run.plan.spec.reads) != (plan.hooks, plan.reads) or run.provenance.get("fingerprint") != provenance[

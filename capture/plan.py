@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from millpond.capture.adapters import Adapter, engine_rank, read_adapter
-from millpond.capture.admission import EngineFacts, model_hooks
+from millpond.capture.admission import EngineFacts, model_hooks, naming
 from millpond.capture.prompt_file import Prompts, read_prompts
 from millpond.capture.versions import check_vllm_version, set_environment
 from millpond.store.capture_spec import CaptureJob
 from millpond.store.dtypes import STORED_AS, check_dtype
-from millpond.store.errors import InvalidInput, StorageFailed
-from millpond.store.hooks import hook_sort_key
+from millpond.store.errors import InvalidInput, RunNotFound, StorageFailed
+from millpond.store.hooks import hook_sort_key, summarize_hooks
 from millpond.store.interventions import Patch
 from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
@@ -28,6 +28,9 @@ from millpond.store.reads import ReadSpec
 from millpond.store.reprs import human_bytes, read_text
 
 _SET_BY_MILLPOND = ("model", "dtype", "worker_cls", "worker_extension_cls", "additional_config")
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_COUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", *_PARALLEL)
+_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")  # as vLLM finds them
 _PATIENCE_SECONDS = 10.0  # for a store to answer while a job is checked
 
 
@@ -101,7 +104,7 @@ class CapturePlan:
         return "\n".join(
             [
                 f"model    {self.model.architecture}, {self.model.n_layers} layers, d_model {self.model.d_model}, {self.model.dtype}",
-                *([f"hooks    {len(self.hooks)}: {self.hooks[0]} to {self.hooks[-1]}"] if self.hooks else []),
+                *([f"hooks    {len(self.hooks)}: {summarize_hooks(self.hooks)}"] if self.hooks else []),
                 *(f"read     {read_text(read)}" for read in self.reads),
                 f"prompts  {len(self.prompts.ids):,}, {self.prompts.n_tokens:,} tokens",
                 f"rows     {most}{self.rows:,} a hook, {most}{human_bytes(self.bytes)} in all",
@@ -153,7 +156,7 @@ def read_model_facts(job: CaptureJob) -> ModelFacts:
         folder=folder,
         n_layers=n_layers,
         d_model=d_model,
-        context=_check_engine(job, context),
+        context=_check_engine(job, context, any(getattr(text, name, None) for name in _EXPERTS)),
         vocab_size=vocab_size,
         dtype=check_dtype(dtype.removeprefix("torch.")),
         weight_bytes=sum(path.stat().st_size for path in weights),
@@ -161,7 +164,7 @@ def read_model_facts(job: CaptureJob) -> ModelFacts:
     )
 
 
-def _check_engine(job: CaptureJob, context: int) -> int:
+def _check_engine(job: CaptureJob, context: int, has_experts: bool) -> int:
     """The longest sequence that the engine of `job` will take, in tokens, after checking its other arguments."""
     if not job.engine:
         return context
@@ -175,14 +178,19 @@ def _check_engine(job: CaptureJob, context: int) -> int:
             raise InvalidInput(f"engine.{name} is set by Millpond; leave it out (model and dtype belong into [model])")
         if name not in known:
             raise InvalidInput(f"engine.{name} is no engine argument of this vLLM; check its name")
-        if name == "data_parallel_size" and value != 1:
-            raise InvalidInput(f"engine.{name} is {value!r}; start several captures, which may share the lake")
+        if name.startswith("data_parallel_") and name != "data_parallel_size":
+            raise InvalidInput(f"engine.{name} cannot be set: a job's engines run on one machine; leave it out")
         if name == "speculative_config":
             raise InvalidInput("engine.speculative_config cannot be combined with capture yet; leave it out")
-        if name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-            limit = context if name == "max_model_len" else 1 << 20
+        if name in _COUNTS:
+            limit = context if name == "max_model_len" else 1024 if name in _PARALLEL else 1 << 20
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
                 raise InvalidInput(f"engine.{name} is {value!r}; give a whole number from 1 to {limit}")
+        if name == "data_parallel_size" and value > 1 and has_experts:
+            raise InvalidInput(
+                f"engine.{name} is {value}: engines of a mixture of experts compute every step together, which capture does not "
+                "support; leave it out, and start several captures, which may share the lake"
+            )
     return int(job.engine.get("max_model_len", context))
 
 
@@ -221,6 +229,13 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
         )
     targets = _targets(job)
     facts = _facts(job, model)
+    for number, name in enumerate(job.destination.reuse):
+        if facts.lake is None or name not in facts.lake:
+            held = ", ".join(facts.lake.runs()[:10]) if facts.lake is not None else ""
+            raise RunNotFound(
+                f"destination.reuse.{number}: lake {job.destination.lake!r} has no run {name!r}; it holds {held or 'no runs yet'}: "
+                "leave it out or name another"
+            )
     reads = facts.readers.resolve(job.capture.reads, facts.hooks)
     taps = {*hooks, *(read.hook for read in reads), *_check_interventions(job, facts, model.n_layers, prompts)}
     ordered = tuple(sorted(taps, key=hook_sort_key))
@@ -245,12 +260,18 @@ def _facts(job: CaptureJob, model: ModelFacts) -> EngineFacts:
 def _check_interventions(job: CaptureJob, facts: EngineFacts, n_layers: int, prompts: Prompts) -> set[str]:
     """The hooks that are intervened at, after checking that every intervention can be made."""
     taps = set()
-    for intervention in job.intervene:
-        where = f"intervene: model {job.model.path!r} offers"
-        for hook in model_hooks([intervention.hook], n_layers, where):
-            taps.add(hook)
-            for tokens in prompts.token_ids if isinstance(intervention, Patch) else prompts.token_ids[:1]:
-                facts.edits.make(intervention, hook, len(tokens))
+    more = max(job.capture.max_new_tokens - 1, 0)
+    for number, intervention in enumerate(job.intervene):
+        where = f"model {job.model.path!r} offers"
+        with naming(f"intervene.{number}"):
+            for hook in model_hooks([intervention.hook], n_layers, where):
+                taps.add(hook)
+                for tokens in prompts.token_ids if isinstance(intervention, Patch) else prompts.token_ids[:1]:
+                    facts.edits.make(intervention, hook, len(tokens))
+            if not any(len(intervention.select(len(ids), 0, len(ids) + more)) for ids in prompts.token_ids):
+                raise InvalidInput(
+                    f"positions {intervention.positions!r} from position {intervention.first_position} are of no token of any prompt"
+                )
     return taps
 
 

@@ -11,6 +11,7 @@ from copy import copy
 from typing import Any
 
 from millpond.capture import lora_cpu, offline, serving
+from millpond.capture.engine_errors import note_errors
 from millpond.capture.versions import is_supported_vllm
 
 
@@ -21,6 +22,7 @@ def register() -> None:
     """
     if not is_supported_vllm():
         return
+    note_errors()
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.parallel_sampling import ParentRequest

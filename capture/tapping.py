@@ -19,7 +19,7 @@ from millpond.capture.claims import PromptClaims
 from millpond.capture.device_requests import DeviceFollower
 from millpond.capture.device_saes import DeviceSplice, LatentEdits
 from millpond.capture.device_tap import DeviceTaps
-from millpond.capture.engine_checks import check_engine
+from millpond.capture.engine_checks import check_attention, check_engine
 from millpond.capture.metrics import FOLDER, MetricsFile, capture_metrics
 from millpond.capture.requests import BankedEdit, BankedSplice, Following, PlannedEdit, PlannedRead, RequestFollower
 from millpond.capture.sink import LakeSink
@@ -33,6 +33,7 @@ from millpond.store.interventions import Patch, SpliceSae
 from millpond.store.logs import log_as_parent
 from millpond.store.reads import ReadSpec
 from millpond.store.segment import RunWriter
+from millpond.store.stats import compile_pass
 
 _ROOM_FOR_GENERATED = 64
 """Generated tokens of a request that there is room for from its beginning; most requests may generate more than they do."""
@@ -56,6 +57,7 @@ class Tapping:
         config = worker.vllm_config
         self._facts = facts = EngineFacts.of(config)
         check_engine(config, on_device=facts.on_device)
+        check_attention(config)
         self._runner = runner = worker.model_runner
         model = runner.get_model()  # without what records its graphs
         self._v2 = bool(worker.use_v2_model_runner)
@@ -84,6 +86,8 @@ class Tapping:
         else:
             self._follower = RequestFollower(taps.hooks, facts.d_model, dtype)
         writes = self._keeps and self._pipeline.rank_in_group == 0
+        if writes:
+            compile_pass()
         self._sink = LakeSink(self._open_run, facts.queue_bytes, facts.commit_seconds) if writes else None
         self._edit = lru_cache(maxsize=256)(facts.edits.make)
         self._rows = lru_cache(maxsize=256)(facts.edits.rows)

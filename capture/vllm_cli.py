@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from millpond.capture.engine_errors import EngineErrors, one_line
 from millpond.capture.metrics import FOLDER
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
 from millpond.store.errors import InvalidInput
@@ -137,9 +138,23 @@ def main() -> None:
     sys.argv[0] = "vllm"
     if sys.argv[1:2] == ["serve"]:
         sys.argv += memory_arguments(sys.argv[2:])
-    with TemporaryDirectory(prefix="millpond-metrics-") as folder:
-        os.environ.setdefault(FOLDER, folder)  # the engine's processes write there, and /metrics shows it
-        vllm_main()
+    errors = EngineErrors()
+    try:
+        with TemporaryDirectory(prefix="millpond-metrics-") as folder, errors.heard():
+            os.environ.setdefault(FOLDER, folder)  # the engine's processes write there, and /metrics shows it
+            try:
+                vllm_main()
+            except InvalidInput as error:
+                print(f"millpond: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+                sys.exit(2)
+            except Exception:
+                if errors.cause() is None:
+                    raise
+        cause = errors.cause()
+    finally:
+        errors.close()
+    if cause is not None:
+        sys.exit(f"millpond: the engine failed: {cause}")
 
 
 if __name__ == "__main__":

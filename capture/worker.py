@@ -53,8 +53,11 @@ class TapMethods:
         return self._millpond.statistics()
 
 
-class TapWorker(TapMethods, _base_worker()):  # type: ignore[misc]
+class TapWorker(_base_worker(), TapMethods):  # type: ignore[misc]
     """vLLM's own worker, with taps at the hook points named in `additional_config["millpond"]`.
+
+    vLLM adds an extension to the bases of its worker's class, and so to this one's: with `TapMethods` first
+    there would be no order of the bases.
 
     `additional_config` is part of vLLM's compilation cache key, so a cached graph without these taps
     is never loaded.

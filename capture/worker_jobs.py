@@ -22,6 +22,7 @@ from millpond.capture.generation import capture_like, run_generation
 from millpond.capture.interrupts import held_back
 from millpond.capture.job import CaptureSummary, run_capture
 from millpond.capture.judging import run_judging
+from millpond.capture.losses import run_losses
 from millpond.capture.plan import CapturePlan, ModelFacts, plan_capture, read_model_facts
 from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
 from millpond.store.errors import CaptureFailed, InvalidInput, LakeCorrupt, LeaseLost, RunBusy
@@ -30,13 +31,14 @@ from millpond.store.hooks import summarize_hooks
 from millpond.store.interventions import SpliceSae
 from millpond.store.lake import open_lake
 from millpond.store.logs import of_job
+from millpond.store.losses import LossJob
 from millpond.store.objects import open_storage
 from millpond.store.posix import LocalStorage
 from millpond.store.queue import JobQueue, QueuedJob
 
 logger = logging.getLogger(__name__)
 Parsed = TypeVar("Parsed", bound=BaseModel)
-KINDS = ("capture", "generate", "judge")
+KINDS = ("capture", "generate", "judge", "sae_cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ def _run(
                 result, told_of = _generate(claimed, config, engine, beat)
             elif claimed.kind == "judge":
                 result, told_of = _judge(claimed, config, facts, engine, beat)
+            elif claimed.kind == "sae_cross_entropy":
+                result, told_of = _losses(claimed, config, facts, engine, beat)
             else:
                 done = _capture(
                     _plan(_parsed(CaptureJob, claimed), config, engine), engine, beat, 2 * config.lease_seconds
@@ -177,13 +181,29 @@ def _judge(
 ) -> tuple[dict[str, Any], str]:
     """Judge the completions of the claimed job: its result, and what is told of it."""
     job, started = _parsed(JudgeJob, claimed), time.monotonic()
-    _check_model(job.model, config)
-    _check_lake(job.lake, config)
-    adapter = None if job.model.adapter is None else read_adapter(job.model.adapter, "model.adapter")
-    if adapter is not None:
-        _check_adapter(adapter, engine)
+    adapter = _checked(job.model, job.lake, config, engine)
     count = run_judging(job, engine, adapter, facts.context, claimed.id, beat)
     return {"judged": count}, f"{count:,} completions judged in {time.monotonic() - started:.1f} s"
+
+
+def _losses(
+    claimed: QueuedJob, config: WorkerConfig, facts: ModelFacts, engine: CaptureEngine, beat: Callable[[int], None]
+) -> tuple[dict[str, Any], str]:
+    """Measure what the claimed job's autoencoder costs the model: its result, and what is told of it."""
+    job, started = _parsed(LossJob, claimed), time.monotonic()
+    adapter = _checked(job.model, job.lake, config, engine)
+    count = run_losses(job, engine, facts, adapter, claimed.id, beat)
+    return {"prompts": count}, f"{count:,} prompts measured in {time.monotonic() - started:.1f} s"
+
+
+def _checked(model: ModelSection, lake: str, config: WorkerConfig, engine: CaptureEngine) -> Adapter | None:
+    """The adapter of a job, which is for this worker's model and lake."""
+    _check_model(model, config)
+    _check_lake(lake, config)
+    adapter = None if model.adapter is None else read_adapter(model.adapter, "model.adapter")
+    if adapter is not None:
+        _check_adapter(adapter, engine)
+    return adapter
 
 
 @contextmanager

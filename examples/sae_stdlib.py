@@ -17,8 +17,9 @@ import millpond as mp
 from millpond.analysis.sae.autolabel import auto_labels
 from millpond.analysis.sae.latents import contexts_of, survey
 from millpond.analysis.sae.page import write_page
-from millpond.analysis.sae.recovered import HuggingFaceModel, cross_entropy_recovered, prompts_of
+from millpond.analysis.sae.recovered import HuggingFaceModel, cross_entropy_recovered
 from millpond.hub.demo import RUN, DemoConfig, capture_toml
+from millpond.store.prompt_tokens import prompts_of
 
 HERE = Path(__file__).resolve().parent / "stdlib_llama"
 MODEL = HERE / "model"

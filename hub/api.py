@@ -13,13 +13,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from millpond.hub.body import UNCAPPED, BudgetLeft, Handles, Quote
+from millpond.hub.body import API, UNCAPPED, BudgetLeft, Handles, Quote
 from millpond.hub.captures import registered, removed_if_refused, send_prompts, submit_capture
 from millpond.hub.generations import submit_generation
 from millpond.hub.kinds import ADAPTER, Job, parse_job
 from millpond.hub.kinds.capture import CaptureJob, Name, Prompt
 from millpond.hub.kinds.generate import GenerateJob
+from millpond.hub.kinds.sae_cross_entropy import SaeCrossEntropyJob
 from millpond.hub.logins import LOGINS
+from millpond.hub.losses import submit_losses
 from millpond.hub.policy import SCOPES
 from millpond.hub.projection import project_run
 from millpond.hub.queue import ProjectJob
@@ -81,7 +83,7 @@ def read_version(call: Call) -> Reply:
     given = call.gateway.dictionary
     digest = None if given is None else hashlib.sha256(given).hexdigest()
     return _fixed(
-        {"version": version("millpond"), "api": 1, "dictionary_sha256": digest, "text_model": VERSION},
+        {"version": version("millpond"), "api": API, "dictionary_sha256": digest, "text_model": VERSION},
     )
 
 
@@ -159,6 +161,8 @@ def submit_job(call: Call) -> Reply:
             found = submit_capture(gateway, vault, job, call.who.user)
         elif isinstance(job, GenerateJob):
             found = submit_generation(gateway, vault, job, call.who.user, models)
+        elif isinstance(job, SaeCrossEntropyJob):
+            found = submit_losses(gateway, vault, job, call.who.user, models)
         else:
             spec = {"job": job.model_dump(mode="json"), "pins": vault.pin(job), "models": list(models)}
             found = gateway.queue.submit(job.kind, spec, project=project, user=call.who.user)
@@ -280,6 +284,7 @@ def _priced(call: Call) -> tuple[Job, int]:
     for kind, handle in job.needs():
         vault.held(kind, handle)
     vault.pin(job)
+    vault.check_columns(job)
     return job, job.quote(vault, call.gateway.policy.charges)
 
 

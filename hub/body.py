@@ -20,6 +20,8 @@ from millpond.hub.views import AuditView, EvidenceView, ReviewQueue
 from millpond.store.errors import InvalidInput
 from millpond.store.result import Result
 
+API = 2
+"""The version of the interface, requests and bodies, which both sides compare when they meet."""
 HANDLE_BYTES = 8
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,29 +52,63 @@ def verify_chain(engine: sa.Engine, anchors: Mapping[int, str]) -> Whole:
     Raises:
         LedgerCorrupt: something does not.
     """
-    snapshot = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}
     totals = _Totals()
     noted = dict(anchors)
     previous, count = GENESIS, 0
-    with engine.execution_options(write=False, **snapshot).connect() as connection:
-        for seq, at, kind, detail, before, digest in connection.execute(sa.select(ENTRIES).order_by(ENTRIES.c.seq)):
-            count += 1
-            if seq != count or before != previous or digest != entry_hash(seq, at, kind, detail, before):
-                raise LedgerCorrupt(f"entry {count} of the ledger was changed or is missing; restore a copy")
+    with _snapshot(engine) as connection, closing(_links(connection, 0, GENESIS)) as links:
+        for seq, kind, detail, digest in links:
             if noted.pop(seq, digest) != digest:
                 raise LedgerCorrupt(f"entry {seq} is not the one noted earlier: it was rewritten; restore a copy")
-            previous = digest
+            previous, count = digest, seq
             totals.add(seq, kind, json.loads(detail))
         if noted:
             raise LedgerCorrupt(
                 f"the ledger ends at entry {count}; entry {max(noted)} was noted earlier; restore a copy"
             )
-        if read_head(connection) != (count, previous):
-            raise LedgerCorrupt(
-                f"the ledger's head is not entry {count}, its last; entries were removed; restore a copy"
-            )
+        _check_head(connection, count, previous)
         totals.check(connection)
     return Whole(count, totals.charged, previous)
+
+
+def verify_tail(engine: sa.Engine, most: int) -> int:
+    """Check the numbers and hashes of the last `most` entries, but neither what is before them nor the totals.
+
+    Returns how many there were.
+
+    Raises:
+        LedgerCorrupt: one was changed or is missing.
+    """
+    with _snapshot(engine) as connection:
+        last = read_head(connection)[0]
+        first = max(last - most, 0)
+        query = sa.select(ENTRIES.c.hash).where(ENTRIES.c.seq == first)
+        previous, count = connection.scalar(query) or GENESIS, first
+        for seq, _, _, digest in _links(connection, first, previous):
+            previous, count = digest, seq
+        _check_head(connection, count, previous)
+    return count - first
+
+
+def _snapshot(engine: sa.Engine) -> sa.Connection:
+    """A connection that reads one state of the database, row by row."""
+    isolation = {"isolation_level": "REPEATABLE READ"} if engine.dialect.name == "postgresql" else {}
+    return engine.execution_options(write=False, **isolation).connect().execution_options(yield_per=1000)
+
+
+def _links(connection: sa.Connection, after: int, previous: str) -> Generator[tuple[int, str, str, str], None, None]:
+    """Number, kind, detail and hash of each entry after number `after`, whose hash is `previous`, once it was checked."""
+    query = sa.select(ENTRIES).where(ENTRIES.c.seq > after).order_by(ENTRIES.c.seq)
+    with connection.execute(query) as rows:
+        for count, (seq, at, kind, detail, before, digest) in enumerate(rows, after + 1):
+            if seq != count or before != previous or digest != entry_hash(seq, at, kind, detail, before):
+                raise LedgerCorrupt(f"entry {count} of the ledger was changed or is missing; restore a copy")
+            yield seq, kind, detail, digest
+            previous = digest
+
+
+def _check_head(connection: sa.Connection, count: int, digest: str) -> None:
+    if read_head(connection) != (count, digest):
+        raise LedgerCorrupt(f"the ledger's head is not entry {count}, its last; entries were removed; restore a copy")
 
 
 class _Totals:

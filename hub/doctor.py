@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MOST_SKEW_S = 5.0
 """Between this host's clock and the store's: tokens, leases and certificates of several hosts are compared."""
+MOST_ENTRIES = 100_000
+"""Of the ledger, that are looked at; a few seconds."""
 FEWEST_DAYS = 14
 """That a certificate should still hold."""
 
@@ -76,7 +78,10 @@ def examine(subject: Subject) -> Iterator[Finding]:
     if lake:
         yield _check("clock", lambda: _clock(lake[0]))
     if settings:
-        yield _check("database", lambda: _database(settings[0].database))
+        database = _check("database", lambda: _database(settings[0].database))
+        yield database
+        if database.ok:
+            yield _check("ledger", lambda: _ledger(settings[0].database))
         yield from _certificates({"the gateway": settings[0].certificate})
     if lake and subject.cluster:
         yield from _cluster_of(lake[0], settings[0].workers if settings else 0)
@@ -194,6 +199,26 @@ def _database(url: str) -> str:
             "migrates it (or upgrade Millpond, if the database is the newer one)"
         )
     return f"{engine.url!r} answers, schema {held}"
+
+
+def _ledger(url: str) -> str:
+    from millpond.hub.chain import read_head, verify_chain, verify_tail
+    from millpond.hub.database import open_database
+
+    engine = open_database(url, create=False)
+    started = time.monotonic()
+    try:
+        with engine.execution_options(write=False).connect() as connection:
+            entries, _ = read_head(connection)
+        if entries <= MOST_ENTRIES:
+            whole = verify_chain(engine, {})
+            found = f"whole: {whole.entries:,} entries, {whole.charged:,} bytes charged"
+        else:
+            count = verify_tail(engine, MOST_ENTRIES)
+            found = f"the last {count:,} of {entries:,} entries are whole; millpond ledger verify looks at all, and at the totals"
+    finally:
+        engine.dispose()
+    return f"{found}; took {time.monotonic() - started:.1f} s"
 
 
 def _certificates(files: dict[str, Path | None]) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ from millpond.hub.answers import Answers, Kept, kept_answers
 from millpond.hub.body import curve_code
 from millpond.hub.database import open_database
 from millpond.hub.kinds import KINDS, Job, Outcome, parse_job
-from millpond.hub.kinds.generate import GENERATED
+from millpond.hub.kinds.steps import LAST
 from millpond.hub.limits import job_limits
 from millpond.hub.policy import Policy, read_policy
 from millpond.hub.projects import Projects
@@ -41,7 +41,7 @@ from millpond.store.logs import of_job
 
 logger = logging.getLogger(__name__)
 
-EXECUTED = frozenset(name for name, kind in KINDS.items() if kind.runs_on == "executor") | {GENERATED}
+EXECUTED = frozenset(name for name, kind in KINDS.items() if kind.runs_on == "executor") | LAST
 _STEPS = 16
 
 

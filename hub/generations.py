@@ -13,7 +13,8 @@ from millpond.hub.captures import checked_weights, intervention, prompts_file
 from millpond.hub.cohort import distinct_prompts, shares
 from millpond.hub.evidence import is_plain
 from millpond.hub.kinds.base import Answer, Progress
-from millpond.hub.kinds.generate import WORK, Contains, GenerateJob, Judge, OverThreshold, Regex
+from millpond.hub.kinds.generate import Contains, GenerateJob, Judge, OverThreshold, Regex
+from millpond.hub.kinds.steps import WORK
 from millpond.hub.probing import fitted_to
 from millpond.hub.rates import matches, mean, rate
 from millpond.hub.rules import Evidence

@@ -31,6 +31,8 @@ class RunView:
     rows: int | None
     """None while it is open, and where the model decided how many, by generating: that count is a result."""
     labels: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    """Columns of its prompts, by name, as conditions and splits take them; none while it is open."""
 
     @classmethod
     def parse(cls, data: bytes) -> RunView:
@@ -41,7 +43,8 @@ class RunView:
         """
         try:
             found = json.loads(data)
-            return cls(**found | {"hooks": tuple(found["hooks"]), "labels": tuple(found["labels"])})
+            lists = {name: tuple(found[name]) for name in ("hooks", "labels", "columns")}
+            return cls(**found | lists)
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidInput(f"the body is no description of a run: {error}") from error
 
@@ -60,7 +63,13 @@ def project_run(run: Run, *, handle: bytes, name: str, model: str) -> RunView:
         prompts=len(run.prompts) if sealed else None,
         rows=run.n_rows if sealed and not _may_generate(run) else None,
         labels=tuple(sorted(map(str, run.labels))),
+        columns=prompt_columns(run) if sealed else (),
     )
+
+
+def prompt_columns(run: Run) -> tuple[str, ...]:
+    """The names of a sealed run's prompt columns; that of the checksums is not told."""
+    return tuple(sorted({*map(str, run.prompts.columns)} - {"sha256"}))
 
 
 def new_handle() -> bytes:

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from millpond.hub.kinds.generate import WORK, next_step
+from millpond.hub.kinds.steps import WORK, next_step
 from millpond.hub.queue import ProjectJob, SqlQueue
 from millpond.store.capture_spec import first_problem
 from millpond.store.errors import InvalidInput, JobNotFound, LeaseLost, MillpondError, NotPermitted

@@ -50,7 +50,7 @@ class QueueToken:
     """The worker's."""
     workers: Path
     """File of the workers' tokens' hashes; made if it is missing."""
-    kinds: tuple[str, ...] = ("capture", "generate", "judge")
+    kinds: tuple[str, ...] = ("capture", "generate", "judge", "sae_cross_entropy")
     """Kinds of jobs that it may take."""
     submit: bool = False
     """Also let it submit and look at jobs of these kinds."""

@@ -52,7 +52,7 @@ def rate(matched: NDArray[np.bool_], prompts: NDArray[Any]) -> tuple[float, floa
         matched: of each completion.
         prompts: whose it is; near-duplicates have one number.
     """
-    p, variance, count = _ratio(matched, prompts)
+    p, variance, count = _ratio(matched, np.ones(len(matched)), prompts)
     n, effective = float(len(matched)), float(count)
     if 0 < p < 1 and count > 1:
         effective = min(n, p * (1 - p) / variance) if variance > 0 else n
@@ -64,16 +64,31 @@ def rate(matched: NDArray[np.bool_], prompts: NDArray[Any]) -> tuple[float, floa
 
 def mean(scores: NDArray[np.float64], prompts: NDArray[Any]) -> tuple[float, float, float]:
     """The mean of scores and its 95 % interval, NaN to NaN where one prompt leaves none; arguments as for `rate`."""
-    value, variance, count = _ratio(scores, prompts)
+    return ratio(scores, np.ones(len(scores)), prompts)
+
+
+def ratio(over: NDArray[np.float64], under: NDArray[np.float64], prompts: NDArray[Any]) -> tuple[float, float, float]:
+    """The ratio of two sums and its 95 % interval, as a ratio estimator whose units are prompts (Kish, 1965).
+
+    NaN where the lower sum is 0; the interval is NaN to NaN where one prompt leaves none.
+
+    Args:
+        over: of each item.
+        under: of each item.
+        prompts: whose it is; near-duplicates have one number.
+    """
+    if not under.sum():
+        return (float(np.nan),) * 3
+    value, variance, count = _ratio(over, under, prompts)
     half = Z95 * float(np.sqrt(variance)) if count > 1 else np.nan
     return value, value - half, value + half
 
 
-def _ratio(values: NDArray[Any], prompts: NDArray[Any]) -> tuple[float, float, int]:
-    """The mean of values, its variance as a ratio estimator whose units are prompts, and how many prompts there are."""
+def _ratio(over: NDArray[Any], under: NDArray[Any], prompts: NDArray[Any]) -> tuple[float, float, int]:
+    """The ratio of two sums, its variance where the units are prompts, and how many prompts there are."""
     _, of = np.unique(prompts, return_inverse=True)
-    sums, sizes = np.bincount(of, weights=values), np.bincount(of)
-    count, n = len(sizes), len(values)
-    found = float(sums.sum() / n)
+    sums, sizes = np.bincount(of, weights=over), np.bincount(of, weights=under)
+    count, n = len(sizes), float(under.sum())
+    found = float(over.sum() / n)
     variance = float(np.square(sums - found * sizes).sum()) / n**2 * (count / (count - 1) if count > 1 else np.nan)
     return found, variance, count

@@ -7,15 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
-from millpond.analysis.sae.blocks import SaeWeights
 from millpond.analysis.sae.estimator import Sae
-from millpond.analysis.sae.format import write_sae
 from millpond.analysis.sae.recovered import Splice
-from millpond.capture.params import capture_params
-from millpond.capture.versions import check_vllm_version, set_environment
 from millpond.store.artifacts import save_sae
+from millpond.store.capture_spec import CaptureJob
 from millpond.store.errors import InvalidInput
 from millpond.store.lake import open_lake
 
@@ -45,35 +40,30 @@ class VllmModel:
                 f"a {sae.kind} of hook {self.hook or 'unknown'!r} cannot be spliced into vLLM: give an autoencoder and its "
                 "hook, or use HuggingFaceModel (--engine transformers)"
             )
-        check_vllm_version()
-        set_environment()
-        from vllm import LLM
+        from millpond.capture.engine import CaptureEngine
+        from millpond.capture.losses import keep_nothing, splices_of
+        from millpond.capture.plan import read_model_facts
 
         self._folder = tempfile.TemporaryDirectory(prefix="millpond-splice-")
         lake = open_lake(Path(self._folder.name) / "lake", create=True)
-        self._d_in = int(sae.W_enc_.shape[0])
         save_sae(lake, "sae", sae.save(Path(self._folder.name) / "sae"))
-        save_sae(lake, "zero", self._nothing(Path(self._folder.name) / "zero"))
-        settings: dict[str, Any] = {
-            "max_num_seqs": 16,
-            "kv_cache_memory_bytes": 1 << 28,
-            "enforce_eager": True,
-            "enable_prefix_caching": False,
-            "disable_log_stats": True,
-            **engine,
-            "dtype": dtype,
-            "skip_tokenizer_init": True,
-            "async_scheduling": False,
-            "worker_cls": "millpond.capture.worker.TapWorker",
-            "additional_config": {"millpond": {"lake": str(lake.folder), "hooks": [self.hook]}},
-        }
-        self._llm: Any = LLM(str(path), **settings)
-
-    def _nothing(self, folder: Path) -> Path:
-        """An autoencoder whose reconstruction is 0."""
-        empty = np.zeros((self._d_in, 1), np.float32)
-        weights = SaeWeights("relu", empty, empty[0], empty.T.copy(), empty[:, 0])
-        return write_sae(folder, weights, {"hook_name": self.hook}, {"kind": "sae"}, None)
+        settings = {"max_num_seqs": 16, "kv_cache_memory_bytes": 1 << 28, **engine, "skip_tokenizer_init": True}
+        facts = read_model_facts(
+            CaptureJob.model_validate(
+                {
+                    "model": {"path": str(path), "dtype": dtype},
+                    "capture": {"hooks": [self.hook]},
+                    "prompts": {"path": ""},
+                    "destination": {"lake": str(lake.folder), "run": "none"},
+                    "engine": settings,
+                }
+            )
+        )
+        self._nothing = keep_nothing(lake, facts.d_model)
+        wanted = splices_of(self.hook, "sae", self._nothing, 0).values()
+        self._engine = CaptureEngine(
+            facts, lake.url, [self.hook], settings, saes=[one for one in wanted if one is not None]
+        )
 
     def cross_entropy(
         self, prompts: Sequence[Sequence[int]], first_position: int, splice: Splice | None
@@ -83,33 +73,20 @@ class VllmModel:
         Raises:
             InvalidInput: another hook is to be replaced than the engine has a tap at.
         """
-        from vllm import SamplingParams
+        from millpond.capture.losses import measure_losses, splices_of
 
         if splice is not None and not splice.read == splice.write == self.hook:
             raise InvalidInput(
                 f"{splice.write} is to be replaced by a function of {splice.read}; this engine can {self.hook}"
             )
-        asked = None
-        if splice is not None:
-            wish = {"op": "sae", "hook": self.hook, "artifact": splice.what, "first_position": first_position}
-            asked = capture_params(capture=False, intervene=[wish])
-        long = [list(prompt) for prompt in prompts if len(prompt) >= first_position + 2]
-        parameters = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=asked
-        )
-        outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in long], parameters, use_tqdm=False)
-        total, count = 0.0, 0
-        for prompt, output in zip(long, outputs, strict=True):
-            for token, logprobs in zip(
-                prompt[first_position + 1 :], output.prompt_logprobs[first_position + 1 :], strict=True
-            ):
-                total -= logprobs[token].logprob
-                count += 1
-        return total, count
+        what = "clean" if splice is None else splice.what
+        wanted = splices_of(self.hook, "sae", self._nothing, first_position)
+        table = measure_losses(self._engine, prompts, {what: wanted[what]}, first_position, "prompt")
+        return float(table[what].sum()), int(table["tokens"].sum())
 
     def close(self) -> None:
         """End the engine's process."""
-        self._llm.llm_engine.engine_core.shutdown()
+        self._engine.close()
         self._folder.cleanup()
 
     def __enter__(self) -> Self:

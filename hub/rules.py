@@ -7,7 +7,7 @@ byte (`release.py`); the rules make those bytes poor value for an attacker.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
@@ -147,6 +147,8 @@ def judge(result: Result, evidence: Evidence, earlier: Sequence[Earlier], limits
     found = [(outcome, rule) for rule, outcome, applies in _ALWAYS if applies(case)]
     if evidence.prompts_are == "restricted":
         found += [(outcome, rule) for rule, outcome, applies in _RESTRICTED if applies(case)]
+    elif result.kind in _OF_LOSSES:
+        found += [(outcome, rule) for rule, outcome, applies in _RESTRICTED if rule in _LOSS_RULES and applies(case)]
     for outcome in ("refuse", "review"):
         rules = tuple(rule for said, rule in found if said == outcome)
         if rules:
@@ -264,6 +266,24 @@ def _label_sets(case: _Case) -> bool:
     return len(used) > case.limits.max_label_sets
 
 
+_OF_LOSSES = ("sae-cross-entropy",)
+_LOSS_RULES = (Rule.TOO_FEW_PROMPTS, Rule.TOO_FEW_ROWS, Rule.DOMINANCE, Rule.NO_STANDARD_ERROR)
+"""Rules for restricted prompts that hold for losses of own prompts too: the loss of one token is its logarithm of a probability, of
+whatever text somebody chooses. Of many prompts, none of which dominates, rounded to its standard error over them, it is not."""
+
+
+def _exact(case: _Case) -> bool:
+    """Whether a number has no standard error to be rounded to.
+
+    With a hook at 0 every token may have the same loss, the logarithm of the vocabulary, whatever the prompts are.
+    """
+    result = case.result
+    low, high = result.intervals.get("ce_zero", (0.0, 1.0))
+    if result.kind in _OF_LOSSES and low == high:
+        result = replace(result, values={name: value for name, value in result.values.items() if name != "ce_zero"})
+    return not has_standard_errors(result)
+
+
 _Table = tuple[tuple[Rule, Literal["review", "refuse"], Callable[[_Case], bool]], ...]
 
 _ALWAYS: _Table = (
@@ -302,5 +322,5 @@ _RESTRICTED: _Table = (
     ),
     (Rule.DIFFERENCING, "refuse", _differencing),
     (Rule.LABEL_SETS, "refuse", _label_sets),
-    (Rule.NO_STANDARD_ERROR, "review", lambda c: not has_standard_errors(c.result)),
+    (Rule.NO_STANDARD_ERROR, "review", _exact),
 )

@@ -46,7 +46,8 @@ class SaeEval:
         _, test = parts(job)
         print_result(evaluate(sae, rows_of(job, test), self.folder))
         if self.model is not None:
-            from millpond.analysis.sae.recovered import cross_entropy_recovered, prompts_of
+            from millpond.analysis.sae.recovered import cross_entropy_recovered
+            from millpond.store.prompt_tokens import prompts_of
 
             found = prompts_of(test, self.bos, self.prompts)
             first = int(test.tokens["position"][:1].compute()[0])

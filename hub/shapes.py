@@ -255,6 +255,9 @@ KINDS: dict[str, tuple[Field, ...]] = {
         References("contexts"), Numbers("activations", bounded=False), *_COUNTED[:2],
     ),
     "probe-rates": (Numbers("rates"), Numbers("scores"), *_COUNTED[:2]),
+    "sae-cross-entropy": (
+        *map(Number, ("ce_clean", "ce_sae", "ce_zero", "ce_recovered")), Counts("tokens"), Counts("prompts"),
+    ),
 }  # fmt: skip
 """Every kind of result that may leave, with its fields in the order sent. The place in this table is the kind's code,
 so kinds are added at the end."""

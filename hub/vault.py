@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from millpond.hub.kinds.base import Job, Made, RowSet
 from millpond.hub.kinds.generate import GenerateJob
+from millpond.hub.kinds.sae_cross_entropy import SaeCrossEntropyJob
 from millpond.hub.policy import Policy
+from millpond.hub.projection import prompt_columns
 from millpond.hub.projects import Held, HeldKind, Projects
 from millpond.store.errors import Cancelled, InvalidInput, LabelNotFound, NotHeld, TooFewPrompts
 from millpond.store.objects import open_storage
@@ -111,14 +113,28 @@ class Vault:
         if rows.split is not None and rows.part is not None:
             parts = view.split(rows.split.test, rows.split.seed, by=rows.split.by)
             view = parts[rows.part == "test"]
-        if self.run_held(rows.run).detail.get("prompts") != "own":
-            # none, one or a few: that they differ would say whether somebody's prompt is there
-            fewest = self.policy.disclosure.min_prompts
-            if len(view.prompts) < fewest:
-                raise TooFewPrompts(f"fewer than {fewest} restricted prompts are selected; change where")
+        fewest = self._fewest(rows.run)
+        if len(view.prompts) < fewest:
+            raise TooFewPrompts(f"fewer than {fewest} restricted prompts are selected; change where")
         if not len(view):
             raise InvalidInput("no row is selected; change where")
         return view
+
+    def stored_rows(self, rows: RowSet) -> dict[str, Any]:
+        """The same rows as a capture worker finds them in the lake; no row is looked at here."""
+        found: dict[str, Any] = {"run": self.run_held(rows.run).target, "fewest": self._fewest(rows.run)}
+        if rows.where is not None:
+            found["where"] = self._condition(rows.run, rows.where)
+        if rows.split is not None and rows.part is not None:
+            split = rows.split
+            found |= {"test": split.test, "seed": split.seed, "by": split.by, "part": rows.part}
+        return found
+
+    def _fewest(self, run: str) -> int:
+        """Prompts of the run that a selection must have."""
+        # none, one or a few: that they differ would say whether somebody's prompt is there
+        own = self.run_held(run).detail.get("prompts") == "own"
+        return 0 if own else self.policy.disclosure.min_prompts
 
     def label(self, run: str, name: str) -> str:
         """The label and version in the lake that the project calls `name`.
@@ -156,6 +172,27 @@ class Vault:
                 if name.partition("@")[0] in held:
                     found.setdefault(run, {})[name] = self.label(run, name)
         return found
+
+    def check_columns(self, job: Job) -> None:
+        """Check that conditions and splits name labels that the project may know of, and columns of the prompts.
+
+        Raises:
+            InvalidInput: one does not; labels of another project are as if there were none.
+        """
+        from millpond.store.expression import Expression as Condition
+
+        for rows in job.row_sets():
+            run = self.run(rows.run)
+            if run.state != "sealed":
+                continue
+            columns = set(prompt_columns(run))
+            if rows.split is not None and rows.split.by is not None and rows.split.by not in columns:
+                raise InvalidInput(f"split.by is {rows.split.by!r}; the prompts have {', '.join(sorted(columns))}")
+            if rows.where is not None:
+                known = {*columns, *_INDEX, *visible_labels(run, self.project)}
+                names = {name.partition("@")[0] for name in Condition(rows.where).names}
+                if names - known:
+                    raise InvalidInput(f"where names {min(names - known)!r}; there are {', '.join(sorted(known))}")
 
     def expression(self, given: Expression) -> Expression:
         """The expression over the lake's names."""
@@ -268,6 +305,8 @@ class Vault:
         """
         if isinstance(job, GenerateJob):
             return f"model:{job.model}"
+        if isinstance(job, SaeCrossEntropyJob) and not isinstance(job.prompts, RowSet):
+            return f"model:{self.model_of(job)}"
         runs = [rows.run for rows in job.row_sets()]
         for kind, handle in job.needs():
             if kind == "artifact":
@@ -283,7 +322,13 @@ class Vault:
         found = {self.held(kind, handle).model for kind, handle in job.needs()}
         if isinstance(job, GenerateJob):
             found |= {job.model, job.judging_model() or job.model}
+        if isinstance(job, SaeCrossEntropyJob):
+            found.add(self.model_of(job))
         return tuple(sorted(found - {""})) or tuple(self.policy.models)
+
+    def model_of(self, job: SaeCrossEntropyJob) -> str:
+        """The policy's name of the model that the job runs."""
+        return job.model or self.held("artifact", job.artifact).model
 
     def _run(self, handle: str) -> tuple[Held, Run]:
         if handle not in self._runs:

@@ -179,7 +179,18 @@ def read_job(path: Path) -> CaptureJob:
 def first_problem(error: ValidationError) -> str:
     """The first problem of a failed validation, as `field: message (got value)`."""
     problem = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "value"
-    value = repr(problem["input"])
-    given = "" if problem["type"] == "missing" else f" (got {value if len(value) <= 200 else value[:200] + '...'})"
-    return f"{field}: {problem['msg']}{given}"
+    place, kind, given, context = list(problem["loc"]), problem["type"], problem["input"], problem.get("ctx", {})
+    told = problem["msg"].removeprefix("Value error, ")
+    tag = str(context.get("discriminator", ""))
+    if tag.startswith("'"):  # a field that says of what kind an object is; a function has no name that a user knows
+        place.append(tag.strip("'"))
+        if kind == "union_tag_not_found":
+            kind, told = "missing", "Field required"
+        else:
+            told, given = f"Input should be one of {context['expected_tags']}", context["tag"]
+    elif kind in ("tuple_type", "list_type"):
+        told = "Input should be a list"
+    field = ".".join(map(str, place)) or "value"
+    value = repr(given)
+    got = "" if kind == "missing" else f" (got {value if len(value) <= 200 else value[:200] + '...'})"
+    return f"{field}: {told}{got}"

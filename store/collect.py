@@ -11,10 +11,10 @@ import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from millpond.store.commits import GRACE_SECONDS, commit_path
-from millpond.store.errors import InvalidInput
+from millpond.store.errors import InvalidInput, LakeCorrupt
 from millpond.store.manifest import Manifest, RunSpec, read_record
 from millpond.store.objects import Entry, Storage
 from millpond.store.retention import drop_consumed, read_retention, unneeded_segments
@@ -31,6 +31,8 @@ class Collected:
     paths: list[str] = field(default_factory=list)
     """Folders (segments, data) and single objects below the run."""
     bytes: int = 0
+    problem: LakeCorrupt | None = None
+    """Why nothing was looked at."""
 
 
 def collect_run(run: Storage, *, grace_s: float = GRACE_SECONDS, dry_run: bool = False) -> Collected:
@@ -70,9 +72,9 @@ def note_collected(run: Storage, found: Collected) -> None:
 
 
 def _groups(run: Storage, folder: str) -> dict[str, list[Entry]]:
-    """The objects below each folder right below `folder`."""
+    """The objects below each folder right below `folder`, and those that are not finished."""
     groups: dict[str, list[Entry]] = defaultdict(list)
-    for entry in run.list(folder):
+    for entry in chain(run.list(folder), run.unfinished(folder)):
         groups["/".join(entry.path.split("/")[: folder.count("/") + 2])].append(entry)
     return groups
 

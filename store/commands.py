@@ -42,7 +42,8 @@ class Ls(_OneLake):
     """List the runs of a lake."""
 
     def run(self) -> int:
-        """Print one line a run."""
+        """Print one line a run; `filling` is a copy or an import that is being written, or was interrupted."""
+        from millpond.store.commits import is_unfilled
         from millpond.store.lake import open_lake
         from millpond.store.reprs import human_bytes
 
@@ -56,8 +57,9 @@ class Ls(_OneLake):
                 readable = False
                 continue
             dropped = f" ({run.n_dropped_rows:,} rows dropped)" if run.n_dropped_rows else ""
+            state = "filling" if run.state == "open" and is_unfilled(run.plan.folder) else run.state
             print(
-                f"{name:32} {run.state:7} {len(run.prompts):>9,} prompts {run.n_rows:>13,} rows "
+                f"{name:32} {state:7} {len(run.prompts):>9,} prompts {run.n_rows:>13,} rows "
                 f"{len(run.hooks):>3} hooks {human_bytes(run.nbytes):>10}{dropped}"
             )
         return 0 if readable else 1
@@ -136,7 +138,7 @@ class Gc(_OneLake):
     """Print what would be removed."""
 
     def run(self) -> int:
-        """Print one line a run with something to remove."""
+        """Print one line a run with something to remove; 1 if one cannot be read."""
         from millpond.store.configuration import expire_runs, read_configuration
         from millpond.store.lake import open_lake
         from millpond.store.reprs import human_bytes
@@ -145,11 +147,15 @@ class Gc(_OneLake):
         for name in expire_runs(lake, dry_run=self.dry_run):
             print(f"{name}: {'would be' if self.dry_run else ''} removed, older than keep_runs_s".replace("  ", " "))
         grace = read_configuration(lake).collection_grace_s if self.grace is None else self.grace
+        readable = True
         for name, found in lake.collect(grace_s=grace, dry_run=self.dry_run).items():
-            if found.paths:
+            if found.problem is not None:
+                print(f"{name}: {one_line(found.problem)}")
+                readable = False
+            elif found.paths:
                 what = "would free" if self.dry_run else "freed"
                 print(f"{name}: {what} {human_bytes(found.bytes)} in {len(found.paths)} places")
-        return 0
+        return 0 if readable else 1
 
 
 @dataclass(frozen=True)
@@ -157,14 +163,21 @@ class Compact(_SomeRuns):
     """Fold the commits of open runs into manifest versions, so that they open fast."""
 
     def run(self) -> int:
-        """Print one line a run."""
+        """Print one line a run; 1 if one cannot be read."""
         from millpond.store.compaction import compact
         from millpond.store.lake import open_lake
 
         lake = open_lake(self.lake)
-        for name in self.names or [name for name in lake.runs() if lake[name].state == "open"]:
-            print(f"{name}: {compact(lake[name].plan.folder)} commits folded")
-        return 0
+        readable = True
+        for name in self.names or lake.runs():
+            try:
+                run = lake[name]
+                if self.names or run.state == "open":
+                    print(f"{name}: {compact(run.plan.folder)} commits folded")
+            except LakeCorrupt as error:
+                print(f"{name}: {one_line(error)}")
+                readable = False
+        return 0 if readable else 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from millpond.store.errors import CaptureFailed, InvalidInput
-from millpond.store.files import encode_document
 from millpond.store.manifest import Part, RunSpec, encode_record
 from millpond.store.objects import Storage
 
@@ -24,6 +23,9 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 3600.0
 """How long readers may go on reading what was superseded, and writers may leave a segment untouched."""
+
+FILLING = "filling"
+"""Why a run is closed from the beginning: its rows come from whoever created it, who seals it too."""
 
 
 def new_segment_id() -> str:
@@ -40,7 +42,7 @@ def check_open(run: Storage, spec: RunSpec) -> None:
     """Check that rows can be added to a run.
 
     Raises:
-        InvalidInput: it is sealed, being sealed or deleted, or of an older format.
+        InvalidInput: it is sealed, being sealed or deleted, a copy or an import, or of an older format.
     """
     if spec.version == 1:
         raise InvalidInput(
@@ -48,10 +50,30 @@ def check_open(run: Storage, spec: RunSpec) -> None:
         )
     if run.exists("manifest.json"):
         raise InvalidInput(f"run {spec.name!r} is sealed and cannot grow; capture into a new run")
+    check_filled(run, spec.name)
     if is_closing(run):
         raise InvalidInput(
             f"run {spec.name!r} is being sealed or deleted and cannot grow; if that was interrupted, seal or delete it "
             "again, or capture into a new run"
+        )
+
+
+def is_unfilled(run: Storage) -> bool:
+    """Whether the run is a copy or an import that is being written, or that was interrupted."""
+    filling = any(entry.path.startswith(f"closing/{FILLING}-") for entry in run.list("closing"))
+    return filling and not run.exists("manifest.json")
+
+
+def check_filled(run: Storage, name: str) -> None:
+    """Check that the run is no copy or import that has not all its rows.
+
+    Raises:
+        InvalidInput: it is one.
+    """
+    if is_unfilled(run):
+        raise InvalidInput(
+            f"run {name!r} is a copy or an import that is being written, or was interrupted; then remove it with "
+            f"millpond rm LAKE {name} --grace 0, and make it again"
         )
 
 
@@ -77,13 +99,34 @@ def closing(run: Storage, why: str) -> Iterator[None]:
 def close_run(run: Storage, why: str) -> str:
     """Keep writers from committing; returns the document that says so."""
     path = f"closing/{why}-{uuid.uuid4().hex}.json"
-    run.put(path, encode_document({"why": why}))
+    run.put(path, b"")  # its name says why; and what is empty can be written on a full disk, to free it
     return path
 
 
 def reopen_run(run: Storage, why: str) -> None:
     """Take back what was closed for that reason."""
     run.delete([entry.path for entry in run.list("closing") if entry.path.startswith(f"closing/{why}-")])
+
+
+def check_wanted(run: Storage, spec: RunSpec, segment: str) -> None:
+    """Check that a segment was not collected while it was written.
+
+    Raises:
+        CaptureFailed: it was.
+    """
+    try:
+        fenced = run.head(commit_path(segment)).size == 0
+    except FileNotFoundError:
+        return
+    if fenced:
+        raise CaptureFailed(_abandoned(spec, segment))
+
+
+def _abandoned(spec: RunSpec, segment: str) -> str:
+    return (
+        f"run {spec.name!r}: segment {segment} was collected as abandoned before it was committed; capture its requests "
+        "again, and give garbage collection a longer grace period"
+    )
 
 
 def commit(run: Storage, spec: RunSpec, segment: str, part: Part) -> None:
@@ -93,10 +136,7 @@ def commit(run: Storage, spec: RunSpec, segment: str, part: Part) -> None:
         CaptureFailed: the run was closed meanwhile, or the segment was collected as abandoned.
     """
     if not run.create(commit_path(segment), encode_record(part)):
-        raise CaptureFailed(
-            f"run {spec.name!r}: segment {segment} of {part.rows} rows was collected as abandoned before it was committed; "
-            "capture its requests again, and give garbage collection a longer grace period"
-        )
+        raise CaptureFailed(_abandoned(spec, segment))
     if is_closing(run):
         raise CaptureFailed(
             f"run {spec.name!r} was sealed before {part.rows} rows were committed; capture them into a new run"

@@ -86,7 +86,7 @@ class _Source:
                 why = "mixes data types" if kinds else "names no hook point"
                 raise InvalidInput(
                     f"{file} {why}: it holds {', '.join(sorted(table)) or 'nothing'}; name the hooks, as in "
-                    "--hooks acts=blocks.12.hook_resid_post"
+                    "--hooks acts blocks.12.hook_resid_post"
                 )
             shapes = {values.shape[:2] for values in chosen.values()}
             if len(shapes) > 1:

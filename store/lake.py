@@ -16,9 +16,9 @@ from pydantic_core import PydanticSerializationError
 
 from millpond.store.capture_spec import first_problem
 from millpond.store.codecs import check_codec
-from millpond.store.commits import GRACE_SECONDS, check_open, close_run, reopen_run
+from millpond.store.commits import FILLING, GRACE_SECONDS, check_open, close_run, reopen_run
 from millpond.store.dtypes import check_dtype
-from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
+from millpond.store.errors import InvalidInput, LakeCorrupt, RunExists, RunNotFound, StorageFailed
 from millpond.store.files import decode_document, encode_document
 from millpond.store.hooks import hook_sort_key, parse_hook
 from millpond.store.manifest import (
@@ -181,12 +181,12 @@ class Lake(Mapping[str, "Run"]):
         if self.storage.exists(f"deleted/{name}.json"):
             raise RunExists(
                 f"run {name!r} was deleted from the lake {self.url!r} and waits for its grace period to end; choose another "
-                f"name, or end it with: millpond gc {self.url} --grace 0"
+                f"name, or end it with: millpond rm {self.url} {name} --grace 0"
             )
         if run.exists("run.json"):
             raise RunExists(
                 f"run {name!r} exists in the lake {self.url!r}; choose another name, "
-                f"or remove it with: millpond rm {self.url} {name}"
+                f"or remove it with: millpond rm {self.url} {name} --grace 0"
             )
         try:
             check_once(self.storage)
@@ -207,11 +207,12 @@ class Lake(Mapping[str, "Run"]):
         shard_rows: int = 32_768,
         codec: str = "none",
         reads: Sequence[ReadSpec] = (),
+        filling: bool = False,
     ) -> RunSpec:
         """Create an open, empty run of `hooks`, of `reads` or of both.
 
         `codec` compresses the activations: `none` (a local disk is faster than any codec), `lz4` (for ingest over a
-        network) or `zstd` (for archives).
+        network) or `zstd` (for archives). A run that the caller is `filling` by itself takes no rows of writers.
 
         Raises:
             RunExists: the lake has a run of that name.
@@ -247,7 +248,11 @@ class Lake(Mapping[str, "Run"]):
             document = encode_record(spec)
         except (ValueError, PydanticSerializationError) as error:
             raise InvalidInput(f"provenance of run {name!r} cannot be written as JSON: {error}") from error
-        if not self.run_storage(name).create("run.json", document):
+        run = self.run_storage(name)
+        closed = close_run(run, FILLING) if filling else None
+        if not run.create("run.json", document):
+            if closed is not None:
+                run.delete(closed)
             raise RunExists(f"run {name!r} was just created by somebody else in {self.url!r}; choose another name")
         log.info("created", extra={"run": name, "hooks": len(spec.hooks), "d_model": d_model})
         return spec
@@ -283,11 +288,16 @@ class Lake(Mapping[str, "Run"]):
 
         Args:
             name: the run's.
-            grace_s: 0 removes its objects now; otherwise `collect` does, when so many seconds have passed.
+            grace_s: 0 removes its objects now, also of a run that was deleted before and waits; otherwise `collect` does,
+                when so many seconds have passed.
         """
+        if grace_s <= 0 and is_run_name(name) and self.storage.exists(f"deleted/{name}.json"):
+            self._remove(name)
+            return
         self._check_held(name)
         close_run(self.run_storage(name), "deleted")
-        self.storage.put(f"deleted/{name}.json", encode_document({"grace_s": grace_s}))
+        # an empty document takes no room: a full disk must not keep what is to be removed
+        self.storage.put(f"deleted/{name}.json", encode_document({"grace_s": grace_s}) if grace_s > 0 else b"")
         log.info("deleted", extra={"run": name, "grace_s": grace_s})
         if grace_s <= 0:
             self._remove(name)
@@ -310,14 +320,21 @@ class Lake(Mapping[str, "Run"]):
     def collect(self, *, grace_s: float = GRACE_SECONDS, dry_run: bool = False) -> dict[str, Collected]:
         """Collect the garbage of every run, and remove deleted runs whose own grace period has passed.
 
-        Returns what was removed, or would be, by the name of the run.
+        Returns what was removed, or would be, by the name of the run. A run that cannot be read is left as it is, and
+        its `problem` says why: it must not keep the others' garbage.
         """
         from millpond.store.collect import Collected, collect_run
 
-        found = {name: collect_run(self.run_storage(name), grace_s=grace_s, dry_run=dry_run) for name in self.runs()}
+        found = {}
+        for name in self.runs():
+            try:
+                found[name] = collect_run(self.run_storage(name), grace_s=grace_s, dry_run=dry_run)
+            except LakeCorrupt as error:
+                found[name] = Collected(problem=error)
         for entry in list(self.storage.list("deleted")):
             name = entry.path.rpartition("/")[2].removesuffix(".json")
-            wanted = decode_document(self.storage.get(entry.path), f"{self.url}/{entry.path}")["grace_s"]
+            document = self.storage.get(entry.path)
+            wanted = decode_document(document, f"{self.url}/{entry.path}")["grace_s"] if document else 0
             if entry.modified <= self.storage.now() - min(wanted, grace_s):
                 left = list(self.storage.list(f"runs/{name}"))
                 found[name] = Collected([f"runs/{name}"], sum(one.size for one in left))

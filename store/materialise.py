@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from millpond.store.errors import InvalidInput
 from millpond.store.sealed import write_sealed
+from millpond.store.shards import check_shards, object_crc32c
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
@@ -61,11 +62,34 @@ def materialise(view: Run, name: str, *, lake: Lake | None = None, hooks: tuple[
         table=table,
         blocks=lambda array: _blocks(view, array),
         prompt_labels=tuple(by_prompt),
+        checksums=_checksums(view, hooks),
     )
     for label, array in labels.items():
         run.labels.add(label, array.values, by="token", source=f"run {spec.name} ({spec.id})")
     log.info("copied", extra={"run": name, "rows": run.n_rows, "source": spec.name})
     return run
+
+
+def _checksums(view: Run, hooks: tuple[str, ...]) -> dict[str, Sequence[tuple[int, int]]]:
+    """Of the arrays of a whole sealed run, whose copies have the same bytes; compressed ones are read for it here.
+
+    Raises:
+        LakeCorrupt: a compressed shard does not have its checksum.
+    """
+    plan, spec = view.plan, view.plan.spec
+    if view.manifest is None or plan.marks is not None or not plan.chosen.all():
+        return {}
+    (part,) = view.snapshot.records()
+    names = [name for name in part.arrays if name in hooks or name not in spec.hooks]
+    found: dict[str, Sequence[tuple[int, int]]] = {}
+    for name in names:
+        array, shards = spec.arrays()[name], part.arrays[name].shards
+        if array.codec == "none":
+            found[name] = shards
+        else:  # another version of the codec may write other bytes
+            folder = plan.folder / part.path / name
+            check_shards(name, shards, [object_crc32c(folder, array.shard_path(n)) for n in range(len(shards))])
+    return found
 
 
 def _rows_of_prompts(view: Run) -> NDArray[np.int64]:

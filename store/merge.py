@@ -15,7 +15,15 @@ from millpond.store.manifest import ArrayChecksums, Part
 from millpond.store.objects import PARALLEL_REQUESTS, Storage
 from millpond.store.prompts import write_prompt_table
 from millpond.store.segment import array_attributes, write_statistics
-from millpond.store.shards import ArrayRecord, ArraySpec, ArrayWriter, read_rows, write_group
+from millpond.store.shards import (
+    ArrayRecord,
+    ArraySpec,
+    ArrayWriter,
+    check_shards,
+    object_crc32c,
+    read_rows,
+    write_group,
+)
 from millpond.store.snapshot import Snapshot
 from millpond.store.stats import HookStatistics, unpack_statistics
 
@@ -118,10 +126,20 @@ class Merge:
         )
 
     def _rows(self, run: Storage, name: str, array: ArraySpec) -> Iterator[NDArray[Any]]:
-        """The rows to pack, in blocks."""
+        """The rows to pack, in blocks.
+
+        Raises:
+            LakeCorrupt: a shard does not have its checksum.
+        """
         limit = max(READ_BYTES // array.row_bytes, 1)
+        checked = -1
         for extent in self._packed:
-            folder = run / f"{self._records[extent.segment].path}/{name}"
+            record = self._records[extent.segment]
+            folder = run / f"{record.path}/{name}"
+            if checked != extent.segment:  # packed anew they get checksums of their own, which must not hide damage
+                checked, shards = extent.segment, record.arrays[name].shards
+                found = [object_crc32c(folder, array.shard_path(number)) for number in range(len(shards))]
+                check_shards(f"{record.path}/{name}", shards, found)
             for start in range(extent.start, extent.stop, limit):
                 rows = read_rows(folder, array, start, min(start + limit, extent.stop))
                 if name in self._statistics:

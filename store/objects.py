@@ -144,6 +144,10 @@ class Storage(ABC):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Every object below the folder `prefix`; names in one folder ascend."""
 
+    def unfinished(self, prefix: str) -> Iterator[Entry]:
+        """What is being written below the folder `prefix`, or was when a writer died, as far as the store shows it."""
+        return iter(())
+
     @abstractmethod
     def folders(self, prefix: str = "") -> Sequence[str]:
         """The names of the folders right below the folder `prefix`, ascending."""

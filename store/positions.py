@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
-Positions = Literal["all", "prompt", "generated", "last"] | Annotated[tuple[int, ...], Field(min_length=1)]
+
+def _said_once(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One message for all that it may be, where pydantic has one for each."""
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise ValueError(
+            "give 'all', 'prompt', 'generated', 'last' or a list of positions, such as [0, -1] for the prompt's first and last token"
+        ) from error
+
+
+Positions = Annotated[
+    Literal["all", "prompt", "generated", "last"] | Annotated[tuple[int, ...], Field(min_length=1)],
+    WrapValidator(_said_once),
+]
 """`last` is the last prompt token; numbers count from 0, negative ones from the end of the prompt."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -19,6 +20,15 @@ from millpond.store.system_calls import begin_writeback, read_to_rows
 
 WRITEBACK_BYTES = 16 << 20
 """The disk is told to begin with a file's bytes whenever it has so many more."""
+
+_REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space, or ask for a larger quota",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "name a place that you may write",
+    errno.EIO: "look at the disk (dmesg), and restore the file from a copy",
+}
 
 
 def sync_folder(folder: Path) -> None:
@@ -59,25 +69,25 @@ class LocalStorage(Storage):
         return f"file:{folder.stat().st_dev}"
 
     def get(self, path: str) -> bytes:  # noqa: D102
-        with _named_errors(self.path / path):
+        with named_errors(self.path / path):
             return (self.path / path).read_bytes()
 
     def get_range(self, path: str, start: int, length: int) -> Buffer:  # noqa: D102
-        with _named_errors(self.path / path), (self.path / path).open("rb", buffering=0) as handle:
+        with named_errors(self.path / path), (self.path / path).open("rb", buffering=0) as handle:
             return os.pread(handle.fileno(), length, start)
 
     def get_tail(self, path: str, length: int) -> Buffer:  # noqa: D102
-        with _named_errors(self.path / path), (self.path / path).open("rb", buffering=0) as handle:
+        with named_errors(self.path / path), (self.path / path).open("rb", buffering=0) as handle:
             start = max(os.fstat(handle.fileno()).st_size - length, 0)
             return os.pread(handle.fileno(), length, start)
 
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> Sequence[Buffer]:  # noqa: D102
-        with _named_errors(self.path / path), (self.path / path).open("rb", buffering=0) as handle:
+        with named_errors(self.path / path), (self.path / path).open("rb", buffering=0) as handle:
             return [os.pread(handle.fileno(), length, start) for start, length in zip(starts, lengths, strict=True)]
 
     def read_into(self, path: str, start: int, target: memoryview) -> int:  # noqa: D102
         file = self.path / path
-        with _named_errors(file):
+        with named_errors(file):
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 done = 0
@@ -89,7 +99,7 @@ class LocalStorage(Storage):
 
     def read_to_rows(self, path: str, start: int, out: NDArray[np.uint8], place: NDArray[np.int64]) -> int:  # noqa: D102
         file = self.path / path
-        with _named_errors(file):
+        with named_errors(file):
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 return read_to_rows(descriptor, start, out, place)
@@ -98,14 +108,14 @@ class LocalStorage(Storage):
 
     def put(self, path: str, data: bytes, *, durable: bool = True) -> None:  # noqa: D102
         target = self.path / path
-        with _named_errors(target, writing=True), self._written(target, data, durable) as temporary:
+        with named_errors(target, writing=True), self._written(target, data, durable) as temporary:
             temporary.replace(target)
             if durable:
                 sync_folder(target.parent)
 
     def create(self, path: str, data: bytes) -> bool:  # noqa: D102
         target = self.path / path
-        with _named_errors(target, writing=True), self._written(target, data, durable=True) as temporary:
+        with named_errors(target, writing=True), self._written(target, data, durable=True) as temporary:
             try:
                 target.hardlink_to(temporary)
             except FileExistsError:
@@ -127,23 +137,33 @@ class LocalStorage(Storage):
             temporary.unlink(missing_ok=True)
 
     def stream_writer(self, path: str, memory: int = 0) -> StreamWriter:  # noqa: D102
-        with _named_errors(self.path / path, writing=True):
+        with named_errors(self.path / path, writing=True):
             return _FileWriter(self.path / path)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:  # noqa: D102
+        return self._files(prefix, hidden=False)
+
+    def unfinished(self, prefix: str) -> Iterator[Entry]:  # noqa: D102
+        return self._files(prefix, hidden=True)
+
+    def _files(self, prefix: str, *, hidden: bool) -> Iterator[Entry]:
+        """The files in folders that are not hidden, which are themselves hidden or not."""
         folders = [self.path / prefix if prefix else self.path]
         while folders:
             folder = folders.pop()
             try:
                 with os.scandir(folder) as found:
-                    entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda entry: entry.name)
+                    entries = sorted(found, key=lambda entry: entry.name)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise StorageFailed(f"{folder} cannot be read: {error.strerror}") from error
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    folders.append(Path(entry.path))
+                    if entry.name[0] != ".":
+                        folders.append(Path(entry.path))
+                    continue
+                if (entry.name[0] == ".") != hidden:
                     continue
                 with suppress(FileNotFoundError):
                     status = entry.stat()
@@ -151,24 +171,24 @@ class LocalStorage(Storage):
 
     def folders(self, prefix: str = "") -> Sequence[str]:  # noqa: D102
         folder = self.path / prefix if prefix else self.path
-        with suppress(FileNotFoundError, NotADirectoryError), _named_errors(folder), os.scandir(folder) as found:
+        with suppress(FileNotFoundError, NotADirectoryError), named_errors(folder), os.scandir(folder) as found:
             return sorted(entry.name for entry in found if entry.name[0] != "." and entry.is_dir())
         return []
 
     def head(self, path: str) -> Entry:  # noqa: D102
-        with _named_errors(self.path / path):
+        with named_errors(self.path / path):
             status = (self.path / path).stat()
             return Entry(path, status.st_size, status.st_mtime)
 
     def delete(self, paths: str | Sequence[str]) -> None:  # noqa: D102
         for path in [paths] if isinstance(paths, str) else paths:
-            with _named_errors(self.path / path):
+            with named_errors(self.path / path):
                 (self.path / path).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:  # noqa: D102
         folder = self.path / prefix if prefix else self.path
         grave = folder.with_name(f".deleted-{uuid.uuid4().hex}")
-        with suppress(FileNotFoundError), _named_errors(folder):
+        with suppress(FileNotFoundError), named_errors(folder):
             folder.rename(grave)
             sync_folder(folder.parent)
             shutil.rmtree(grave)
@@ -176,14 +196,14 @@ class LocalStorage(Storage):
             shutil.rmtree(left, ignore_errors=True)
 
     def copy(self, source: str, target: str) -> None:  # noqa: D102
-        with _named_errors(self.path / source):
+        with named_errors(self.path / source):
             _make_folder((self.path / target).parent)
             (self.path / target).hardlink_to(self.path / source)
             sync_folder((self.path / target).parent)
 
     def sweep(self, prefix: str, before: float) -> None:  # noqa: D102
         for left in (self.path / prefix).glob(".*"):
-            with suppress(FileNotFoundError), _named_errors(left):
+            with suppress(FileNotFoundError), named_errors(left):
                 if left.stat().st_mtime < before:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
@@ -197,7 +217,7 @@ class _FileWriter(StreamWriter):
         self._written = self._begun = 0
 
     def write(self, data: Buffer) -> None:
-        with _named_errors(self._path, writing=True):
+        with named_errors(self._path, writing=True):
             _write_all(self._descriptor, data)
         self._written += memoryview(data).nbytes
         if self._written - self._begun >= WRITEBACK_BYTES:
@@ -205,7 +225,7 @@ class _FileWriter(StreamWriter):
             self._begun = self._written
 
     def finish(self) -> None:
-        with _named_errors(self._path, writing=True):
+        with named_errors(self._path, writing=True):
             os.fsync(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
@@ -240,7 +260,8 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _named_errors(path: Path, *, writing: bool = False) -> Iterator[None]:
+def named_errors(path: Path, *, writing: bool = False) -> Iterator[None]:
+    """Raises what the operating system refuses as `StorageFailed`, with the path."""
     try:
         yield
     except StorageFailed:
@@ -252,4 +273,5 @@ def _named_errors(path: Path, *, writing: bool = False) -> Iterator[None]:
             error.errno, f"{error.strerror}; its folder cannot be made or was removed", str(path)
         ) from error
     except OSError as error:
-        raise StorageFailed(error.errno, f"{error.strerror}; free space or check the permissions", str(path)) from error
+        remedy = _REMEDIES.get(error.errno or 0, "free space or check the permissions")
+        raise StorageFailed(error.errno, f"{error.strerror}; {remedy}", str(path)) from error

@@ -227,6 +227,11 @@ def s3_errors(what: str, bucket: str) -> Iterator[None]:
             raise StorageFailed(f"{what}: there is no bucket {bucket!r}; create it or check the endpoint") from None
         raise FileNotFoundError(f"{what} is missing") from None
     except (PermissionDeniedError, UnauthenticatedError) as error:
+        if "RequestTimeTooSkewed" in str(error):
+            raise StorageFailed(
+                f"{what}: the store refuses requests of this host, whose clock is wrong by more than a quarter of an hour; "
+                "set it (chrony or another NTP client)"
+            ) from error
         raise StorageFailed(
             f"{what}: the store refuses these credentials ({_reason(error)}); renew them or ask for access"
         ) from error
@@ -296,9 +301,9 @@ def _open_store(bucket: str, options: Mapping[str, Any]) -> S3Store:
         config=config,  # type: ignore[arg-type]
         client_options={"allow_http": allow_http, "timeout": timedelta(seconds=60)},
         retry_config={
-            "max_retries": 100,
+            "max_retries": 100_000,  # the time decides: a hundred refused connections take less than a minute
             "retry_timeout": timedelta(seconds=retry_timeout),
-            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 3},
         },
         credential_provider=provider,
     )

@@ -6,6 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from millpond.store.commits import closing
-from millpond.store.errors import CaptureFailed, InvalidInput
+from millpond.store.commits import check_filled, closing
+from millpond.store.errors import CaptureFailed, InvalidInput, StorageFailed
 from millpond.store.label_files import remove_row_labels
 from millpond.store.labels import check_label_name, write_token_label
 from millpond.store.manifest import Manifest, encode_record
@@ -55,7 +56,8 @@ def seal_run(
 
     Raises:
         CaptureFailed: the rows are not as many as `expected_rows`.
-        InvalidInput: `prompts` or the labels do not fit the captured prompts, or the run is sealed without these labels.
+        InvalidInput: `prompts` or the labels do not fit the captured prompts, the run is sealed without these labels, or it
+            is a copy or an import that was not finished.
     """
     storage = as_storage(where)
     token_labels = token_labels or {}
@@ -65,6 +67,7 @@ def seal_run(
         if unknown:
             raise InvalidInput(f"run {run.name!r} is sealed without the label {unknown[0]!r}; add it to the sealed run")
         return _checked(run, expected_rows)
+    check_filled(storage, run.name)
     check_once(storage)
     with closing(storage, "sealing"):
         run = _checked(open_run(storage), expected_rows)  # writers are kept out: now it holds all that will ever be
@@ -93,12 +96,18 @@ def _seal(
     table = _with_metadata(run.snapshot.prompts.iloc[merge.order].reset_index(drop=True), prompts)
     _check_labels(table, prompt_labels, token_labels, token_label_dtypes)
     remove_row_labels(storage)
-    part = merge.write(storage, f"data-{uuid.uuid4().hex}", table)
-    offsets = np.concatenate([[0], np.cumsum(table["n_rows"].to_numpy(np.int64))]).astype(np.int64)
-    plan = RowPlan(storage, run.plan.spec, Parts.of([part]), offsets, np.ones(len(table), bool))
-    for name, values in token_labels.items():
-        by_number = {number: values[str(prompt_id)] for number, prompt_id in enumerate(table["id"])}
-        write_token_label(plan, name, by_number, token_label_dtypes[name])
+    data = f"data-{uuid.uuid4().hex}"
+    try:
+        part = merge.write(storage, data, table)
+        offsets = np.concatenate([[0], np.cumsum(table["n_rows"].to_numpy(np.int64))]).astype(np.int64)
+        plan = RowPlan(storage, run.plan.spec, Parts.of([part]), offsets, np.ones(len(table), bool))
+        for name, values in token_labels.items():
+            by_number = {number: values[str(prompt_id)] for number, prompt_id in enumerate(table["id"])}
+            write_token_label(plan, name, by_number, token_label_dtypes[name])
+    except BaseException:  # a full disk gets its room back; once the manifest may be there, nothing is removed
+        with suppress(StorageFailed):
+            storage.delete_tree(data)
+        raise
     manifest = Manifest(
         run=run.plan.spec,
         sealed=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from millpond.store.manifest import ArrayChecksums, Manifest, Part, RunSpec, enc
 from millpond.store.objects import Storage
 from millpond.store.prompts import write_prompt_table
 from millpond.store.segment import all_finite, array_attributes, write_statistics
-from millpond.store.shards import ArrayRecord, ArrayWriter, write_group
+from millpond.store.shards import ArrayRecord, ArrayWriter, check_shards, write_group
 from millpond.store.stats import HookStatistics, add_statistics
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 STATISTICS_THREADS = 2
 """Threads that gather statistics of a block while it is written: they take longer than the writing."""
 Blocks = Callable[[str], Iterable[NDArray[Any]]]
+Checksums = Sequence[tuple[int, int]]
+"""Size and crc32c of each shard of an array."""
 
 
 def write_sealed(
@@ -42,6 +44,7 @@ def write_sealed(
     table: pd.DataFrame,
     blocks: Blocks,
     prompt_labels: tuple[str, ...] = (),
+    checksums: Mapping[str, Checksums] | None = None,
 ) -> Run:
     """Create the run `name` and fill it; after an error there is no such run.
 
@@ -52,8 +55,10 @@ def write_sealed(
         table: its prompt table, whose `n_rows` are the rows of each prompt in order.
         blocks: array name to its rows in blocks, as they are stored.
         prompt_labels: columns of the table that are labels.
+        checksums: array name to what its shards must come to, where that is known.
 
     Raises:
+        LakeCorrupt: a shard comes to something else: what it was read from is damaged.
         InvalidInput: the rows are not finite, or not those that the table counts.
         QuotaExceeded: the lake does not allow so many bytes; nothing was made.
     """
@@ -61,17 +66,23 @@ def write_sealed(
     row_bytes = len(like["hooks"]) * like["d_model"] * np.dtype(STORED_AS[like["dtype"]]).itemsize
     row_bytes += sum(array.row_bytes for array in arrays)
     check_quota(lake, {name: int(table["n_rows"].sum()) * row_bytes})
-    spec = lake.create_run(name, **like)
+    spec = lake.create_run(name, **like, filling=True)
     try:
-        _fill(lake, spec, table, blocks, prompt_labels)
+        _fill(lake.run_storage(name), spec, table, blocks, prompt_labels, checksums or {})
     except BaseException:
         lake.delete(name)
         raise
     return lake[name]
 
 
-def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt_labels: tuple[str, ...]) -> None:
-    run = lake.run_storage(spec.name)
+def _fill(
+    run: Storage,
+    spec: RunSpec,
+    table: pd.DataFrame,
+    blocks: Blocks,
+    prompt_labels: tuple[str, ...],
+    checksums: Mapping[str, Checksums],
+) -> None:
     data = f"data-{uuid.uuid4().hex}"
     rows = int(table["n_rows"].sum())
     arrays, metadata = {}, {}
@@ -80,6 +91,7 @@ def _fill(lake: Lake, spec: RunSpec, table: pd.DataFrame, blocks: Blocks, prompt
         record = _write_array(run / f"{data}/{name}", spec, name, table, blocks, statistics)
         if record.rows != rows:
             raise InvalidInput(f"{name} of run {spec.name!r} has {record.rows} rows, but its prompts have {rows}")
+        check_shards(name, checksums.get(name, record.shards), record.shards)
         arrays[name] = ArrayChecksums.of(record)
         metadata[name] = array.metadata(record.rows, array_attributes(spec, name))
     prompt_table = write_prompt_table(run / data, table)

@@ -164,8 +164,10 @@ class ArrayWriter:
         self._shard = None
 
 
-GATHER_BYTES = 1 << 20
-"""Written at once, from memory that is still in a core's cache from taking its checksum."""
+WRITE_BYTES = 1 << 18
+"""Written at once, while it is in a core's cache from taking its checksum."""
+GATHER_BYTES = 1 << 16
+"""Less than this is gathered first."""
 
 
 class _ShardWriter:
@@ -209,15 +211,16 @@ class _ShardWriter:
         self._write(data)
 
     def _write(self, data: Array) -> None:
-        """Bytes of the shard, gathered until there are enough of them: copying costs less than checksums of cold memory."""
+        """Bytes of the shard; a few are gathered until there are enough of them."""
         self._bytes += len(data)
-        while len(data):
-            start = self._gathered_bytes
-            stop = min(start + len(data), GATHER_BYTES)
-            self._gathered[start:stop] = data[: stop - start]
-            self._gathered_bytes, data = stop, data[stop - start :]
-            if stop == GATHER_BYTES:
-                self._flush()
+        while len(data) >= GATHER_BYTES:
+            self._flush()
+            self._put(data[:WRITE_BYTES])
+            data = data[WRITE_BYTES:]
+        if self._gathered_bytes + len(data) > GATHER_BYTES:
+            self._flush()
+        self._gathered[self._gathered_bytes : self._gathered_bytes + len(data)] = data
+        self._gathered_bytes += len(data)
 
     def _flush(self) -> None:
         if self._gathered_bytes:
@@ -348,6 +351,20 @@ def shard_index(folder: Storage, path: str, spec: ArraySpec) -> NDArray[np.uint6
     if len(tail) < spec.index_bytes or int(google_crc32c.value(encoded)).to_bytes(4, "little") != tail[-4:]:
         raise LakeCorrupt(f"{folder.url}/{path} has a damaged index; run millpond verify")
     return np.frombuffer(encoded, "<u8").reshape(-1, 2)
+
+
+def check_shards(array: str, recorded: Sequence[tuple[int, int]], found: Sequence[tuple[int, int]]) -> None:
+    """Compare the sizes and checksums of an array's shards with those that were recorded.
+
+    Raises:
+        LakeCorrupt: one differs.
+    """
+    for number, (wanted, got) in enumerate(zip(recorded, found, strict=True)):
+        if wanted != got:
+            raise LakeCorrupt(
+                f"shard {number} of {array} does not have its checksum, so nothing was made of it; run millpond verify, and "
+                "restore it from a copy"
+            )
 
 
 def object_crc32c(storage: Storage, path: str) -> tuple[int, int]:

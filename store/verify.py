@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from millpond.store.commits import is_unfilled
 from millpond.store.dtypes import decode
-from millpond.store.errors import LakeCorrupt
+from millpond.store.errors import LakeCorrupt, StorageFailed
 from millpond.store.files import decode_document
 from millpond.store.label_files import LABEL_FILE, read_label, row_label_array
 from millpond.store.manifest import Part
@@ -68,6 +69,8 @@ def verify_run(run: Run, *, progress: bool = False) -> Verification:
         _check_part(found, run, part)
     _check_tombstones(found, run)
     _check_labels(found, run)
+    if is_unfilled(plan.folder):
+        found.problems.append("a copy or an import that is being written, or was interrupted; it has no rows yet")
     if not found.problems:
         _check_rows(found, run)
     if run.manifest is not None:
@@ -128,6 +131,10 @@ def _check_object(found: Verification, folder: Storage, path: str, size: int, cr
             found.problems.append(f"{where} does not have the checksum of the manifest")
     except FileNotFoundError:
         found.problems.append(f"{where} is missing")
+    except StorageFailed as error:
+        if error.errno is None:  # the whole store, not one file of a disk
+            raise
+        found.problems.append(str(error))
 
 
 def _check_part(found: Verification, run: Run, part: Part) -> None:

@@ -17,7 +17,6 @@ from millpond.store.result import Result
 
 if TYPE_CHECKING:
     from millpond.analysis.sae.estimator import Sae
-    from millpond.store.run import Run
 
 Rows = NDArray[np.float32]
 Replace = Callable[[Rows], Rows]
@@ -86,28 +85,6 @@ def cross_entropy_recovered(
     values["ce_recovered"] = (losses["zero"] - losses["sae"]) / (losses["zero"] - losses["clean"])
     provenance = {"estimator": type(sae).__name__, "trained_on": sae.trained_on_, "read": read, "write": write}
     return Result("sae-cross-entropy", values, {}, {"tokens": count, "prompts": len(prompts)}, provenance)
-
-
-def prompts_of(run: Run, bos: int | None = None, limit: int | None = None) -> list[list[int]]:
-    """Token ids of the first `limit` prompts of a run; `bos` stands in front where capture left position 0 out.
-
-    Raises:
-        InvalidInput: the run does not hold all positions of a prompt.
-    """
-    tokens = run.tokens.compute()
-    numbers, positions, ids = (tokens[name].to_numpy() for name in ("prompt", "position", "token_id"))
-    found = []
-    for number in run.prompts.index[:limit]:
-        low, high = np.searchsorted(numbers, [number, number + 1])
-        here, first = ids[low:high].tolist(), int(positions[low]) if high > low else 0
-        if first == 1 and bos is not None:
-            here, first = [bos, *here], 0
-        if first != 0 or not np.array_equal(np.diff(positions[low:high]), np.ones(max(0, high - low - 1))):
-            raise InvalidInput(
-                f"prompt {number} of run {run.name!r} lacks positions; capture positions = 'all', or give bos if only 0 is"
-            )
-        found.append(here)
-    return found
 
 
 class HuggingFaceModel:

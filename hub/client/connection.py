@@ -23,7 +23,6 @@ from millpond.store.errors import (
     QuotaExceeded,
 )
 
-API = 1
 MEDIA_TYPE = "application/octet-stream"
 _ATTEMPTS = 5
 _LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=60.0)

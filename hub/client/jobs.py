@@ -30,7 +30,7 @@ def job_of(kind: str, parts: Mapping[str, Any]) -> Job:
     """
     makers = {
         "probe": _probe, "evaluate": _evaluate, "sweep": _sweep, "release": _release, "sae_train": _sae_train,
-        "latents": _latents, "expression": _expression, "generate": _generate,
+        "latents": _latents, "expression": _expression, "generate": _generate, "sae_cross_entropy": _sae_cross_entropy,
     }  # fmt: skip
     if kind not in makers:
         raise InvalidInput(f"there is no job of kind {kind!r} with these parts; kinds are {', '.join(makers)}")
@@ -86,6 +86,17 @@ def _generate(parts: Mapping[str, Any]) -> dict[str, Any]:
         "score": score,
         "interventions": [_edit(one) for one in given.get("interventions", ())],
     }
+
+
+def _sae_cross_entropy(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """See `RemoteLake.sae_cross_entropy`."""
+    given = dict(parts)
+    sae, prompts = given.pop("artifact"), given.pop("prompts")
+    held = getattr(sae, "remote_", sae)
+    if isinstance(prompts, RemoteColumn):
+        raise InvalidInput(f"prompts is a hook's activations; give the rows themselves, run {prompts.run.name!r}")
+    sent = prompts.rows if isinstance(prompts, RemoteRun) else getattr(prompts, "handle", None) or _plain(prompts)
+    return given | {"artifact": getattr(held, "handle", held), "prompts": sent}
 
 
 def _plain(prompts: Any) -> list[dict[str, Any]]:
@@ -166,6 +177,8 @@ def _evaluate(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sweep(parts: Mapping[str, Any]) -> dict[str, Any]:
     train, test = (_run(parts[name]) for name in ("train", "test"))
+    for run in (train, test):
+        run.match(parts["hooks"])
     for name in parts["labels"]:
         if name not in train.labels or name not in test.labels:
             train.labels[name], test.labels[name]
@@ -209,6 +222,8 @@ def _latents(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _expression(parts: Mapping[str, Any]) -> dict[str, Any]:
     run = _run(parts["run"])
+    for name in parts["expression"].labels:
+        run.labels[name]
     return {"rows": run.rows, "expression": parts["expression"].to_wire() | {"run": run.view.handle}}
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from millpond.hub.body import UNCAPPED, BudgetLeft, Handles, Quote
+from millpond.hub.body import API, UNCAPPED, BudgetLeft, Handles, Quote
 from millpond.hub.client import jobs
-from millpond.hub.client.connection import API, Connection
+from millpond.hub.client.connection import Connection
 from millpond.hub.client.futures import EarlierJob, JobFuture
 from millpond.hub.client.generation import Generation, finished, group_names
 from millpond.hub.client.run import RemoteRun
@@ -19,11 +19,12 @@ from millpond.hub.client.texts import TextReader
 from millpond.hub.kinds.base import Job, RowSet
 from millpond.hub.kinds.generate import GenerateJob
 from millpond.hub.projection import RunView
-from millpond.store.errors import GatewayUnavailable, InvalidInput, RunNotFound
+from millpond.store.errors import GatewayRefused, GatewayUnavailable, InvalidInput, RunNotFound
 from millpond.store.reprs import html_table
 
 if TYPE_CHECKING:
     from millpond.store.lake import Lake
+    from millpond.store.result import Result
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def connect(
     Raises:
         InvalidInput: there is no address, or the project is not given and there are several.
         GatewayUnavailable: nobody answers there, or another version.
-        GatewayRefused: the token is not accepted.
+        GatewayRefused: the token is not accepted, lacks the scope `read`, or is of no member of the project.
     """
     url = url or os.environ.get("MILLPOND_URL")
     if not url:
@@ -72,11 +73,16 @@ def _meet(connection: Connection) -> dict[str, Any]:
             f"the gateway speaks version {version.get('api')!r} of the interface, this client {API}; install "
             f"millpond=={version.get('version')}"
         )
+    names = connection.constant("/api/v1/projects")["projects"]
     if connection.project is None:
-        names = connection.constant("/api/v1/projects")["projects"]
         if len(names) != 1:
             raise InvalidInput(f"you belong to {', '.join(names) or 'no project'}; name one: connect(project=...)")
         connection.project = names[0]
+    elif connection.project not in names:
+        raise GatewayRefused(
+            f"project {connection.project!r} is not found: it does not exist, or you are no member; you belong to "
+            f"{', '.join(names) or 'no project'}"
+        )
     return version
 
 
@@ -338,6 +344,31 @@ class RemoteLake(Mapping[str, RemoteRun]):
         """
         given = {"model": model, "max_tokens": max_tokens, "score": score, "by": by, "texts": texts}
         return self.submit_generate(prompts, **given, **options).result()
+
+    def submit_sae_cross_entropy(self, sae: Any, prompts: Any, **options: Any) -> JobFuture[Result]:
+        """As `sae_cross_entropy`, without waiting."""
+        job = jobs.job_of("sae_cross_entropy", {"artifact": sae, "prompts": prompts, **options})
+        return self.submit_job(job, lambda answers, made: answers[0])
+
+    def sae_cross_entropy(self, sae: Any, prompts: Any, **options: Any) -> Result:
+        """How much of a model's loss survives when a hook is replaced by an autoencoder's reconstruction, in the vault.
+
+        Of at least 20 distinct prompts: `ce_clean`, `ce_sae` and `ce_zero`, nats a token of the model as it is, with the hook
+        reconstructed and with it set to 0; `ce_recovered`, (zero - sae) / (zero - clean); and the counts `tokens` and `prompts`.
+
+        Args:
+            sae: an autoencoder that was trained in the vault, or its artifact.
+            prompts: what `prompts` returned, prompts as it takes them, or a run whose prompts are taken, such as `test`.
+            options: `model` (by default the one that the autoencoder was trained on), `adapter`, `hook` (where it was trained),
+                `first_position` (1; of a run that of its first row), and `bos`, the token id in front of each prompt of a run
+                that was captured without position 0.
+
+        Raises:
+            InvalidInput: a field cannot be used.
+            NotReleased: the prompts are too few, or one has too many of the tokens.
+            InReview: a reviewer must decide, as about an autoencoder that no job of the vault trained.
+        """
+        return self.submit_sae_cross_entropy(sae, prompts, **options).result()
 
     def submit_graph(self, module: Any, data: Any, labels: Any = None, **options: Any) -> JobFuture[list[Any]]:
         """As `graph`, without waiting."""

@@ -31,6 +31,7 @@ _LOCAL = {
         "fit, evaluate and mp.lazy(run) work there, and lake.twin(run) has random rows to try code on",
     ),
 }
+_INDEX = ("prompt", "position", "token_id")
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,7 +136,8 @@ class RemoteRun:
             sample: not here; a condition or a split chooses rows.
 
         Raises:
-            InvalidInput: a condition cannot be sent, or these rows are a part of a split already.
+            InvalidInput: a condition cannot be sent or names no column or label of the run, or these rows are a part of a
+                split already.
         """
         if sample is not None:
             raise InvalidInput("sample cannot be sent to the gateway; choose rows with where or split")
@@ -159,19 +161,31 @@ class RemoteRun:
             raise InvalidInput("select rows before you split them: run.select(...).split(...)")
         if self.rows.where is not None:
             found.insert(0, self.rows.where)
-        condition = Expression(" and ".join(found)).text  # refuses here what the vault would
-        return self._with(where=condition)
+        condition = Expression(" and ".join(found))  # refuses here what the vault would
+        known = {*_INDEX, *self.view.columns, *self.view.labels}
+        missing = {name.partition("@")[0] for name in condition.names} - known
+        if missing and self.view.columns:
+            raise InvalidInput(
+                f"where names {min(missing)!r}, which is no column or label of run {self.name!r}; it has "
+                f"{', '.join(sorted(known))} (lake.refresh() sees what others have added since)"
+            )
+        return self._with(where=condition.text)
 
     def split(self, test: float = 0.2, seed: int = 0, by: str | None = None) -> tuple[RemoteRun, RemoteRun]:
         """Split by prompt into a training and a test part, never by token, as `Run.split` does.
 
         Raises:
-            InvalidInput: `test` is not between 0 and 1, or these rows are a part of a split already.
+            InvalidInput: `test` is not between 0 and 1, there is no column `by`, or these rows are a part of a split already.
         """
         if not 0 < test < 1:
             raise InvalidInput(f"test is {test}; give a fraction between 0 and 1")
         if self.rows.part is not None:
             raise InvalidInput("these rows are a part of a split already; split the run with other fractions or seeds")
+        if by is not None and self.view.columns and by not in self.view.columns:
+            raise InvalidInput(
+                f"by is {by!r}, which is no column of the prompts of run {self.name!r}; they have "
+                f"{', '.join(self.view.columns)}"
+            )
         split = Split(test=test, seed=seed, by=by)
         return self._with(split=split, part="train"), self._with(split=split, part="test")
 

@@ -15,6 +15,7 @@ from millpond.hub.kinds.graph import GraphJob
 from millpond.hub.kinds.latents import LatentsJob
 from millpond.hub.kinds.probe import ProbeJob
 from millpond.hub.kinds.release import ReleaseJob
+from millpond.hub.kinds.sae_cross_entropy import SaeCrossEntropyJob
 from millpond.hub.kinds.sae_train import SaeTrainJob
 from millpond.hub.kinds.statistics import StatisticsJob
 from millpond.hub.kinds.sweep import SweepJob
@@ -34,7 +35,8 @@ AnyJob = Annotated[
     | LatentsJob
     | GraphJob
     | CaptureJob
-    | GenerateJob,
+    | GenerateJob
+    | SaeCrossEntropyJob,
     Field(discriminator="kind"),
 ]
 ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyJob)
@@ -43,6 +45,7 @@ KINDS: dict[str, type[Job]] = {
     for model in (
         ProbeJob, EvaluateJob, SweepJob, ReleaseJob, ExpressionJob,
         StatisticsJob, SaeTrainJob, LatentsJob, GraphJob, CaptureJob, GenerateJob,
+        SaeCrossEntropyJob,
     )
 }  # fmt: skip
 

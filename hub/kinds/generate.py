@@ -11,19 +11,12 @@ from millpond.hub.kinds.base import Facts, Finite, Handle, Hook, Job, Needed, Ou
 from millpond.hub.kinds.capture import Edits, Prompt, needs_of
 from millpond.hub.shapes import result_bytes
 from millpond.hub.textcode import MAX_TEXT, most_bytes
-from millpond.store.capture_spec import ModelSection
 from millpond.store.errors import InvalidInput
 from millpond.store.generation import Question, Sampling
 
 if TYPE_CHECKING:
     from millpond.hub.vault import Vault
 
-WORK = "work"
-"""Where such a job's specification holds the workers' parts, by what the job is called in the queue while one does its own."""
-WORKERS = ("generate", "judge")
-"""What such a job is called in the queue while workers do their parts, in this order."""
-GENERATED = "generated"
-"""What it is called when an executor goes on."""
 MOST_COMPLETIONS = 200_000
 MOST_GROUPS = 1000
 
@@ -174,10 +167,3 @@ class GenerateJob(Job):
         from millpond.hub.generations import answers_of
 
         return Outcome(answers_of(self, vault, progress))
-
-
-def next_step(kind: str, work: Mapping[str, Any]) -> tuple[str, str]:
-    """What a job is called in the queue when a worker has done the part `kind` of its `work`, and the base model it needs then."""
-    later = WORKERS[WORKERS.index(kind) + 1 :]
-    step = next((one for one in later if one in work), GENERATED)
-    return step, ModelSection.model_validate(work[step]["model"]).base if step in work else ""

@@ -22,7 +22,7 @@ from millpond.hub.workspace.supervise import Part
 from millpond.hub.workspace.up_config import UpConfig, toml
 from millpond.store.errors import InvalidInput, IsolationFailed
 
-_KINDS = ("capture", "generate", "judge")
+_KINDS = ("capture", "generate", "judge", "sae_cross_entropy")
 _PROCESSORS = Path("/sys/devices/system")
 """Where vLLM's CPU build finds which cores there are."""
 

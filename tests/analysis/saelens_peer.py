@@ -2,7 +2,8 @@
 
 Not a test module. `python saelens_peer.py FOLDER`: reads FOLDER/ours/*, encodes FOLDER/x.npy with SAELens, writes
 the latents and reconstructions; writes autoencoders of SAELens' own into FOLDER/theirs/*; trains on the run in
-FOLDER/lake; prints one JSON object.
+FOLDER/lake; caches activations of the example model into FOLDER/cache, and what its own reader makes of them into
+FOLDER/cache.npz; prints one JSON object.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import torch
 
 warnings.filterwarnings("ignore")
 folder = Path(sys.argv[1])
+MODEL = str(Path(__file__).parents[2] / "examples" / "stdlib_llama" / "model")
 x = torch.from_numpy(np.load(folder / "x.npy"))
 report = {"loaded": {}}
 
@@ -29,12 +31,22 @@ def use(sae, where):
 
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     import sae_lens
+    from datasets import Dataset, load_from_disk
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE, BatchTopKTrainer
     from dictionary_learning.training import trainSAE
-    from sae_lens import SAE, LoggingConfig, SAETrainer, StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens import (
+        SAE,
+        CacheActivationsRunner,
+        CacheActivationsRunnerConfig,
+        LoggingConfig,
+        SAETrainer,
+        StandardTrainingSAE,
+        StandardTrainingSAEConfig,
+    )
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import get_sae_class
     from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+    from transformers import AutoModelForCausalLM
 
     import millpond
 
@@ -99,5 +111,26 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
         device="cpu",
     )  # fmt: skip
     report["dictionary_learning"] = (folder / "dictionary_learning" / "trainer_0" / "ae.pt").exists()
+
+    contexts, length, layer = 6, 16, "model.layers.3"
+    texts = [
+        [0, *(int(token) for token in row)]
+        for row in np.random.default_rng(1).integers(1, 4096, (contexts, length - 1))
+    ]
+    cache = CacheActivationsRunnerConfig(
+        dataset_path="", model_name=MODEL, model_from_pretrained_kwargs={"dtype": torch.float32},
+        model_class_name="AutoModelForCausalLM", hook_name=layer, d_in=256, model_batch_size=2, context_size=length,
+        training_tokens=contexts * length, buffer_size_gb=4e-5, prepend_bos=False, shuffle=False, streaming=False,
+        device="cpu", new_cached_activations_path=str(folder / "cache"),
+    )  # fmt: skip
+    CacheActivationsRunner(cache, override_dataset=Dataset.from_dict({"input_ids": texts})).run()
+    cached = load_from_disk(str(folder / "cache")).with_format("numpy")
+    with torch.no_grad():
+        asked = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)(
+            torch.tensor(texts), output_hidden_states=True
+        )
+    hidden = asked.hidden_states[4].numpy()
+    np.savez(folder / "cache.npz", token_ids=cached["token_ids"][:], rows=cached[layer][:], hidden=hidden)
+    report["cached"] = [texts, len(list((folder / "cache").glob("*.arrow")))]
     report["version"] = sae_lens.__version__
 print(json.dumps(report))

@@ -100,7 +100,7 @@ def test_the_settings_in_the_docs_can_be_used(tmp_path):
 
 
 REFUSED = {
-    "[cluster]\nworkers = 2": "cluster: .*kind",
+    "[cluster]\nworkers = 2": "cluster.kind: Field required",
     '[cluster]\nkind = "mesos"': "'local', 'address', 'slurm', 'kubernetes', 'gateway'",
     '[cluster]\nkind = "local"\nworker = 2': "worker: Extra inputs",
     '[cluster]\nkind = "local"\nworkers = 2\nminimum = 3': "minimum 3 is above workers 2",

@@ -20,9 +20,10 @@ from millpond.analysis.sae.job import new_sae, read_job
 from millpond.analysis.sae.latents import survey
 from millpond.analysis.sae.logits import logit_effects, unembedding
 from millpond.analysis.sae.page import PageOptions, write_page
-from millpond.analysis.sae.recovered import HuggingFaceModel, Splice, cross_entropy_recovered, prompts_of
+from millpond.analysis.sae.recovered import HuggingFaceModel, Splice, cross_entropy_recovered
 from millpond.store.errors import InvalidInput
 from millpond.store.lake import open_lake
+from millpond.store.prompt_tokens import prompts_of
 from millpond.store.seal import seal_run
 from millpond.store.segment import CapturedRequest, RunWriter
 

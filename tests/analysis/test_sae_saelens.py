@@ -21,6 +21,7 @@ from millpond.analysis import (
     TopKSae,
     Transcoder,
 )
+from millpond.cli import main
 from millpond.store.errors import InvalidInput
 from millpond.store.lake import open_lake
 from millpond.store.seal import seal_run
@@ -127,6 +128,40 @@ def test_their_trainers_train_on_our_batches(exchanged):
     assert report["saelens_samples"] == report["multi_samples"] == 256
     assert report["saelens_moved"] > 1e-4
     assert report["dictionary_learning"]
+
+
+@pytest.mark.slow
+def test_activations_that_saelens_cached_are_imported_as_they_are(exchanged, tmp_path):
+    _, _, folder, report = exchanged
+    texts, files = report["cached"]
+    assert files > 1  # so their order counts
+    theirs = np.load(folder / "cache.npz")
+    assert report["version"].startswith("6.")
+    hook = "blocks.3.hook_resid_post"
+    lake = tmp_path / "lake"
+    done = main(
+        [
+            "import",
+            str(lake),
+            "cached",
+            str(folder / "cache"),
+            "--format",
+            "saelens",
+            "--hooks",
+            "model.layers.3",
+            hook,
+        ]
+    )
+    assert done == 0
+    run = open_lake(lake)["cached"]
+    rows, tokens = run[hook].values, run.tokens.compute()
+    assert tokens["token_id"].values.reshape(len(texts), -1).tolist() == theirs["token_ids"].tolist() == texts
+    assert rows.tobytes() == theirs["rows"].astype(np.float32).tobytes()
+    assert tokens["prompt"].values.tolist() == np.repeat(np.arange(len(texts)), len(texts[0])).tolist()
+    assert tokens["position"].values.tolist() == list(range(len(texts[0]))) * len(texts)
+    np.testing.assert_allclose(
+        rows, theirs["hidden"].reshape(rows.shape), rtol=1e-4, atol=1e-4
+    )  # of transformers itself
 
 
 def test_a_saved_folder_comes_back_whole(tmp_path):

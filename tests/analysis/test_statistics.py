@@ -144,3 +144,26 @@ def test_what_cannot_be_computed_is_refused_first(made):
         statistics.describe(run.select(np.zeros(30, bool)), "*")
     with running(memory_limit=20_000), pytest.raises(MemoryTooSmall, match="needs up to"):
         statistics.cka(run, "*")
+
+
+def test_values_whose_squares_overflow_are_refused_by_name_or_come_out_right(tmp_path):
+    rng = np.random.default_rng(0)
+    large = rng.standard_normal((64, D)).astype(np.float32) * np.float32(1e30)
+    spec = open_lake(tmp_path, create=True).create_run("s", hooks=HOOKS[:2], d_model=D, dtype="float32")
+    writer = RunWriter(open_lake(tmp_path).run_folder("s"), spec)
+    tokens = np.arange(64, dtype=np.int32)
+    small = rng.standard_normal((64, D)).astype(np.float32)
+    writer.append(CapturedRequest("p", tokens, 64, tokens, {HOOKS[0]: large, HOOKS[1]: small}))
+    writer.commit()
+    run = open_lake(tmp_path)["s"]
+    for refused in (
+        lambda: statistics.cka(run, "*"),
+        lambda: statistics.kmeans(run, HOOKS[0], 3),
+        lambda: statistics.covariance(run, HOOKS[0]),
+    ):
+        with pytest.raises(InvalidInput, match=r"blocks\.0\.hook_resid_post.* so large \(from about 1e17\)"):
+            refused()
+    units = [x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (large, small)]
+    cosine = statistics.layer_similarity(run, "*")["cosine"]
+    assert cosine[0, 1] == pytest.approx((units[0] * units[1]).sum(axis=1).mean(), abs=1e-6)
+    assert cosine[0, 0] == pytest.approx(1, abs=1e-6)

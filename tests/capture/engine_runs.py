@@ -119,6 +119,8 @@ def _run(spec: dict[str, Any]) -> Outcome:
     engine = ENGINE | {"async_scheduling": spec["asynchronous"]} | settings | spec["engine"]
     llm = LLM(**engine)
     assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == spec["asynchronous"]
+    runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    assert runner in (None, str(int(llm.llm_engine.vllm_config.use_v2_model_runner)))
     rounds = [_round(llm, [Ask(**ask) for ask in asks], number) for number, asks in enumerate(spec["rounds"])]
     _, _, error = llm.collective_rpc("millpond_commit")[0]
     assert error is None, error

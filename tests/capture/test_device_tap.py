@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -264,31 +262,6 @@ def test_the_ring_never_gives_a_place_away_before_its_rows_were_taken(steps: lis
 def test_a_step_larger_than_the_ring_names_the_setting() -> None:
     with pytest.raises(InvalidInput, match="staging_rows"):
         StagingRing(torch.zeros(1, 11, 1)).reserve(11)
-
-
-V2_ORDER = """
-import numpy as np, torch
-from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
-from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
-from millpond.capture.tapping import rows_v2
-
-scheduled, computed = {"long": 5, "decode": 1, "short": 2}, {"decode": 30, "long": 10, "short": 0}
-order = sort_batch_req_ids(scheduled, {}, 1)
-batch = InputBatch.make_dummy(3, 8, InputBuffers(4, 16, torch.device("cpu")))
-batch.req_ids = order
-batch.num_scheduled_tokens = np.array([scheduled[name] for name in order], np.int32)
-batch.num_computed_tokens_np = np.array([computed[name] for name in order], np.int32)
-assert [name for name, _, _ in rows_v2(batch)] == order and order[0] == "decode", order
-assert sorted(rows_v2(batch)) == [("decode", 30, 1), ("long", 10, 5), ("short", 0, 2)], rows_v2(batch)
-assert batch.input_ids.dtype == torch.int32
-"""
-
-
-@pytest.mark.slow
-def test_the_second_runners_row_order_is_read_from_its_batch() -> None:
-    """With vLLM's own sorting and batch; in a process of its own, since vLLM changes classes of transformers."""
-    done = subprocess.run([sys.executable, "-c", V2_ORDER], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def engine(**changes: Any) -> SimpleNamespace:

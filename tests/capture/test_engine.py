@@ -16,7 +16,7 @@ from millpond.store.capture_spec import read_job
 from tests.capture.conftest import MODEL
 
 
-class _Started(Exception):
+class _Started(BaseException):
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -18,12 +19,13 @@ import pandas as pd
 import pytest
 
 import millpond as mp
+from millpond.capture.job import run_capture
 from millpond.capture.plan import plan_capture
 from millpond.capture.prompt_file import read_prompts
 from millpond.cli import main
-from millpond.store.capture_spec import PromptsSection, read_job
+from millpond.store.capture_spec import PairedSection, PromptsSection, read_job
 from millpond.store.configuration import LakeConfiguration, write_configuration
-from millpond.store.errors import InvalidInput
+from millpond.store.errors import InvalidInput, RunExists
 from millpond.store.objects import open_storage
 from millpond.store.verify import verify_run
 from tests.capture.conftest import MODEL
@@ -72,8 +74,10 @@ def refused_prompts(refused: Refused, write_prompts: Callable[..., Path], write_
         ),
         ({"capture": {"hooks": ["resid"]}}, ["'resid'", "blocks.{0..5}.hook_resid_post"]),
         ({"capture": {"hooks": []}}, ["capture.hooks"]),
+        ({"capture": {"hooks": "blocks.0.hook_resid_post"}}, ["capture.hooks: Input should be a list"]),
         ({"capture": {"positions": [2]}}, ["capture.positions", "'b'", "2 tokens"]),
-        ({"capture": {"positions": "some"}}, ["capture.positions", "'some'"]),
+        ({"capture": {"positions": "some"}}, ["capture.positions: give 'all', ", "or a list of positions", "'some'"]),
+        ({"capture": {"positions": []}}, ["capture.positions: give 'all', ", "or a list of positions", "[]"]),
         ({"capture": {"positions": "generated"}}, ["capture.positions", "selects no token"]),
         ({"capture": {"hook": "x"}}, ["capture.hook", "Extra inputs"]),
         ({"prompts": {"path": "nowhere.jsonl"}}, ["'nowhere.jsonl'", "does not exist"]),
@@ -96,7 +100,10 @@ def refused_prompts(refused: Refused, write_prompts: Callable[..., Path], write_
         ({"prompts": {"metadata": ["mark", "mark"]}}, ["mark, mark", "twice"]),
         ({"engine": {"nonsense": 1}}, ["engine.nonsense"]),
         ({"engine": {"dtype": "bfloat16"}}, ["engine.dtype", "set by Millpond"]),
-        ({"engine": {"data_parallel_size": 2}}, ["engine.data_parallel_size", "several captures"]),
+        ({"destination": {"reuse": ["gone"]}}, ["destination.reuse.0", "'gone'", "no runs yet"]),
+        ({"engine": {"tensor_parallel_size": "two"}}, ["engine.tensor_parallel_size", "'two'"]),
+        ({"engine": {"data_parallel_size": 0}}, ["engine.data_parallel_size", "0", "from 1 to"]),
+        ({"engine": {"data_parallel_rank": 1}}, ["engine.data_parallel_rank", "one machine"]),
         ({"engine": {"max_model_len": 1000}}, ["engine.max_model_len", "1000", "512"]),
         ({"engine": {"max_num_seqs": "many"}}, ["engine.max_num_seqs", "'many'"]),
     ],
@@ -109,6 +116,36 @@ def test_a_bad_field_is_refused_by_name(
 ) -> None:
     refused_prompts(GOOD, *words, **sections)
     assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, ["intervene.0.op: Field required"]),
+        ({"op": "steer"}, ["intervene.0.op", "'add', 'ablate'", "'steer'"]),
+        ({"op": "add", "vector": [1.0, 2.0]}, ["intervene.0", "vector has 2 numbers", "256"]),
+        ({"op": "add", "vector": "truth"}, ["intervene.0", "no lake", "'truth'"]),
+        ({"op": "add", "vector": [1.0] * 256, "hook": "blocks.6.hook_resid_post"}, ["intervene.0", "'blocks.6."]),
+        (
+            {"op": "add", "vector": [1.0] * 256, "positions": [3, 4]},
+            ["intervene.0", "(3, 4)", "no token of any prompt"],
+        ),
+        ({"op": "ablate", "vector": [0.0] * 256}, ["intervene.0", ": vector is zero"]),
+    ],
+)
+def test_a_bad_intervention_is_refused_by_number(
+    asked: dict[str, Any],
+    words: list[str],
+    write_prompts: Callable[..., Path],
+    write_job: Callable[..., Path],
+    refused: Refused,
+) -> None:
+    job = write_job(write_prompts(GOOD))
+    fields = {"hook": "blocks.0.hook_resid_post", **asked}
+    job.write_text(
+        job.read_text() + "\n[[intervene]]\n" + "\n".join(f"{key} = {json.dumps(v)}" for key, v in fields.items())
+    )
+    refused(job, *words)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +209,7 @@ def test_prompt_columns_that_cannot_be_stored_are_refused_before_the_capture(
     refused_prompts(prompts, *words, prompts=sections)
 
 
-def test_damaged_weights_and_configurations_are_refused(
+def test_models_that_cannot_be_used_are_refused(
     tmp_path: Path,
     write_prompts: Callable[..., Path],
     write_job: Callable[..., Path],
@@ -184,6 +221,12 @@ def test_damaged_weights_and_configurations_are_refused(
     config = (model / "config.json").read_text()
     (model / "config.json").write_text(config.replace('"num_hidden_layers": 6', '"num_hidden_layers": "x"'))
     refused(job, "config.json")
+    (model / "config.json").write_text(
+        config.replace('"num_hidden_layers"', '"num_local_experts": 8, "num_hidden_layers"')
+    )
+    experts = write_job(write_prompts(GOOD), model={"path": str(model)}, engine={"data_parallel_size": 2})
+    refused(experts, "engine.data_parallel_size is 2", "mixture of experts", "several captures")
+    job = write_job(write_prompts(GOOD), model={"path": str(model)})
     (model / "config.json").write_text(config)
     (model / "model.safetensors").write_bytes(b"ab")
     refused(job, "model.safetensors", "no safetensors file")
@@ -230,6 +273,20 @@ def test_an_existing_run_is_refused(
     lake = mp.open(tmp_path / "lake", create=True)
     lake.create_run("run", hooks=("blocks.0.hook_resid_post",), d_model=4, dtype="float32")
     refused(job, "RunExists", "'run'", "millpond rm")
+
+
+def test_paired_runs_are_made_all_or_none(write_prompts: Callable[..., Path], write_job: Callable[..., Path]) -> None:
+    """Somebody else makes the second one after the job was checked."""
+    job = read_job(write_job(write_prompts(GOOD)))
+    plan = plan_capture(job.model_copy(update={"paired": (PairedSection(run="second"), PairedSection(run="third"))}))
+    lake = mp.open(job.destination.lake, create=True)
+    lake.create_run("second", hooks=("blocks.0.hook_resid_post",), d_model=4, dtype="float32")
+    with pytest.raises(RunExists, match="'second'"):
+        run_capture(plan)
+    with pytest.raises(InvalidInput, match="'second' was begun with another job"):
+        run_capture(plan, resume=True, keep=True)
+    assert list(lake) == ["second"]
+    assert lake["second"].d_model == 4
 
 
 def test_a_plan_counts_rows_and_bytes(write_prompts: Callable[..., Path], write_job: Callable[..., Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,9 @@ from tests.capture.test_serving import assert_rows, prompt_rows
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+@pytest.mark.parametrize(("parallel", "writers"), [("tensor", 1), ("pipeline", 1), ("data", 2)])
 def test_a_job_of_two_ranks_is_hugging_faces(
-    parallel: str, tmp_path: Path, reference: Reference, python_prompts: list[list[int]]
+    parallel: str, writers: int, tmp_path: Path, reference: Reference, python_prompts: list[list[int]]
 ) -> None:
     lake = open_lake(tmp_path / "lake", create=True)
     save_probe(lake, "p", coefficients(D_MODEL), INTERCEPT)
@@ -41,12 +42,16 @@ def test_a_job_of_two_ranks_is_hugging_faces(
         reads = [{{read = "probe", artifact = "p", hook = "{HOOK.format(N_LAYERS - 1)}"}}]
         max_new_tokens = 4
     """)
-    command = [sys.executable, "-m", "millpond.cli", "capture", str(job)]
+    command = [sys.executable, "-m", "millpond.cli", "capture", str(job), "--metrics", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | TWO_CORES, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     run = mp.open(tmp_path / "lake")["run"]
     assert (run.state, verify_run(run).problems) == ("sealed", [])
     assert sorted(run.prompts["id"]) == sorted(sent)
+    shown = "".join(file.read_text() for file in tmp_path.glob("*.prom"))
+    written = [float(rows) for rows in re.findall(r"^millpond_capture_committed_rows_total\{.*\} (\S+)$", shown, re.M)]
+    assert (len(written), sum(written)) == (writers, run.n_rows)
+    assert min(written) > run.n_rows / 4
     for name, ids in sent.items():
         at, tokens, rows = prompt_rows(run, name)
         assert at == list(range(len(ids) + 3))

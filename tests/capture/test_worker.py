@@ -21,6 +21,7 @@ import millpond as mp
 from millpond.capture.reference import check_reference
 from millpond.capture.worker_jobs import base_names
 from millpond.cli import main
+from millpond.hub.limits import Limits
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
 from millpond.store.capture_spec import ModelSection
@@ -41,11 +42,12 @@ MIDDLE = "blocks.2.hook_resid_mid"
 
 @dataclass(frozen=True)
 class Queue:
-    """A queue's server; the worker's token may claim, the operator's submit and look."""
+    """A queue's server; the worker's token may claim, the operator's submit and look. Of `timed`, jobs may run for six seconds."""
 
     address: str
     worker_token: str
     operator: HttpQueue
+    timed: SqlQueue
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,8 @@ def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Queue]:
     operator_token, operator = new_worker("operator", ["capture"], submit=True)
     sql = SqlQueue(f"sqlite:///{tmp_path_factory.mktemp('queue') / 'hub.db'}")
     with serving(create_queue_app(sql, [worker, operator])) as address:
-        yield Queue(address, worker_token, HttpQueue(address, operator_token))
+        timed = SqlQueue(sql.engine, limits=Limits(seconds=6))
+        yield Queue(address, worker_token, HttpQueue(address, operator_token), timed)
     sql.engine.dispose()
 
 
@@ -111,7 +114,8 @@ def jobs(
         }
         for section, values in sections.items():
             job[section] = {**job[section], **values} if section in job else values
-        return queue.operator.submit("capture", job, model=ModelSection(**job["model"]).base)
+        submits = queue.timed if run == "timed" else queue.operator
+        return submits.submit("capture", job, model=ModelSection(**job["model"]).base)
 
     ids = {"long": submit("long", long)}
     worker = Worker(folder, queue)
@@ -125,6 +129,7 @@ def jobs(
         worker.kill()
     held = mp.open(folder / "lake")["long"]
     assert (held.state, 0 < len(held.prompts) < len(long)) == ("open", True)
+    ids["timed"] = submit("timed", {f"t{n}": [0, *rng.integers(2, 4096, 100).tolist()] for n in range(6000)})
     paired = [{"run": "first", "adapter": str(first)}, {"run": "second", "adapter": str(second)}]
     ids["paired"] = submit("base", prompts, paired=paired)
     ids["reuse"] = submit("again", again, destination={"reuse": ["base", "first"]}, capture={"positions": "all"})
@@ -167,6 +172,18 @@ def test_the_engines_process_logs_for_the_job_too(jobs: tuple[Path, dict[str, Qu
     for run, name in {"long": "long", "again": "reuse"}.items():
         assert ("committed", run, ends[name].id) in found
         assert ("sealed", run, ends[name].id) in found
+
+
+def test_a_job_that_runs_too_long_is_stopped_and_the_worker_goes_on(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:
+    folder, ends = jobs
+    assert (ends["timed"].state, ends["timed"].attempts) == ("failed", 1)
+    assert str(ends["timed"].error).startswith("TimeLimit: it ran for more than 6 s")
+    run = mp.open(folder / "lake")["timed"]
+    assert (run.state, 0 < len(run.prompts) < 6000) == ("open", True)
+    assert set(run.prompts["n_rows"]) == {101}
+    assert verify_run(run).problems == []
+    assert ends["paired"].submitted > ends["timed"].submitted
+    assert ends["paired"].state == "finished"  # by the same worker
 
 
 def test_jobs_that_the_worker_cannot_do_fail_with_the_field(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:

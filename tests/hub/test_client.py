@@ -325,11 +325,23 @@ def test_tokens_projects_and_addresses_that_are_wrong(vault, lake):
     reader = vault.add_token("ada", "read")
     with mp.connect(vault.url, reader, "probing") as narrow, pytest.raises(GatewayRefused, match="scope"):
         narrow["deception"].statistics(HOOK)
-    with (
-        mp.connect(vault.url, vault.token, "somebody-elses") as foreign,
-        pytest.raises(GatewayRefused, match="not found"),
-    ):
-        foreign.runs()
+    with pytest.raises(GatewayRefused, match="the token is unknown"):
+        mp.connect(vault.url, "nonsense", "probing")
+    with pytest.raises(GatewayRefused, match=r"'somebody-elses' is not found.*poor, probing"):
+        mp.connect(vault.url, vault.token, "somebody-elses")
+
+
+def test_names_that_a_run_does_not_have_are_told_with_those_it_has(vault, lake):
+    run = lake["deception"]
+    with pytest.raises(InvalidInput, match=r"by is 'nope'.*they have id, .*n_tokens"):
+        run.split(by="nope")
+    with pytest.raises(InvalidInput, match=r"where names 'nope', which is no column or label.*deceptive.*position"):
+        run.select(where="position > 1 and nope")
+    with pytest.raises(LabelNotFound, match=r"'nope' is not in run 'deception', which has .*deceptive"):
+        (mp.lazy(run)[HOOK] @ np.ones(D)).groupby("nope").mean().compute()
+    with pytest.raises(HookNotCaptured, match=r"blocks\.9.*holds"):
+        mp.LogisticProbe().sweep(*run.split(), hooks="blocks.9.hook_resid_post", labels="deceptive")
+    assert run.split(by="topic")[0].rows.split.by == "topic"
 
 
 def test_a_job_too_dear_is_refused_before_it_is_taken(vault):

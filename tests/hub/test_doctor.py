@@ -11,13 +11,18 @@ from pathlib import Path
 
 import pytest
 from tests.cluster.certificates import Authority
+from tests.hub.test_ledger import open_for_tampering
 from tests.queue_serving import serving
 
 from millpond.cli import main
+from millpond.hub import doctor as doctor_module
 from millpond.hub.database import newest_revision, open_database
-from millpond.hub.doctor import _expiry
+from millpond.hub.doctor import _expiry, _ledger
+from millpond.hub.ledger import Ledger, Payer
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
+from millpond.hub.tables import ENTRIES
+from millpond.store.errors import LedgerCorrupt
 from millpond.store.http_queue import TOKEN_VARIABLE
 from millpond.store.lake import open_lake
 from millpond.store.objects import Storage
@@ -65,7 +70,7 @@ def test_a_whole_installation(folder, capsys, monkeypatch):
         found = doctor(capsys, "--gateway", folder / "gateway.toml", "--queue", address, "--model", MODEL)
         monkeypatch.setenv(TOKEN_VARIABLE, "another")
         refused = doctor(capsys, "--queue", address)
-    assert list(found) == ["this host", "settings", "lake", "clock", "database", "cluster", "model", "queue"]
+    assert list(found) == ["this host", "settings", "lake", "clock", "database", "ledger", "cluster", "model", "queue"]
     assert all(ok for ok, _ in found.values()), found
     assert "vLLM 0.3" in found["this host"][1]
     assert f"schema {newest_revision()}" in found["database"][1]
@@ -113,3 +118,31 @@ def test_without_flags_it_looks_at_the_machine():
     done = subprocess.run([sys.executable, "-m", "millpond.cli", "doctor"], capture_output=True, text=True)
     assert "loop devices" in done.stdout
     assert "lake" not in done.stdout
+
+
+def test_the_ledgers_chain_is_looked_at_from_its_end(database, policy, monkeypatch):
+    """All of a short one, totals too; of a long one the last entries, and that is said."""
+    ledger = Ledger(database, policy)
+    for count in range(5):
+        ledger.charge(Payer("ada", "p", ("m",)), count, what="x")
+    entries, _ = ledger.head()
+    assert f"whole: {entries} entries, 10 bytes charged; took 0." in _ledger(database)
+    monkeypatch.setattr(doctor_module, "MOST_ENTRIES", 3)
+    assert f"the last 3 of {entries} entries are whole; millpond ledger verify looks at all" in _ledger(database)
+    engine = open_for_tampering(database)
+    with engine.begin() as connection:  # before the tail, and not in it
+        connection.execute(ENTRIES.update().where(ENTRIES.c.seq == entries - 3).values(detail="{}"))
+    assert "the last 3" in _ledger(database)
+    with engine.begin() as connection:
+        connection.execute(ENTRIES.delete().where(ENTRIES.c.seq == entries))
+    with pytest.raises(LedgerCorrupt, match="head is not entry"):
+        _ledger(database)
+    with engine.begin() as connection:
+        connection.execute(ENTRIES.update().where(ENTRIES.c.seq == entries - 1).values(kind="other"))
+    engine.dispose()
+    with pytest.raises(LedgerCorrupt, match=f"entry {entries - 1} of the ledger was changed"):
+        _ledger(database)
+    monkeypatch.undo()
+    with pytest.raises(LedgerCorrupt, match=f"entry {entries - 3} of the ledger was changed"):
+        _ledger(database)
+    ledger.close()

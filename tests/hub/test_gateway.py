@@ -539,3 +539,34 @@ def test_the_commands_make_tokens_projects_roles_and_holdings(tmp_path, capsys):
     assert main(["token", "new", "zoe", "--expires", "soon"]) == 2
     gate.ledger.close()
     gate.engine.dispose()
+
+
+def test_names_that_are_not_there_are_refused_at_submission_as_those_of_others_are(gate):
+    ada, eve = gate.client("ada"), gate.client("eve")
+    values = {f"p{number}": number % 2 for number in range(PROMPTS)}
+    eve.post(f"/api/v1/p/two/runs/{gate.run_two}/labels", json={"name": "hers", "by": "prompt", "values": values})
+    mark = next(name for name in gate.lake["shared"].labels if name.endswith("_hers"))
+    split = {"test": 0.25, "seed": 1}
+    for run in (gate.run, gate.restricted):
+        refused = [
+            ada.post(f"{P}/{path}", json={"job": STATISTICS | {"rows": rows(run) | wrong}})
+            for path in ("jobs", "quote")
+            for wrong in (
+                {"where": "nope > 0"}, {"where": "hers > 0"}, {"where": f"{mark} > 0"}, {"where": "true and hers@1 > 0"},
+                {"where": "sha256 == 'x'"}, {"split": split | {"by": "nope"}, "part": "test"},
+                {"split": split | {"by": "hers"}, "part": "test"}, {"split": split | {"by": mark}, "part": "test"},
+            )
+        ]  # fmt: skip
+        assert {(reply.status_code, reply.content) for reply in refused} == {(400, refused[0].content)}
+        assert code(refused[0]) == ErrorCode.BAD_REQUEST
+        for right in ({"where": "true and source == 's1'"}, {"split": split | {"by": "source"}, "part": "test"}):
+            reply = ada.post(f"{P}/quote", json={"job": STATISTICS | {"rows": rows(run) | right}})
+            assert isinstance(decode(reply.content), Quote), right
+    assert isinstance(
+        decode(
+            eve.post(
+                "/api/v1/p/two/quote", json={"job": STATISTICS | {"rows": rows(gate.run_two, where="hers")}}
+            ).content
+        ),
+        Quote,
+    )

@@ -24,13 +24,14 @@ from millpond.hub.executor import Executor, verify_release
 from millpond.hub.policy import Disclosure
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
-from millpond.hub.rates import matches, mean, rate
+from millpond.hub.rates import matches, mean, rate, ratio
 from millpond.hub.rules import Evidence, Rule, judge
 from millpond.hub.settings import Weights
 from millpond.hub.shapes import TEXTS
 from millpond.store.artifacts import load_artifact
 from millpond.store.errors import GatewayRefused, InReview, InvalidInput, NotReleased
 from millpond.store.generation import Question, read_completions, read_judged
+from millpond.store.losses import read_losses
 from millpond.store.result import Result
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ PROMPTS = [
 PATTERN = r"\b(return|if|self)\b"
 STEER = {"op": "add", "hook": HOOK, "vector": [40.0 * (-1) ** n for n in range(256)]}
 P = "/api/v1/p/one"
+KINDS = ["capture", "generate", "judge", "sae_cross_entropy"]
 
 
 def test_a_rate_counts_prompts_and_not_completions():
@@ -78,6 +80,14 @@ def test_a_question_is_filled_in_once_and_must_show_what_is_judged():
             Question(**wrong)
 
 
+def test_a_ratio_of_sums_is_a_mean_where_what_divides_is_a_count():
+    over, under, prompts = np.array([3.0, 7.0, 2.0, 8.0]), np.array([1.0, 2.0, 1.0, 1.0]), np.array([0, 0, 1, 2])
+    # 20 / 5; deviations from 4 * under by prompt: 10 - 12, 2 - 4, 8 - 4
+    half = 1.959964 * (1.5 * (4 + 4 + 16)) ** 0.5 / 5
+    assert ratio(over, under, prompts) == pytest.approx((4.0, 4.0 - half, 4.0 + half), abs=1e-5)
+    assert np.isnan(ratio(over, np.zeros(4), prompts)).all()
+
+
 def test_an_expression_cannot_hang_the_vault():
     started = time.process_time()
     assert matches(["a" * 100_000 + "b"], regex="(a+)+$").tolist() == [False]
@@ -107,7 +117,7 @@ class Worker:
         # fmt: off
         command = [
             sys.executable, "-m", "millpond.cli", "worker", "--queue", address, "--model", str(MODEL),
-            "--lake", str(folder / "lake"), "--hooks", HOOK, "--lease", "4", "--kinds", "capture", "generate", "judge",
+            "--lake", str(folder / "lake"), "--hooks", HOOK, "--lease", "4", "--kinds", *KINDS,
             "--engine", json.dumps({"kv_cache_memory_bytes": 1 << 27, "max_num_batched_tokens": 512}),
         ]
         # fmt: on
@@ -129,7 +139,7 @@ def place(tmp_path_factory):
     gate = Gatehouse(folder, dictionary="words.txt")
     gate.settings = gate.settings.model_copy(update={"models": {"m": Weights(path=str(MODEL))}})
     sql = SqlQueue(gate.settings.database)
-    token, credential = new_worker("gpu", ["capture", "generate", "judge"])
+    token, credential = new_worker("gpu", KINDS)
     executor = Executor(gate.settings, told=lambda _: None)
     thread = threading.Thread(target=executor.run)
     with gate, serving(create_queue_app(sql, [credential])) as address:
@@ -369,3 +379,61 @@ def test_what_cannot_be_done_is_refused_before_it_is_queued(place):
     ):
         assert decode(client.post(f"{P}/jobs", json={"job": job | wrong}).content) == Failure(code), wrong
     assert len(place.sql.jobs()) == jobs
+
+
+COMMAND_LINE = """
+import json, sys
+from pathlib import Path
+from millpond.analysis.sae.estimator import Sae
+from millpond.analysis.sae.recovered import cross_entropy_recovered
+from millpond.hub.sae_commands import SaeEval
+if __name__ == "__main__":
+    model, folder, prompts = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    sae = Sae.load(folder)
+    with SaeEval(folder, model=model).opened(sae, longest=max(map(len, prompts))) as engine:
+        result = cross_entropy_recovered(sae, engine, prompts, first_position=0)
+    print(json.dumps(result.values | result.evidence))
+"""
+
+
+@pytest.mark.slow
+def test_what_an_autoencoder_recovers_is_the_command_lines_number(place, tmp_path):
+    run = place.lake.capture(place.prompts, model="m", name="sources", hooks=HOOK)
+    sae = mp.BatchTopKSae(d_sae=256, k=16, batch_size=256, lr=3e-3, progress=False).fit(run[HOOK], tokens=40_000)
+    before = place.gate.spent()
+    quoted = place.lake.quote("sae_cross_entropy", {"artifact": sae, "prompts": run})
+    assert quoted == 1 + -(-(8 + 4 * 42 + 2 * 41) // 8) + 16  # four numbers with their intervals, two counts
+    future = place.lake.submit_sae_cross_entropy(sae, run)
+    found = future.result(timeout=240)
+    assert place.gate.spent() - before < 2 * quoted + 200
+    (kept,) = place.gate.app.state.gateway.answers.of(future.handle)
+    held = place.gate.app.state.gateway.projects.find("one", "artifact", bytes.fromhex(sae.remote_.handle))
+    artifact = load_artifact(place.gate.lake, held.target)
+    (tmp_path / "cfg.json").write_text(json.dumps(artifact.config))
+    (tmp_path / "sae_weights.safetensors").write_bytes(artifact.data)
+    (tmp_path / "run.py").write_text(COMMAND_LINE)
+    table = read_losses(place.gate.lake.storage, future.handle)
+    prompts = [list(map(int, ids)) for ids in table["prompt_tokens"]]
+    command = [sys.executable, tmp_path / "run.py", MODEL, tmp_path, json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = json.loads(done.stdout.splitlines()[-1])
+    assert kept.result.values["tokens"] == expected["tokens"] == sum(len(ids) - 1 for ids in prompts)
+    assert 0.2 < expected["ce_recovered"] < 1
+    for name in ("ce_clean", "ce_sae", "ce_zero", "ce_recovered"):
+        assert kept.result.values[name] == pytest.approx(expected[name], abs=1e-6), name
+        low, high = found.intervals[name]
+        assert low < found[name] < high
+        assert abs(found[name] - expected[name]) < (high - low) / 3  # rounded to its standard error
+    events = [event.event for event in place.sql.history(future.handle) if event.event != "heartbeat"]
+    assert events == ["submit", "claim", "hand over", "claim", "finish"]
+    assert verify_release(place.gate.settings, future.handle) == [(0, "same")]
+    # the same texts, sent by themselves, from position 1 on
+    sent = place.lake.sae_cross_entropy(sae, place.prompts, model="m")
+    assert sent["tokens"] == expected["tokens"] - len(PROMPTS)
+    with pytest.raises(NotReleased, match="too_few_prompts"):
+        place.lake.sae_cross_entropy(sae, PROMPTS[:19])
+    with pytest.raises(GatewayRefused):  # there is no tap
+        place.lake.sae_cross_entropy(sae, place.prompts, hook="blocks.0.hook_resid_post")
+    with pytest.raises(InvalidInput, match="give the rows themselves"):
+        place.lake.sae_cross_entropy(sae, run[HOOK])

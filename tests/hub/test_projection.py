@@ -58,6 +58,9 @@ def test_a_run_without_generation_shows_its_rows_when_it_is_sealed(tmp_path):
 
 def test_checksums_paths_and_provenance_are_not_in_it(tmp_path):
     found = json.loads(view(make(tmp_path / "a", lengths=[3], generated=[0], max_new_tokens=0))[1:])
-    assert set(found) == {"handle", "name", "state", "model", "hooks", "d_model", "dtype", "prompts", "rows", "labels"}
+    assert set(found) == {
+        "handle", "name", "state", "model", "hooks", "d_model", "dtype", "prompts", "rows", "labels", "columns",
+    }  # fmt: skip
+    assert found["columns"] == ["id", "n_prompt_tokens", "n_rows", "n_tokens"]
     assert found["model"] == "m"
     assert "secret" not in json.dumps(found)

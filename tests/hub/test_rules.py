@@ -9,7 +9,7 @@ import pytest
 
 from millpond.hub.cohort import cohort, distinct_prompts, identical_share, shares, variance_ratio
 from millpond.hub.policy import Disclosure, ModelPolicy, Policy, read_policy
-from millpond.hub.rules import REMEDIES, Earlier, Evidence, Rule, judge
+from millpond.hub.rules import REMEDIES, Earlier, Evidence, Rule, Verdict, judge
 from millpond.store.errors import InvalidInput
 from millpond.store.result import Result
 
@@ -201,3 +201,27 @@ def test_a_model_is_never_worth_more_than_half_a_byte_a_parameter(fields):
     with pytest.raises(ValueError, match="at most"):
         ModelPolicy(parameters=1000, **fields)
     assert Policy(models={"m": ModelPolicy(parameters=1000, secret_bytes=84)}).cap("m", "lifetime") == 8
+
+
+ENTROPIES = ("ce_clean", "ce_sae", "ce_zero", "ce_recovered")
+
+
+@pytest.mark.parametrize(
+    ("changed", "outcome", "rules"),
+    [
+        ({}, "pass", ()),
+        ({"prompts": 19}, "refuse", (Rule.TOO_FEW_PROMPTS,)),
+        ({"rows": 99}, "refuse", (Rule.TOO_FEW_ROWS,)),
+        ({"top_prompt_share": 0.11}, "refuse", (Rule.DOMINANCE,)),
+        ({"custom": True}, "review", (Rule.CUSTOM_OUTPUT,)),
+        ({"intervened": True}, "review", (Rule.INTERVENED,)),
+    ],
+)
+def test_losses_of_own_prompts_are_of_many(changed, outcome, rules):
+    own = Evidence("own", rows=100, prompts=20, top_prompt_share=0.1, top_two_share=0.2)
+    losses = Result("sae-cross-entropy", dict.fromkeys(ENTROPIES, 2.0), dict.fromkeys(ENTROPIES, (1.9, 2.1)))
+    assert judge(losses, replace(own, **changed), (), LIMITS) == Verdict(outcome, rules)
+    same = replace(losses, intervals=dict(losses.intervals) | {"ce_zero": (2.0, 2.0)})  # ln(vocabulary), of every token
+    assert judge(same, own, (), LIMITS).outcome == "pass"
+    exact = replace(losses, intervals={name: losses.intervals[name] for name in ENTROPIES[1:]})
+    assert judge(exact, own, (), LIMITS).rules == (Rule.NO_STANDARD_ERROR,)

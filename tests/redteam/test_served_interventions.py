@@ -20,10 +20,11 @@ from millpond.hub.local import LocalVault
 from millpond.hub.queue import SqlQueue
 from millpond.hub.queue_api import create_queue_app, new_worker
 from millpond.hub.tables import ENTRIES
-from millpond.store.artifacts import artifact_names, load_artifact
+from millpond.store.artifacts import artifact_names, load_artifact, save_artifact
 from millpond.store.errors import InReview, NotReleased
 from millpond.store.generation import read_completions
 from millpond.store.lake import open_lake
+from millpond.store.losses import read_losses
 from tests.queue_serving import serving
 
 from .conftest import LAYER, MODELS, ROOT, Served, correlation, store
@@ -31,9 +32,14 @@ from .conftest import LAYER, MODELS, ROOT, Served, correlation, store
 MODEL = ROOT / "examples" / "stdlib_llama" / "model"
 RESID, MID, MLP = (f"blocks.{LAYER}.hook_{end}" for end in ("resid_post", "resid_mid", "mlp_out"))
 LAST = "blocks.5.hook_resid_post"
+KINDS = ["capture", "generate", "sae_cross_entropy"]
 PLACE = 6
 PROMPTS = [
     {"id": f"q{n}", "text": f"def function_{n}(left, right):\n    return left + {n} * right\n"} for n in range(110)
+]
+DISTINCT = [
+    {"id": path.stem, "text": path.read_text()[-600:-400]}
+    for path in sorted((ROOT / "store").glob("*.py"), key=lambda path: -path.stat().st_size)[:24]
 ]
 
 
@@ -47,14 +53,14 @@ def attacker(vault):
         with local.settings.open("a") as settings:
             settings.write(f"[models.m]\npath = {json.dumps(str(MODEL))}\n")
         served, sql = Served(local, lake), SqlQueue(local.database)
-        token, credential = new_worker("gpu", ["capture", "generate"])
+        token, credential = new_worker("gpu", KINDS)
         with local, serving(create_queue_app(sql, [credential])) as address:
             local.start()
             served.project("oracle", "ada", theirs=("theirs", "restricted"))
             # fmt: off
             command = [
                 sys.executable, "-m", "millpond.cli", "worker", "--queue", address, "--model", str(MODEL),
-                "--lake", str(lake.folder), "--hooks", RESID, MID, MLP, LAST, "--kinds", "capture", "generate",
+                "--lake", str(lake.folder), "--hooks", RESID, MID, MLP, LAST, "--kinds", *KINDS,
                 "--engine", json.dumps({"kv_cache_memory_bytes": 1 << 27, "max_num_batched_tokens": 512}),
             ]
             # fmt: on
@@ -162,3 +168,62 @@ def test_a_spliced_autoencoder_shows_no_decoder_row_in_activations_or_in_text(va
     written = read_completions(lake.storage, future.handle)
     assert written["text"].str.contains(text, regex=False).all()  # ungated: the token that the row stands for, 12 bits
     assert released(attacker) == 0
+
+
+def logits_of(vault, ids, resid=None):
+    """Of the last layer's rows as they are, or of `resid` in place of each."""
+    with torch.no_grad():
+        out = vault.model(torch.tensor([ids]), output_hidden_states=True)
+        if resid is None:
+            return out.logits[0]
+        return vault.model.lm_head(vault.model.model.norm(torch.from_numpy(resid)[None])).expand(len(ids), -1)
+
+
+@pytest.mark.slow
+def test_losses_are_no_oracle_for_single_logits(vault, attacker):
+    """One text's loss is a sum of logarithms of probabilities; under an autoencoder of one's own, of the head's answer to any row."""
+    direction = np.random.default_rng(2).standard_normal(256).astype(np.float32)
+    tensors = {
+        "W_enc": np.zeros((256, 1), np.float32), "b_enc": np.zeros(1, np.float32),
+        "W_dec": np.zeros((1, 256), np.float32), "b_dec": direction,
+    }  # fmt: skip
+    save_artifact(attacker.served.lake, "crafted", "sae", tensors, config={"architecture": "standard", "d_in": 256})
+    held = attacker.served.local.projects.hold(
+        "oracle", "artifact", "crafted", "crafted", model="m", detail={"kind": "sae", "shape": [256, 1]}
+    )
+    one = attacker.lake.submit_sae_cross_entropy(held.handle.hex(), PROMPTS[:1], hook=LAST, first_position=0)
+    with pytest.raises(NotReleased, match="too_few_prompts"):
+        one.result(timeout=240)
+    (row,) = read_losses(attacker.served.lake.storage, one.handle).itertuples()
+    ids = row.prompt_tokens.tolist()
+    for found, resid in ((row.clean, None), (row.sae, direction)):
+        logits = logits_of(vault, ids, resid)[:-1].double()
+        wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+        assert found == pytest.approx(float(wanted), rel=0.02)  # ungated: what the head says, but for bfloat16
+    with pytest.raises(NotReleased, match="too_few_prompts"):  # near-duplicates count once
+        attacker.lake.sae_cross_entropy(held.handle.hex(), attacker.prompts, hook=LAST)
+    with pytest.raises(InReview, match="custom_output"):
+        attacker.lake.sae_cross_entropy(held.handle.hex(), DISTINCT, hook=LAST)
+    assert released(attacker) == 0
+
+
+@pytest.mark.slow
+def test_losses_of_restricted_prompts_are_of_many_and_give_no_difference_away(vault, attacker):
+    sources = attacker.lake.capture(attacker.prompts, model="m", name="again", hooks=RESID)
+    sae = mp.BatchTopKSae(d_sae=64, k=4, batch_size=256, progress=False).fit(sources[RESID], tokens=20_000)
+    theirs = attacker.lake["theirs"]
+    with pytest.raises(NotReleased):
+        attacker.lake.sae_cross_entropy(sae, theirs.select(where="prompt < 19"))
+    attacker.lake.sae_cross_entropy(sae, theirs.select(where="prompt < 41"))
+    less = attacker.lake.submit_sae_cross_entropy(sae, theirs.select(where="prompt < 40"))
+    with pytest.raises(NotReleased, match="differencing"):
+        less.result(timeout=240)
+    losses = read_losses(attacker.served.lake.storage, less.handle)
+    logits = logits_of(vault, vault.tokens[39].tolist())[:-1].double()
+    wanted = torch.nn.functional.cross_entropy(logits, torch.from_numpy(vault.tokens[39][1:]).long(), reduction="sum")
+    assert losses["clean"].iloc[39] == pytest.approx(float(wanted), rel=0.02)  # ungated: the loss of anybody's prompt
+    # a model's loss on others' prompts under what was fitted to them is a reviewer's as well
+    fitted = mp.BatchTopKSae(d_sae=64, k=4, batch_size=256, progress=False).fit(theirs[RESID], tokens=20_000)
+    with pytest.raises(InReview, match="custom_output"):
+        attacker.lake.sae_cross_entropy(fitted, DISTINCT)
+    assert released(attacker) == 1

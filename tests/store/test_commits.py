@@ -298,3 +298,32 @@ def test_a_tombstone_is_an_empty_commit(run):
     assert run.create(commit_path("0" * 32), b"")
     assert contents(run) == {}
     assert os.path.basename(commit_path("x")) == "x.json"  # noqa: PTH119
+
+
+@pytest.mark.parametrize("between", ["commits", "compactions"])
+def test_a_copy_made_while_a_run_grows_holds_what_was_acknowledged_before(opened, tmp_path, between):
+    """In the three passes of docs/howto/backup.md."""
+    run = opened.lake.run_storage("made")
+    before = set(open_run(run).prompts["id"])
+
+    def grow(number):
+        positions = np.arange(3, dtype=np.int32)
+        rows = {hook: np.ones((3, 4), np.uint16) for hook in open_run(run).hooks}
+        writer = RunWriter(run, open_run(run).plan.spec, compact_every=0)
+        writer.append(CapturedRequest(f"late{number}", positions, 3, positions, rows))
+        writer.commit()
+        if between == "compactions":
+            assert compact(run) > 0
+
+    passes = [lambda path: "commits" in path, lambda path: "manifests" in path]
+    passes.append(lambda path: not any(one(path) for one in passes[:2]))
+    for number, chosen in enumerate(passes):
+        for entry in opened.lake.storage.list():
+            if chosen(entry.path):
+                target = tmp_path / "copy" / entry.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(opened.lake.storage.get(entry.path))
+        grow(number)
+    copy = open_lake(tmp_path / "copy")["made"]
+    assert before <= set(copy.prompts["id"]) < set(open_run(run).prompts["id"])
+    assert verify_run(copy).problems == []

@@ -1,3 +1,4 @@
+import errno
 import json
 import struct
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from millpond.store.errors import InvalidInput, QuotaExceeded, RunExists
-from millpond.store.exporting import export_run
+from millpond.cli import main
+from millpond.store.errors import InvalidInput, LakeCorrupt, QuotaExceeded, RunExists, StorageFailed
+from millpond.store.exporting import _appearing_whole, export_run
 from millpond.store.importing import import_run
 from millpond.store.lake import open_lake
+from millpond.store.materialise import copy_run
+from millpond.store.seal import seal_run
+from millpond.store.segment import SegmentWriter
 from millpond.store.verify import verify_run
 
 HOOK, OTHER = "blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"
@@ -247,3 +252,75 @@ def test_quotas_and_retention(sealed, tmp_path, capsys):
     assert list(lake) == []
     lake.restore("made")
     assert lake["made"].n_rows == 172
+
+
+def test_an_export_appears_whole_or_not_at_all(sealed, tmp_path, monkeypatch):
+    """Also behind one that was killed, and beside one that is under way."""
+    target, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "rows-00000.safetensors").write_bytes(b"of an export that was killed")
+
+    def full(self, data, *more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        with pytest.raises(StorageFailed, match="free space"):
+            export_run(sealed.run, target, "numpy")
+    assert list(tmp_path.glob("out*")) == []
+    with _appearing_whole(target) as folder:
+        (folder / "half").touch()
+        with pytest.raises(InvalidInput, match="another export is writing"):
+            export_run(sealed.run, target, "numpy")
+    assert [file.name for file in target.iterdir()] == ["half"]
+    (target / "half").unlink()
+    files = export_run(sealed.run, target, "numpy")
+    assert sorted(files) == sorted(target.iterdir())
+    first = (sealed.run.prompts["id"] == "p0").to_numpy()
+    sealed.run.select(first).labels.add("some", pd.Series([1], index=["p0"]))
+    with pytest.raises(InvalidInput, match="has no value for prompt"):
+        export_run(sealed.run, tmp_path / "labelled", "numpy")
+    assert not (tmp_path / "labelled").exists()
+
+
+def test_a_copy_that_was_killed_is_told_from_a_run_and_made_again(sealed, capsys):
+    """Nobody writes to it or seals it; it is removed and its name taken again, by the commands that the errors name."""
+    lake, url = sealed.lake, str(sealed.lake.folder)
+    spec = lake.create_run("half", hooks=(HOOK,), d_model=4, dtype="bfloat16", filling=True)
+    (lake.run_folder("half") / "data-0").mkdir()
+    for refused in (
+        lambda: SegmentWriter(lake.run_storage("half"), spec),
+        lambda: seal_run(lake.run_folder("half")),
+    ):
+        with pytest.raises(InvalidInput, match="millpond rm LAKE half --grace 0"):
+            refused()
+    assert main(["ls", url]) == 0
+    assert "filling" in capsys.readouterr().out
+    assert main(["verify", url, "half"]) == 1
+    with pytest.raises(RunExists, match=r"millpond rm .* half --grace 0"):
+        copy_run(sealed.run, lake, "half")
+    assert main(["rm", url, "half"]) == 0
+    with pytest.raises(RunExists, match=r"waits for its grace period.* half --grace 0"):
+        copy_run(sealed.run, lake, "half")
+    assert main(["rm", url, "half", "--grace", "0"]) == 0
+    assert verify_run(copy_run(sealed.run, lake, "half")).ok
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_neither_a_copy_nor_sealing_gives_damaged_bytes_new_checksums(build, tmp_path, codec):
+    made = build((5, 30, 9), codec=codec, folder=tmp_path / "lake")
+    path = next((made.folder / "segments").glob(f"*/{HOOK}/c/0/0"))
+    whole = path.read_bytes()
+    path.write_bytes(bytes([*whole[:40], whole[40] ^ 4, *whole[41:]]))
+    with pytest.raises(LakeCorrupt, match="does not have its checksum"):
+        made.seal()
+    path.write_bytes(whole)
+    sealed = made.seal()
+    path = next(made.folder.glob(f"data-*/{HOOK}/c/0/0"))
+    whole = path.read_bytes()
+    path.write_bytes(bytes([*whole[:40], whole[40] ^ 4, *whole[41:]]))
+    with pytest.raises(LakeCorrupt, match="does not have its checksum"):
+        copy_run(sealed, made.lake, "copy")
+    assert made.lake.runs() == ["made"]
+    path.write_bytes(whole)
+    assert verify_run(copy_run(sealed, made.lake, "copy")).ok

@@ -193,3 +193,22 @@ def test_a_full_disk_leaves_nothing_visible(lake, limit):
     assert run.prompts["id"].tolist() == ["p"]
     assert len(list((lake.run_folder("a") / "segments").iterdir())) == 1
     assert verify_run(run).ok
+
+
+def test_what_a_killed_writer_had_in_its_first_shard_is_collected_and_what_a_slow_one_writes_is_not(lake):
+    """Neither has finished an object that a listing shows."""
+    folder = lake.run_folder("a")
+    dead, slow = writer_of(lake, segment_rows=100), writer_of(lake, segment_rows=100)
+    dead.append(request("x", 2))
+    slow.append(request("y", 2))
+    path = f"segments/{dead._segment.id}"
+    hidden = [file for file in (folder / path).rglob(".*") if file.is_file()]
+    assert len(hidden) == 4
+    for file in hidden:
+        os.utime(file, (0, 0))
+    assert collect_run(lake.run_storage("a"), grace_s=60).paths == [path]
+    assert not (folder / path).exists()
+    with pytest.raises(CaptureFailed, match="collected as abandoned"):
+        dead.commit()
+    slow.commit()
+    assert lake["a"].prompts["id"].tolist() == ["y"]

@@ -1,11 +1,16 @@
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
+from millpond.store import stats
 from millpond.store.errors import InvalidInput, LakeCorrupt
-from millpond.store.stats import SKETCH_ROWS, HookStatistics, Scratch, block_rows, pack_statistics, unpack_statistics
+from millpond.store.planes import Scratch
+from millpond.store.stats import SKETCH_ROWS, HookStatistics, block_rows, pack_statistics, unpack_statistics
 
 BLOCK_ROWS = block_rows(7)
 
@@ -22,6 +27,16 @@ def check(found, rows):
     assert np.array_equal(found.max_abs, np.abs(rows).max(0))
 
 
+def as_bfloat16(rows):
+    """Stored rows, cut off to bfloat16, and their values."""
+    stored = (rows.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return stored, (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def without_numba():
+    return patch.object(stats, "compiled_pass", lambda: None)
+
+
 def sample(n, d=7, seed=0, dtype="uint16"):
     """Stored rows with one far mean, one constant and one tiny dimension, and their values."""
     rows = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
@@ -29,8 +44,7 @@ def sample(n, d=7, seed=0, dtype="uint16"):
     rows[:, 2] = 3
     rows[:, 3] *= 1e-3
     if dtype == "uint16":
-        stored = (rows.view(np.uint32) >> 16).astype(np.uint16)
-        return stored, (stored.astype(np.uint32) << 16).view(np.float32)
+        return as_bfloat16(rows)
     stored = rows.astype(dtype)
     return stored, stored.astype(np.float32)
 
@@ -41,16 +55,18 @@ def sample(n, d=7, seed=0, dtype="uint16"):
     sizes=st.lists(st.integers(0, 2 * BLOCK_ROWS + 3), min_size=1, max_size=6).filter(lambda x: sum(x) > 1),
     parts=st.integers(1, 4),
     dtype=st.sampled_from(["uint16", "float16", "float32"]),
+    numba=st.booleans(),
 )
-def test_moments_are_those_of_all_rows_however_they_come(d, sizes, parts, dtype):
+def test_moments_are_those_of_all_rows_however_they_come(d, sizes, parts, dtype, numba):
     stored, values = sample(sum(sizes), d, dtype=dtype)
     pieces = np.split(stored, np.cumsum(sizes)[:-1])
     total, scratch = HookStatistics(d), Scratch()
-    for part in range(parts):
-        one = HookStatistics(d, part, scratch)
-        for piece in pieces[part::parts]:
-            one.update(piece)
-        total.merge(HookStatistics.from_bytes(one.to_bytes()))
+    with nullcontext() if numba else without_numba():
+        for part in range(parts):
+            one = HookStatistics(d, part, scratch)
+            for piece in pieces[part::parts]:
+                one.update(piece)
+            total.merge(HookStatistics.from_bytes(one.to_bytes()))
     check(total, values)
     assert HookStatistics.from_bytes(total.to_bytes()).to_bytes() == total.to_bytes()
 
@@ -65,6 +81,46 @@ def test_a_drift_does_not_drown_the_variance():
     late.update(rows[2 * BLOCK_ROWS :])
     check(found, rows)
     assert np.allclose(late.variance, np.delete(rows, np.s_[BLOCK_ROWS : 2 * BLOCK_ROWS], 0).astype(float).var(0))
+
+
+def test_the_compiled_pass_and_numpy_agree():
+    assert stats.compiled_pass() is not None
+    rows = np.random.default_rng(5).standard_normal((5000, 9)) * np.arange(9)
+    rows[0, 3] = 4000  # as the first token of a text often has
+    rows[4990:, 4] = -2e19  # whose squares are beyond float32
+    stored, values = as_bfloat16(rows)
+    found = []
+    for way in (nullcontext(), without_numba()):
+        one = HookStatistics(9, key=11)
+        with way:
+            for piece in np.split(stored, [1, 65, 70, 70, 900, 4096, 4999]):
+                one.update(piece)
+        check(one, values)
+        found.append(one)
+    assert np.allclose(found[0].covariance_factor, found[1].covariance_factor, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_that_leave_the_first_ones_far_behind_keep_their_variance():
+    rows = np.full((64, 2), 30_000.0)
+    rows[0], rows[1:, 1] = 1, 20_000 + 128.0 * np.arange(63)
+    stored, values = as_bfloat16(rows)
+    found, later = HookStatistics(2), HookStatistics(2)
+    found.update(stored[:1])
+    found.update(stored[1:])
+    check(found, values)
+    later.merge(found)
+    later.update(stored[:7])  # and those merged into others stay as they are
+    found.update(stored)
+    check(later, np.concatenate([values, values[:7]]))
+    check(found, np.concatenate([values, values]))
+
+
+def test_one_hook_takes_rows_of_several_types():
+    stored, values = sample(700)
+    found = HookStatistics(7)
+    for rows in (stored[:100], values[100:300], stored[300:301], values[301:500].astype(np.float16), stored[500:]):
+        found.update(rows)
+    check(found, np.concatenate([values[:301], values[301:500].astype(np.float16), values[500:]]))
 
 
 def test_large_finite_values_do_not_overflow():
