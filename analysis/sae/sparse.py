@@ -87,15 +87,12 @@ def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: 
     def work(first: int, last: int) -> None:
         kernels.add_sampled(first, last, *arrays, tile, values.numpy())
 
-    n, count = len(left), torch.get_num_threads()
+    count = torch.get_num_threads()
     if count == 1:
-        work(0, n)
-    else:
-        list(
-            _threads(count).map(
-                work, *zip(*((n * i // count, n * (i + 1) // count) for i in range(count)), strict=True)
-            )
-        )
+        work(0, len(left))
+        return
+    ends = [len(left) * number // count for number in range(count + 1)]
+    list(_threads(count).map(work, ends[:-1], ends[1:]))
 
 
 @cache
