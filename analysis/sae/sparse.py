@@ -81,11 +81,11 @@ def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: 
             pattern = torch.sparse_csr_tensor(crow.int(), col, torch.zeros_like(values), size, check_invariants=False)
         values += torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
         return
-    arrays = [tensor.numpy() for tensor in (crow, col, left, right)]
+    starts, latents, one, other = (tensor.numpy() for tensor in (crow, col, left, right))
     tile = max(1, _CACHED_BYTES // (4 * right.shape[1]))
 
     def work(first: int, last: int) -> None:
-        kernels.add_sampled(first, last, *arrays, tile, values.numpy())
+        kernels.add_sampled(first, last, starts, latents, one, other, tile, values.numpy())
 
     count = torch.get_num_threads()
     if count == 1:
@@ -166,7 +166,7 @@ def largest_of_rows(pre: Tensor, count: int) -> Pattern:
         cut = np.partition(part, place, axis=1)[:, place]
         if cut.dtype == np.int16:  # those above what is just below the cut are those at it
             return np.asarray(np.maximum(cut, 1) - 1)
-        return np.maximum(np.nextafter(cut, np.float32(-1)), 0)
+        return np.asarray(np.maximum(np.nextafter(cut, np.float32(-1)), 0))
 
     return _above(((part, limit(part)) for part in _slices(ordered)), np.zeros(d_sae, ordered.dtype))
 

@@ -222,7 +222,8 @@ def _take_across(gradient: Tensor, rows: Tensor) -> Tensor:
     if not gradient.is_cuda:
         return torch.tensor(kernels.take_across(gradient.numpy(), rows.numpy()))
     gradient.addcmul_(torch.linalg.vecdot(gradient, rows)[:, None], rows, value=-1)
-    return torch.linalg.vector_norm(gradient)
+    norm: Tensor = torch.linalg.vector_norm(gradient)
+    return norm
 
 
 def _normalise(rows: Tensor) -> None:
