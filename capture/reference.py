@@ -220,7 +220,7 @@ def _sample(run: Run, n_prompts: int, seed: int) -> list[_Sample]:
     coordinates = part.tokens.compute()
     values = {hook: part[hook].values for hook in run.hooks}
     reads = {name: {str(key): array.values for key, array in part.reads[name].data_vars.items()} for name in part.reads}
-    from_file = _prompt_file(run)
+    from_file = prompts_of_job(run)
     taken = []
     end = 0
     columns = part.prompts[["id", "sha256", "n_prompt_tokens", "n_rows"]]
@@ -264,7 +264,7 @@ def _tokens(
     return known.tolist()
 
 
-def _prompt_file(run: Run) -> dict[str, list[int]]:
+def prompts_of_job(run: Run) -> dict[str, list[int]]:
     """The tokens of the prompts of the job that made the run, by id; empty where they cannot be read any more."""
     from millpond.capture.plan import read_model_facts
     from millpond.capture.prompt_file import read_prompts
@@ -272,7 +272,9 @@ def _prompt_file(run: Run) -> dict[str, list[int]]:
     try:
         job = CaptureJob.model_validate(run.provenance["capture"])
         model = read_model_facts(job.model_copy(update={"engine": {}}))
-        prompts = read_prompts(job.prompts, model.folder, model.context, model.vocab_size)
+        # provenance says every field; a column that the job did not name may be missing
+        section = job.prompts.model_validate(job.prompts.model_dump(exclude_defaults=True))
+        prompts = read_prompts(section, model.folder, model.context, model.vocab_size)
     except (KeyError, ValidationError, InvalidInput):
         return {}
     return dict(zip(prompts.ids, prompts.token_ids, strict=True))

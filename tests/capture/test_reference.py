@@ -15,14 +15,16 @@ from torch import Tensor
 from millpond.capture.edits import Edits
 from millpond.capture.provenance import model_provenance
 from millpond.capture.reads import Readers
-from millpond.capture.reference import check_reference
+from millpond.capture.reference import check_reference, prompts_of_job
 from millpond.cli import main
 from millpond.store.artifacts import save_direction
+from millpond.store.capture_spec import CaptureJob
 from millpond.store.dtypes import encode_bfloat16
 from millpond.store.lake import Lake, open_lake
 from millpond.store.reads import ReadProbe, ReadSaeTopk
 from millpond.store.segment import CapturedRequest, RunWriter
 from tests.capture.artifacts import INTERCEPT, coefficients, dense_codes, make_artifacts
+from tests.capture.conftest import MODEL
 from tests.capture.models import D_MODEL, N_LAYERS, VOCABULARY, Inside, make_model
 
 pytestmark = pytest.mark.slow  # its provenance asks for vLLM's version
@@ -214,3 +216,21 @@ def test_a_check_that_would_check_nothing_is_refused(
     open_lake(tmp_path / "lake", create=True)
     assert main(["verify", str(tmp_path / "lake"), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_prompts_of_a_file_without_ids_are_found_again(tmp_path: Path) -> None:
+    """A run's provenance names every column, also those that the job left to their defaults."""
+    (tmp_path / "p.txt").write_text("import os\n")
+    job = CaptureJob.model_validate(
+        {
+            "model": {"path": str(MODEL)},
+            "capture": {"hooks": POST[:1], "positions": "last"},
+            "prompts": {"path": str(tmp_path / "p.txt")},
+            "destination": {"lake": str(tmp_path / "lake"), "run": "run"},
+        }
+    )
+    lake = open_lake(tmp_path / "lake", create=True)
+    lake.create_run(
+        "run", hooks=POST[:1], d_model=8, dtype="float32", provenance={"capture": job.model_dump(mode="json")}
+    )
+    assert list(prompts_of_job(lake["run"])) == ["00000000"]
