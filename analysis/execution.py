@@ -212,9 +212,11 @@ def _map_span(
 ) -> Any:
     sources, all_blocks = rows.value
     memory = [None if box is None else (first_row, box.value) for box in held]
+    key = worker.get_current_task()
 
     def stop() -> None:
-        if token in getattr(worker, "millpond_stopped", ()):
+        task = worker.state.tasks.get(key)  # released, also where whoever asked was killed and told nobody
+        if token in getattr(worker, "millpond_stopped", ()) or task is None or task.state == "cancelled":
             raise Cancelled("the pass was cancelled")
 
     tick = _Tick(worker, token)

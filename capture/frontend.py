@@ -216,6 +216,7 @@ class CaptureFrontend:
             if isinstance(result, BaseException):
                 failures.append(str(result))
                 self.release(admitted, [capture_id])
+                admitted.run.allowance.look_again()  # it may be full: the next request is told so before it runs
             else:
                 rows[prompts[capture_id]] = result.rows
                 engines.add(result.engine)

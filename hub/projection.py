@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import secrets
 from dataclasses import dataclass
@@ -75,11 +73,6 @@ def prompt_columns(run: Run) -> tuple[str, ...]:
 def new_handle() -> bytes:
     """A random name of 8 bytes for a run, a job, an artifact or a release."""
     return secrets.token_bytes(8)
-
-
-def displayed_hash(key: bytes, content: bytes) -> bytes:
-    """8 bytes that stand for `content` to somebody without `key`, who cannot test guesses of it."""
-    return hmac.new(key, content, hashlib.sha256).digest()[:8]
 
 
 def _may_generate(run: Run) -> bool:

@@ -183,6 +183,10 @@ class Allowance:
         if found.quota_bytes is not None:
             _check_lake(self._lake, found.quota_bytes, self._run, self._used_lake, more_bytes)
 
+    def look_again(self) -> None:
+        """Look up the quotas and what is used at the next check."""
+        self._looked = -math.inf
+
     def add(self, written_bytes: int) -> None:
         """Count what was stored since the last look."""
         self._added += written_bytes

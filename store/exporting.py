@@ -38,7 +38,7 @@ def export_run(
     the same, hooks as lists of float32. NumPy: one `.npy` for each hook (bfloat16 as float32), array of a read and column.
     `prompts.parquet` and `run.json` lie beside them. Returns the files.
 
-    The folder appears when everything is in it; until then it is called `path` with `.partial` behind.
+    The folder appears when everything is in it; until then it is called `path` with `.millpond-partial` behind.
 
     Raises:
         InvalidInput: the folder exists and is not empty, or a label does not cover the rows.
@@ -66,7 +66,7 @@ def export_run(
 @contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, renamed to `folder` at the end; what an export that was killed left there is removed."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f"{folder.name}.millpond-partial")
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:

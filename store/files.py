@@ -12,7 +12,6 @@ from typing import Any
 import google_crc32c
 
 from millpond.store.errors import LakeCorrupt
-from millpond.store.objects import Storage
 from millpond.store.posix import sync_folder
 
 _CHECKSUM = b'"crc32c": "'
@@ -64,11 +63,6 @@ def decode_document(data: bytes, where: str) -> Any:
 def read_json(path: Path) -> Any:
     """The document in the file `path`."""
     return decode_document(path.read_bytes(), str(path))
-
-
-def write_json(storage: Storage, path: str, value: Mapping[str, Any]) -> None:
-    """Write the document `path`, replacing one of that name."""
-    storage.put(path, encode_document(value))
 
 
 def _digits(data: bytes) -> bytes:

@@ -186,7 +186,7 @@ class Lake(Mapping[str, "Run"]):
         if run.exists("run.json"):
             raise RunExists(
                 f"run {name!r} exists in the lake {self.url!r}; choose another name, "
-                f"or remove it with: millpond rm {self.url} {name} --grace 0"
+                f"or remove it with: millpond rm {self.url} {name}"
             )
         try:
             check_once(self.storage)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millpond.store.errors import InvalidInput
-from millpond.store.sealed import write_sealed
+from millpond.store.sealed import Check, write_sealed
 from millpond.store.shards import check_shards, object_crc32c
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def materialise(view: Run, name: str, *, lake: Lake | None = None, hooks: tuple[
         table=table,
         blocks=lambda array: _blocks(view, array),
         prompt_labels=tuple(by_prompt),
-        checksums=_checksums(view, hooks),
+        check=_check(view),
     )
     for label, array in labels.items():
         run.labels.add(label, array.values, by="token", source=f"run {spec.name} ({spec.id})")
@@ -70,26 +70,20 @@ def materialise(view: Run, name: str, *, lake: Lake | None = None, hooks: tuple[
     return run
 
 
-def _checksums(view: Run, hooks: tuple[str, ...]) -> dict[str, Sequence[tuple[int, int]]]:
-    """Of the arrays of a whole sealed run, whose copies have the same bytes; compressed ones are read for it here.
-
-    Raises:
-        LakeCorrupt: a compressed shard does not have its checksum.
-    """
-    plan, spec = view.plan, view.plan.spec
+def _check(view: Run) -> Check | None:
+    """For a whole sealed run, whose copy has the same bytes unless another program or codec wrote it: then it is read again."""
+    plan = view.plan
     if view.manifest is None or plan.marks is not None or not plan.chosen.all():
-        return {}
+        return None
     (part,) = view.snapshot.records()
-    names = [name for name in part.arrays if name in hooks or name not in spec.hooks]
-    found: dict[str, Sequence[tuple[int, int]]] = {}
-    for name in names:
-        array, shards = spec.arrays()[name], part.arrays[name].shards
-        if array.codec == "none":
-            found[name] = shards
-        else:  # another version of the codec may write other bytes
-            folder = plan.folder / part.path / name
-            check_shards(name, shards, [object_crc32c(folder, array.shard_path(n)) for n in range(len(shards))])
-    return found
+
+    def check(name: str, shards: Sequence[tuple[int, int]]) -> None:
+        recorded = part.arrays[name].shards
+        if tuple(shards) != tuple(recorded):
+            folder, array = plan.folder / part.path / name, plan.spec.arrays()[name]
+            check_shards(name, recorded, [object_crc32c(folder, array.shard_path(n)) for n in range(len(recorded))])
+
+    return check
 
 
 def _rows_of_prompts(view: Run) -> NDArray[np.int64]:

@@ -76,11 +76,6 @@ class Merge:
         self.order: NDArray[np.int64] = np.concatenate([*orders[0], *orders[1], np.empty(0, np.int64)]).astype(np.int64)
         """The snapshot's numbers of the prompts, as they come in the merged group."""
 
-    @property
-    def kept_rows(self) -> int:
-        """Rows whose bytes are not moved."""
-        return sum(self._records[number].rows for number in self._kept)
-
     def write(self, run: Storage, data: str, table: pd.DataFrame) -> Part:
         """Write the group `data` of `run` with the prompts `table`, which has the merged order."""
         numbers = np.repeat(np.arange(len(table), dtype=np.int32), table["n_rows"].to_numpy(np.int64))

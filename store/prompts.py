@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 
 import google_crc32c
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from millpond.store.errors import LakeCorrupt
 from millpond.store.objects import Storage
@@ -51,8 +49,3 @@ def decode_prompt_table(data: bytes, where: str) -> pd.DataFrame:
     if missing:
         raise LakeCorrupt(f"{where} has no column {missing[0]!r}; restore it or delete the run")
     return table
-
-
-def row_offsets(n_rows: pd.Series[int]) -> NDArray[np.int64]:
-    """First row of each prompt, and the total at the end, (n_prompts + 1,)."""
-    return np.concatenate([[0], np.cumsum(n_rows.to_numpy(np.int64))]).astype(np.int64)

@@ -20,7 +20,7 @@ from millpond.store.manifest import ArrayChecksums, Manifest, Part, RunSpec, enc
 from millpond.store.objects import Storage
 from millpond.store.prompts import write_prompt_table
 from millpond.store.segment import all_finite, array_attributes, write_statistics
-from millpond.store.shards import ArrayRecord, ArrayWriter, check_shards, write_group
+from millpond.store.shards import ArrayRecord, ArrayWriter, write_group
 from millpond.store.stats import HookStatistics, add_statistics
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 STATISTICS_THREADS = 2
 """Threads that gather statistics of a block while it is written: they take longer than the writing."""
 Blocks = Callable[[str], Iterable[NDArray[Any]]]
-Checksums = Sequence[tuple[int, int]]
-"""Size and crc32c of each shard of an array."""
+Check = Callable[[str, Sequence[tuple[int, int]]], None]
 
 
 def write_sealed(
@@ -44,7 +43,7 @@ def write_sealed(
     table: pd.DataFrame,
     blocks: Blocks,
     prompt_labels: tuple[str, ...] = (),
-    checksums: Mapping[str, Checksums] | None = None,
+    check: Check | None = None,
 ) -> Run:
     """Create the run `name` and fill it; after an error there is no such run.
 
@@ -55,10 +54,9 @@ def write_sealed(
         table: its prompt table, whose `n_rows` are the rows of each prompt in order.
         blocks: array name to its rows in blocks, as they are stored.
         prompt_labels: columns of the table that are labels.
-        checksums: array name to what its shards must come to, where that is known.
+        check: is given the name of each array, and size and crc32c of its shards; what it raises leaves no run.
 
     Raises:
-        LakeCorrupt: a shard comes to something else: what it was read from is damaged.
         InvalidInput: the rows are not finite, or not those that the table counts.
         QuotaExceeded: the lake does not allow so many bytes; nothing was made.
     """
@@ -68,7 +66,7 @@ def write_sealed(
     check_quota(lake, {name: int(table["n_rows"].sum()) * row_bytes})
     spec = lake.create_run(name, **like, filling=True)
     try:
-        _fill(lake.run_storage(name), spec, table, blocks, prompt_labels, checksums or {})
+        _fill(lake.run_storage(name), spec, table, blocks, prompt_labels, check)
     except BaseException:
         lake.delete(name)
         raise
@@ -81,7 +79,7 @@ def _fill(
     table: pd.DataFrame,
     blocks: Blocks,
     prompt_labels: tuple[str, ...],
-    checksums: Mapping[str, Checksums],
+    check: Check | None,
 ) -> None:
     data = f"data-{uuid.uuid4().hex}"
     rows = int(table["n_rows"].sum())
@@ -91,7 +89,8 @@ def _fill(
         record = _write_array(run / f"{data}/{name}", spec, name, table, blocks, statistics)
         if record.rows != rows:
             raise InvalidInput(f"{name} of run {spec.name!r} has {record.rows} rows, but its prompts have {rows}")
-        check_shards(name, checksums.get(name, record.shards), record.shards)
+        if check is not None:
+            check(name, record.shards)
         arrays[name] = ArrayChecksums.of(record)
         metadata[name] = array.metadata(record.rows, array_attributes(spec, name))
     prompt_table = write_prompt_table(run / data, table)

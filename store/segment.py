@@ -211,8 +211,9 @@ class SegmentWriter:
         self._failed = True
         try:
             yield
-        except StorageFailed:
-            check_wanted(self.run, self.spec, self.id)
+        except StorageFailed as error:
+            if error.errno is not None:  # of a disk: its folder may have been removed
+                check_wanted(self.run, self.spec, self.id)
             raise
         self._failed = False
 

@@ -1,6 +1,7 @@
 """Learns `hub/textmodel.npz`: how far the text coder's model believes what it has counted, and how it mixes.
 
     python tools/train_textmodel.py            # a quarter of an hour of a core; integers, so every machine learns the same
+    python tools/train_textmodel.py --share 0.01 --out /tmp/textmodel.npz        # whether it works, in a minute or two
 
 From docstrings of the standard library that the example's corpus does not hold out: pieces of each fifth are coded with the
 other four as the dictionary. The file that is kept was learned by the same steps in a compiled copy of the model, with 500
@@ -9,6 +10,7 @@ pieces of each fifth a pass. Another file is another code: raise `textmodel.VERS
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 import time
@@ -89,14 +91,18 @@ def docstrings() -> bytes:
 
 def main() -> None:
     """Learn and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=1.0, help="of the pieces; less is quicker and learns less")
+    parser.add_argument("--out", type=Path, default=Path(textmodel.__file__).with_name("textmodel.npz"))
+    given = parser.parse_args()
     text, rng, taught = docstrings(), random.Random(3), untaught()
-    size, started = len(text) // FOLDS, time.monotonic()
+    size, started = len(text) // FOLDS, time.process_time()
     models = [TextModel(text[: fold * size] + text[(fold + 1) * size :]) for fold in range(FOLDS)]
     for by_weights, by_chances, pieces in PASSES:
         coded = plain = 0.0
         for fold, model in enumerate(models):
             own = text[fold * size : (fold + 1) * size]
-            for _ in range(pieces):
+            for _ in range(max(round(pieces * given.share), 1)):
                 length = rng.randrange(64, 400)
                 begin = own.rfind(b" ", 0, rng.randrange(len(own) - length)) + 1
                 state = Learner(model)
@@ -108,10 +114,10 @@ def main() -> None:
                         coded -= np.log2((chance if bit else 65536 - chance) / 65536)
                         state.update(bit)
                 plain += length
-        print(f"{coded / plain:.4f} bits a byte, {time.monotonic() - started:.0f} s", flush=True)
+        print(f"{coded / plain:.4f} bits a byte of {plain:,.0f}, {time.process_time() - started:.0f} CPU s", flush=True)
     maps, fresh, weights, final, (by_node, by_kind) = taught
     np.savez_compressed(
-        Path(textmodel.__file__).with_name("textmodel.npz"),
+        given.out,
         maps=np.array(maps, np.uint16), fresh=np.array(fresh, np.uint16), final=np.array(final, np.int32),
         weights=np.concatenate([np.array(one, np.int32) for one in weights]),
         by_node=np.array(by_node, np.uint16), by_kind=np.array(by_kind, np.uint16),

@@ -46,12 +46,6 @@ def gateway_origin(settings: Workspace) -> str:
     return f"{scheme}://{SERVICE}--service.{host}"
 
 
-def user_origin(settings: Workspace, user: str) -> str:
-    """The origin of one user's notebook server."""
-    scheme, _, host = settings.origin.partition("://")
-    return f"{scheme}://{user}.{host}"
-
-
 def configure(c: Config, settings: Workspace, *, authenticator: Any = None) -> None:
     """Fill `c`. The gateway's token comes from MILLPOND_GATEWAY_TOKEN. `authenticator` is for tests; raises InvalidInput."""
     token = os.environ.get("MILLPOND_GATEWAY_TOKEN", "")

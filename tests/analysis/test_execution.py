@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -173,6 +174,26 @@ def test_a_cancelled_pass_stops_soon(rows, direction, client, tmp_path, in_proce
     ):
         run_pass(Pass(rows, slow_moments, (tmp_path, direction)), description="my pass")
     watcher.join()
+    time.sleep(0.3)
+    mapped = len(list(tmp_path.iterdir()))
+    time.sleep(0.5)
+    assert len(list(tmp_path.iterdir())) == mapped < len(rows.blocks) / 2
+
+
+def ask(address, wanted):
+    with Client(address):
+        run_pass(wanted)
+
+
+def test_the_tasks_of_a_process_that_was_killed_stop_soon(rows, direction, cluster, client, tmp_path):
+    """As an executor that could not be told to stop: nobody is left to tell the workers of a cluster that goes on."""
+    wanted = Pass(rows, slow_moments, (tmp_path, direction), result_bytes=1 << 27)  # tasks of several blocks
+    process = multiprocessing.get_context("spawn").Process(target=ask, args=(cluster.scheduler_address, wanted))
+    process.start()
+    while len(list(tmp_path.iterdir())) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     time.sleep(0.3)
     mapped = len(list(tmp_path.iterdir()))
     time.sleep(0.5)

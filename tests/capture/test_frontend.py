@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from millpond.capture.admission import EngineFacts
 from millpond.capture.frontend import Admitted, CaptureFrontend
 from millpond.store.configuration import LakeConfiguration, used_bytes, write_configuration
-from millpond.store.errors import QuotaExceeded
+from millpond.store.errors import CaptureFailed, QuotaExceeded
 from millpond.store.lake import Lake, open_lake
 
 HOOK = "blocks.0.hook_resid_post"
@@ -62,3 +63,22 @@ def test_a_served_request_beyond_the_quota_is_refused_before_it_runs(lake: Lake)
     write_configuration(lake, LakeConfiguration(run_quota_bytes=used_bytes(lake, "served") + REQUEST_BYTES - 1))
     with pytest.raises(QuotaExceeded, match=r"run 'served' would have .* a run of the lake .* may have"):
         admit(frontend(lake))
+
+
+def test_after_a_capture_that_failed_the_quota_is_looked_up_again(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment is more than its rows, and others write too: the writer saw first that nothing more fits."""
+    served = frontend(lake)
+    write_configuration(lake, LakeConfiguration(quota_bytes=used_bytes(lake) + 100 * REQUEST_BYTES))
+    admitted = admit(served)
+    lake.run_storage("served").put("segments/s/statistics.safetensors", bytes(100 * REQUEST_BYTES))
+    admit(served)  # it has not looked since
+
+    async def refused(*_: Any) -> None:
+        raise CaptureFailed("writing to the lake failed")
+
+    monkeypatch.setattr(served._settler, "settle", refused)
+    admitted.ended = ["stop"]
+    with pytest.raises(CaptureFailed):
+        asyncio.run(served._settle(admitted))
+    with pytest.raises(QuotaExceeded, match="millpond configure"):
+        admit(served)

@@ -132,7 +132,7 @@ def test_deletion_with_a_grace_period_can_be_taken_back(sealed):
     assert list(lake) == []
     with pytest.raises(RunNotFound):
         lake["made"]
-    with pytest.raises(RunExists, match=r"waits for its grace period to end; .* gc .* --grace 0"):
+    with pytest.raises(RunExists, match=r"waits for its grace period to end; .* millpond rm .* --grace 0"):
         new_run(lake, "made")
     assert np.array_equal(values.values, sealed.float32(HOOK[0]))  # opened before
     assert lake.collect() == {}

@@ -6,7 +6,7 @@ import pytest
 
 from millpond.store.collect import collect_run
 from millpond.store.errors import LakeCorrupt
-from millpond.store.files import read_json, write_json
+from millpond.store.files import encode_document, read_json
 from millpond.store.objects import open_storage
 from millpond.store.segment import CapturedRequest, RunWriter
 from millpond.store.verify import verify_run
@@ -96,7 +96,7 @@ def test_a_prompt_captured_twice_is_seen_once(opened):
 def test_wrong_counts_are_found(sealed, count):
     manifest = read_json(sealed.folder / "manifest.json")
     manifest["counts"][count] += 1
-    write_json(open_storage(sealed.folder), "manifest.json", manifest)
+    open_storage(sealed.folder).put("manifest.json", encode_document(manifest))
     (problem,) = verify_run(sealed.run).problems
     assert problem.startswith(f"manifest.json: {count} is ")
 
@@ -104,7 +104,7 @@ def test_wrong_counts_are_found(sealed, count):
 def test_a_count_that_contradicts_the_prompt_table_refuses_to_open(sealed):
     manifest = read_json(sealed.folder / "manifest.json")
     manifest["data"]["rows"] += 1
-    write_json(open_storage(sealed.folder), "manifest.json", manifest)
+    open_storage(sealed.folder).put("manifest.json", encode_document(manifest))
     with pytest.raises(LakeCorrupt, match=r"count 13 prompts and 172 rows, their commits 13 and 173"):
         _ = sealed.run
 
@@ -112,7 +112,7 @@ def test_a_count_that_contradicts_the_prompt_table_refuses_to_open(sealed):
 def test_an_array_that_is_not_recorded_is_found(sealed):
     manifest = read_json(sealed.folder / "manifest.json")
     del manifest["data"]["arrays"]["token_id"]
-    write_json(open_storage(sealed.folder), "manifest.json", manifest)
+    open_storage(sealed.folder).put("manifest.json", encode_document(manifest))
     assert any("token_id is not both" in problem for problem in verify_run(sealed.run).problems)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 from traitlets.config import Config
 
+from millpond.hub.queue_api import read_workers
 from millpond.hub.workspace.cgroups import Limits, make_group
 from millpond.hub.workspace.config import ROLES, configure, gateway_origin
 from millpond.hub.workspace.helper import check_environment
@@ -19,6 +21,7 @@ from millpond.hub.workspace.settings import Authentication, Workspace, is_user
 from millpond.hub.workspace.up import settings_of
 from millpond.hub.workspace.up_config import read_up_config
 from millpond.hub.workspace.users import UserNumbers
+from millpond.hub.workspace.vault import Vault
 from millpond.store.errors import InvalidInput, IsolationFailed
 
 
@@ -174,3 +177,27 @@ def test_the_dictionary_is_made_once_or_the_operators(tmp_path):
         make_dictionary(tmp_path, own)
     with pytest.raises(InvalidInput, match="cannot be read"):
         make_dictionary(tmp_path, tmp_path / "none")
+
+
+def test_two_models_have_a_worker_each_with_a_token_of_its_own(tmp_path, monkeypatch):
+    """On one queue, from which each takes what is for its own weights."""
+    (tmp_path / "policy.toml").write_text("")
+    (tmp_path / "lake.toml").write_text(
+        'lake = "lake"\nstate = "state"\npolicy = "policy.toml"\n'
+        '[models."Llama-3.1-8B"]\npath = "weights/a"\nworker = true\nengine = {gpu_memory_utilization = 0.4}\n'
+        '[models.gemma]\npath = "weights/b"\nworker = true\n[models.other]\n'
+    )
+    monkeypatch.setattr("os.chown", lambda *_: None)  # to users that only root can give files to
+    config = read_up_config(tmp_path / "lake.toml")
+    (tmp_path / "state" / "vault").mkdir(parents=True)
+    parts = {part.name: part for part in Vault(settings_of(config), config).parts("t")}
+    assert list(parts) == ["gateway", "executor", "queue", "worker-Llama-3.1-8B", "worker-gemma"]
+    known = {worker.sha256: worker.name for worker in read_workers(tmp_path / "state" / "vault" / "workers.toml")}
+    for name, folder, engine in (("Llama-3.1-8B", "a", {"gpu_memory_utilization": 0.4}), ("gemma", "b", {})):
+        part = parts[f"worker-{name}"]
+        token = part.environment["MILLPOND_WORKER_TOKEN"]
+        assert known[hashlib.sha256(token.encode()).hexdigest()] == name
+        assert token not in " ".join(part.command)
+        given = dict(zip(part.command, part.command[1:], strict=False))
+        assert given["--model"] == str(tmp_path / "weights" / folder)
+        assert json.loads(given["--engine"]) == engine
