@@ -38,6 +38,7 @@ TESTS = (
     "test_versions.py",
     "test_engine.py",
     "test_scheduler.py",
+    "test_device_engine.py",
     "test_second_runner.py",
     "test_serving.py",
     "test_job.py",
