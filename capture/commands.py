@@ -187,6 +187,13 @@ class Verify(VerifyStored):
 
     def run(self) -> int:
         """Print one line a run and one a problem; 1 if there is any."""
+        if self.prompts < 1:
+            raise InvalidInput(f"--prompts is {self.prompts}; give 1 or more")
+        for name, given in {"model": self.model, "adapter": self.adapter}.items():
+            if given is not None and not self.reference:
+                raise InvalidInput(
+                    f"--{name} is for the check against Hugging Face; give --reference too, or leave it out"
+                )
         code = super().run()
         if not self.reference or code:
             return code

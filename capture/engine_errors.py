@@ -33,7 +33,9 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        path = os.environ.get(_FILE)  # not kept: processes are forked with this handler, and other engines have other files
+        path = os.environ.get(
+            _FILE
+        )  # not kept: processes are forked with this handler, and other engines have other files
         if path and error is not None and _FATAL.search(record.getMessage()):
             line = (one_line(error) + "\n").encode(errors="replace")
             with Path(path).open("ab", buffering=0) as file:  # one write, which other processes' do not split

@@ -17,7 +17,7 @@ from millpond.capture.prompt_file import Prompts, read_prompts
 from millpond.capture.versions import check_vllm_version, set_environment
 from millpond.store.capture_spec import CaptureJob
 from millpond.store.dtypes import STORED_AS, check_dtype
-from millpond.store.errors import InvalidInput, RunNotFound, StorageFailed
+from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
 from millpond.store.hooks import hook_sort_key, summarize_hooks
 from millpond.store.interventions import Patch
 from millpond.store.lake import open_lake
@@ -317,8 +317,14 @@ def _destination(job: CaptureJob) -> Storage:
 def _check_runs(plan: CapturePlan, resume: bool) -> None:
     lake = open_lake(plan.job.destination.lake)  # refuses what is no lake
     for target in plan.targets:
-        if not resume or target.run not in lake:
-            lake.check_new(target.run)
+        if resume and target.run in lake:
+            continue
+        if target.run in lake and lake[target.run].state == "open":
+            raise RunExists(
+                f"run {target.run!r} exists in the lake {lake.url!r} and is open; go on with it if this job began it: millpond "
+                f"capture JOB --resume; or choose another name, or remove it with: millpond rm {lake.url} {target.run}"
+            )
+        lake.check_new(target.run)
 
 
 def _check_destination(plan: CapturePlan, resume: bool) -> None:

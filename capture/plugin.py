@@ -10,7 +10,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
-from millpond.capture import lora_cpu, offline, serving
+from millpond.capture import lora_cpu, numba_names, offline, serving
 from millpond.capture.engine_errors import note_errors
 from millpond.capture.versions import is_supported_vllm
 
@@ -35,6 +35,7 @@ def register() -> None:
     offline.install()
     if current_platform.is_cpu():
         lora_cpu.repair()
+        numba_names.repair()
 
 
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:

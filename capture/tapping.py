@@ -57,7 +57,8 @@ class Tapping:
         config = worker.vllm_config
         self._facts = facts = EngineFacts.of(config)
         check_engine(config, on_device=facts.on_device)
-        check_attention(config)
+        if worker.device.type == "cpu":  # elsewhere vLLM chooses among kernels by the size
+            check_attention(config)
         self._runner = runner = worker.model_runner
         model = runner.get_model()  # without what records its graphs
         self._v2 = bool(worker.use_v2_model_runner)

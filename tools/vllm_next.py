@@ -28,6 +28,12 @@ MORE = ("orjson>=3.11.6",)
 KEPT = (".py", ".json", ".js", ".css", "/METADATA", "/entry_points.txt")
 """Endings of the wheel's files that are kept."""
 
+FOUND = """
+from importlib.metadata import version
+from importlib.util import find_spec
+print(version("vllm"), find_spec("vllm").origin)
+"""
+
 TESTS = ()
 
 
@@ -67,10 +73,16 @@ def main() -> None:
         print(f"vllm_next: fetching vLLM {VERSION} (340 MB)", flush=True)
         build(FOLDER)
         done.touch()
-    path = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")])),
+        "VLLM_CACHE_ROOT": str(FOLDER / "cache"),  # what it remembers of model classes is not 0.32's
+    }
+    found = subprocess.run([sys.executable, "-c", FOUND], env=environment, check=True, capture_output=True, text=True)
+    if found.stdout.split() != [f"{VERSION}+cpu", str(FOLDER / "vllm" / "__init__.py")]:
+        raise SystemExit(f"vllm_next: the tests would run on {found.stdout.strip()}; remove {FOLDER} and try again")
     arguments = sys.argv[1:] or [f"tests/capture/{name}" for name in TESTS]
     command = [sys.executable, "-m", "pytest", *arguments]
-    sys.exit(subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=False).returncode)
+    sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
 
 
 if __name__ == "__main__":

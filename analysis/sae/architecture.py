@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,15 @@ class BatchGradients:
     error: Callable[[int], Tensor]
     """Reconstruction less target of the first so many rows, (rows, d_out)."""
     gradients: dict[str, Tensor]
+    coming: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """What waits for those of the gradients that are being added up over the workers."""
+
+    def gradient(self, name: str) -> Tensor:
+        """One of the gradients, once its sum over the workers is there."""
+        wait = self.coming.pop(name, None)
+        if wait is not None:
+            wait()
+        return self.gradients[name]
 
 
 class Architecture(ABC):
@@ -68,6 +77,8 @@ class Architecture(ABC):
         wide = config.encoder_dtype == "auto" and config.k is not None and sparse.has_bfloat16(device)
         self.bf16 = config.encoder_dtype == "bfloat16" or wide
         self.scratch = sparse.Scratch()
+        self.start_sum: Callable[[Tensor], Callable[[], None]] | None = None
+        """Where several workers train: begins to add a tensor up over them, and returns what waits for that."""
         self.sparsity_scale = 1.0
         """Share of `config.sparsity` in force, which rises over the first steps."""
 
@@ -108,7 +119,9 @@ class SparseArchitecture(Architecture):
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         out = self.scratch.like("products", (len(centred), len(w_enc)), dtype, centred.device)
         left, right = (
-            matrix if matrix.dtype == dtype else self.scratch.like(name, matrix.shape, dtype, matrix.device).copy_(matrix)
+            matrix
+            if matrix.dtype == dtype
+            else self.scratch.like(name, matrix.shape, dtype, matrix.device).copy_(matrix)
             for name, matrix in (("rows", centred), ("encoder", w_enc))
         )
         right = right.T
@@ -160,11 +173,14 @@ class SparseArchitecture(Architecture):
             sparse.add_sampled(slopes, crow, col, part, table)
             w_dec[:, here] = sparse.decode(firsts, place, codes, part)
             errors.append(part)
+        coming = {} if self.start_sum is None else {"w_dec": self.start_sum(w_dec)}  # while the others are made
         slopes *= scale
         bias = torch.zeros_like(own["b_enc"]).index_add_(0, col, slopes)
         slopes, w_enc = slopes.index_select(0, order), torch.empty_like(own["w_enc"])
         for here in sparse.column_blocks(w_enc):
             w_enc[:, here] = sparse.decode(firsts, row, slopes, whole[:, here].contiguous())
+        if self.start_sum is not None:
+            coming["w_enc"] = self.start_sum(w_enc)
         total = scale * torch.cat(sums)
         gradients = {
             "w_enc": w_enc,
@@ -179,7 +195,7 @@ class SparseArchitecture(Architecture):
             return torch.cat([part[len(part) - n : len(part) - n + rows] for part in errors], dim=1)
 
         loss = torch.stack(every).sum() / variance / len(levels)
-        return BatchGradients(loss, torch.stack(squared).sum(), variance, starts.diff(), error, gradients)
+        return BatchGradients(loss, torch.stack(squared).sum(), variance, starts.diff(), error, gradients, coming)
 
 
 class DenseArchitecture(Architecture):

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Ints, Longs, Floats = NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]
+Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Floats = NDArray[np.float32]
 Numbers = NDArray[Any]
 
 _ONES, _ONE, _TOP = np.uint64(0x0101010101010101), np.uint64(1), np.uint64(56)
@@ -140,7 +142,7 @@ def take_across(gradient: Floats, rows: Floats) -> float:
             across = gradient[row, j] - along * rows[row, j]
             gradient[row, j] = across
             left += across * across
-        total += left
+        total += float(left)
     return math.sqrt(total)
 
 

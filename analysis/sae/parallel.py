@@ -8,7 +8,7 @@ wide product of one batch (batch_size * d_sae * 2 or 4 bytes) and its shuffling 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -46,17 +46,14 @@ class Group:
     def __exit__(self, *error: object) -> None:
         dist.destroy_process_group()
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the workers."""
-        pending = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for tensor, work in zip(tensors, pending, strict=True):
-            work.wait()
-            tensor /= self.world
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace a tensor by its sum over the workers; what is returned waits for that."""
+        work = dist.all_reduce(tensor, async_op=True)
 
-    def add(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over the workers."""
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        def wait() -> None:
+            work.wait()
+
+        return wait
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """The first worker's tensor, on all."""

@@ -78,22 +78,21 @@ def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             size = (len(left), len(right))
-            pattern = torch.sparse_csr_tensor(
-                crow.int(), col, torch.zeros_like(values), size, check_invariants=False
-            )
+            pattern = torch.sparse_csr_tensor(crow.int(), col, torch.zeros_like(values), size, check_invariants=False)
         values += torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
         return
-    arrays = [tensor.numpy() for tensor in (crow, col, left, right)]
+    starts, latents, one, other = (tensor.numpy() for tensor in (crow, col, left, right))
     tile = max(1, _CACHED_BYTES // (4 * right.shape[1]))
 
     def work(first: int, last: int) -> None:
-        kernels.add_sampled(first, last, *arrays, tile, values.numpy())
+        kernels.add_sampled(first, last, starts, latents, one, other, tile, values.numpy())
 
-    n, count = len(left), torch.get_num_threads()
+    count = torch.get_num_threads()
     if count == 1:
-        work(0, n)
-    else:
-        list(_threads(count).map(work, *zip(*((n * i // count, n * (i + 1) // count) for i in range(count)), strict=True)))
+        work(0, len(left))
+        return
+    ends = [len(left) * number // count for number in range(count + 1)]
+    list(_threads(count).map(work, ends[:-1], ends[1:]))
 
 
 @cache
@@ -167,7 +166,7 @@ def largest_of_rows(pre: Tensor, count: int) -> Pattern:
         cut = np.partition(part, place, axis=1)[:, place]
         if cut.dtype == np.int16:  # those above what is just below the cut are those at it
             return np.asarray(np.maximum(cut, 1) - 1)
-        return np.maximum(np.nextafter(cut, np.float32(-1)), 0)
+        return np.asarray(np.maximum(np.nextafter(cut, np.float32(-1)), 0))
 
     return _above(((part, limit(part)) for part in _slices(ordered)), np.zeros(d_sae, ordered.dtype))
 

@@ -42,7 +42,7 @@ class StepStats:
 class Trainer:
     """An architecture with its optimiser; inputs and targets are to be centred and scaled to mean squared norm d.
 
-    On several workers each sees other rows; gradients are averaged and firings shared, so parameters
+    On several workers each sees other rows; gradients and firings are added up, so parameters
     stay equal on all of them.
     """
 
@@ -71,6 +71,7 @@ class Trainer:
         self.steps = 0
         self.tokens = 0
         self.workers = group.world if group else 1
+        self.arch.start_sum = group.start_sum if group else None
         total = total_steps * config.batch_size * self.workers
         self.dead_tokens = config.dead_tokens or min(10_000_000, max(total // 20, 8 * config.batch_size))
         self.aux_k = config.aux_k or max(1, d_in // 2)
@@ -92,12 +93,19 @@ class Trainer:
             batch = self.arch.gradients(x, x if y is None else y)
         aux_loss = self._auxiliary(x, batch)
         sums, counts = torch.stack([batch.squared, batch.variance, batch.loss + aux_loss]), batch.counts
-        if self.group is not None:
-            self.group.average(list(batch.gradients.values()))
-            self.group.add(sums, counts)
+        if self.group is None:
+            lr = self._update(batch)
+        else:
+            for name, gradient in batch.gradients.items():
+                if name not in batch.coming:
+                    batch.coming[name] = self.group.start_sum(gradient)
+            tally = torch.cat([sums.double(), counts.double()])
+            tallied = self.group.start_sum(tally)
+            lr = self._update(batch)
+            tallied()
+            sums, counts = tally[: len(sums)], tally[len(sums) :].long()
         squared, variance, loss = sums.tolist()
         seen = len(x) * self.workers
-        lr = self._update(batch.gradients)
         self.idle += seen
         self.idle[counts > 0] = 0
         self.tokens += seen
@@ -109,18 +117,20 @@ class Trainer:
         dead = float((self.idle >= self.dead_tokens).float().mean())
         return StepStats(loss / self.workers, squared / variance, float(counts.sum()) / seen, dead, lr)
 
-    def _update(self, gradients: dict[str, Tensor]) -> float:
+    def _update(self, batch: BatchGradients) -> float:
         w_dec, norms = self.parameters["w_dec"], []
-        for leaf, name in zip(self._leaves, self.parameters, strict=True):
-            leaf.grad = gradients[name]
+        leaves = dict(zip(self.parameters, self._leaves, strict=True))
+        for name in sorted(leaves, key=lambda name: name != "w_dec"):  # whose sum over the workers comes first
+            gradient = leaves[name].grad = batch.gradient(name)
             if name == "w_dec" and self.arch.unit_norm:  # only directions across a row matter: rows are kept at norm 1
-                norms.append(_take_across(leaf.grad, w_dec))
+                norms.append(_take_across(gradient, w_dec))
             else:
-                norms.append(torch.linalg.vector_norm(leaf.grad))
+                norms.append(torch.linalg.vector_norm(gradient))
         norm = torch.linalg.vector_norm(torch.stack(norms))
         most = self.config.clip / w_dec.shape[1]
-        # fused Adam divides gradients by this while it reads them, which saves a pass that clips
-        self.adam.grad_scale = ((norm + 1e-6) / most).clamp_min(1.0)  # type: ignore[attr-defined]
+        # fused Adam divides gradients by this while it reads them, which saves a pass that clips and averages
+        clip = ((norm / self.workers + 1e-6) / most).clamp_min(1.0)
+        self.adam.grad_scale = clip * self.workers  # type: ignore[attr-defined]
         done, config = self.steps / self.total_steps, self.config
         warm = (self.steps + 1) / max(1.0, config.warmup * self.total_steps)
         fall = (1 - done) / config.decay if config.decay else 1.0
@@ -150,9 +160,12 @@ class Trainer:
         loss = scale * float(diff.square().sum())
         diff *= 2 * scale
         slopes = (diff @ w_dec.T) * (acts > 0)
-        batch.gradients["w_enc"][dead] += slopes.T @ x
-        batch.gradients["w_dec"][dead] += acts.T @ diff
-        batch.gradients["b_enc"][dead] += slopes.sum(0)
+        changes = {"w_enc": slopes.T @ x, "w_dec": acts.T @ diff, "b_enc": slopes.sum(0)}
+        if self.group is not None:
+            for added in [self.group.start_sum(change) for name, change in changes.items() if name in batch.coming]:
+                added()
+        for name, change in changes.items():
+            batch.gradient(name)[dead] += change
         return loss
 
     def _revive(self, batch: BatchGradients, n: int) -> None:
@@ -209,7 +222,8 @@ def _take_across(gradient: Tensor, rows: Tensor) -> Tensor:
     if not gradient.is_cuda:
         return torch.tensor(kernels.take_across(gradient.numpy(), rows.numpy()))
     gradient.addcmul_(torch.linalg.vecdot(gradient, rows)[:, None], rows, value=-1)
-    return torch.linalg.vector_norm(gradient)
+    norm: Tensor = torch.linalg.vector_norm(gradient)
+    return norm
 
 
 def _normalise(rows: Tensor) -> None:

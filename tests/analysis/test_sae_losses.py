@@ -245,7 +245,10 @@ def test_exact_values_by_tiles_and_marks_in_ragged_rows(threads):
     left, right = torch.randn(9, 2048, generator=generator), torch.randn(1100, 2048, generator=generator)
     cols = [[3, 127, 128, 129, 130, 131, 1099], [], [600], [], [], [], [], [600], [0, 1, 2, 3, 4]]
     crow = torch.tensor(np.cumsum([0, *map(len, cols)]))
-    row, col = torch.repeat_interleave(torch.arange(9), crow.diff()), torch.tensor(sum(cols, []))
+    row, col = (
+        torch.repeat_interleave(torch.arange(9), crow.diff()),
+        torch.tensor(np.concatenate(cols).astype(np.int64)),
+    )
     values = torch.ones(len(col))
     torch.set_num_threads(threads)
     add_sampled(values, crow, col.int(), left, right)

@@ -27,6 +27,7 @@ from millpond.store.capture_spec import PairedSection, PromptsSection, read_job
 from millpond.store.configuration import LakeConfiguration, write_configuration
 from millpond.store.errors import InvalidInput, RunExists
 from millpond.store.objects import open_storage
+from millpond.store.seal import seal_run
 from millpond.store.verify import verify_run
 from tests.capture.conftest import MODEL
 
@@ -272,6 +273,8 @@ def test_an_existing_run_is_refused(
     job = write_job(write_prompts(GOOD))
     lake = mp.open(tmp_path / "lake", create=True)
     lake.create_run("run", hooks=("blocks.0.hook_resid_post",), d_model=4, dtype="float32")
+    refused(job, "RunExists", "'run'", "is open", "capture JOB --resume", "millpond rm")
+    seal_run(lake.run_storage("run"))
     refused(job, "RunExists", "'run'", "millpond rm")
 
 

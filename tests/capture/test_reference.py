@@ -16,6 +16,7 @@ from millpond.capture.edits import Edits
 from millpond.capture.provenance import model_provenance
 from millpond.capture.reads import Readers
 from millpond.capture.reference import check_reference
+from millpond.cli import main
 from millpond.store.artifacts import save_direction
 from millpond.store.dtypes import encode_bfloat16
 from millpond.store.lake import Lake, open_lake
@@ -201,3 +202,15 @@ def test_a_patch_is_taken_from_its_run(place: Place) -> None:
         place.write("patched", intervene=({"hook": POST[1], **patch},))
     check = check_reference(place.lake["patched"])
     assert check.ok, check.table()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--reference", "--prompts", "0"], "--prompts is 0"), (["--model", "m"], "give --reference too")],
+)
+def test_a_check_that_would_check_nothing_is_refused(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_lake(tmp_path / "lake", create=True)
+    assert main(["verify", str(tmp_path / "lake"), *flags]) == 2
+    assert words in capsys.readouterr().err
