@@ -15,7 +15,7 @@ from millpond.capture.interrupts import blocked
 from millpond.capture.plan import ModelFacts
 from millpond.capture.versions import check_vllm_version, set_environment, worker_argument
 from millpond.store.capture_spec import RequestArgs
-from millpond.store.errors import CaptureFailed
+from millpond.store.errors import CaptureFailed, LeaseLost, RunBusy
 from millpond.store.generation import Sampling
 from millpond.store.interventions import SpliceSae
 
@@ -191,7 +191,7 @@ class CaptureEngine:
                     self._confirm([(request.capture_id, len(tokens)) for request, tokens in finished])
                     yield from finished
                     finished = []
-        except CaptureFailed:
+        except (CaptureFailed, LeaseLost, RunBusy):
             raise
         except Exception as error:
             raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
@@ -244,7 +244,7 @@ class CaptureEngine:
                 if len(unconfirmed) >= _CONFIRM_EVERY or (unconfirmed and not waiting):
                     self._confirm(unconfirmed)
                     unconfirmed = []
-        except CaptureFailed:
+        except (CaptureFailed, LeaseLost, RunBusy):
             raise
         except Exception as error:
             raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
@@ -292,7 +292,7 @@ class CaptureEngine:
                         self._ranks.ended(output.request_id)
                         told = zip(request.token_ids[1:], output.prompt_logprobs[1:], strict=True)
                         yield request, [-logprobs[token].logprob for token, logprobs in told]
-        except CaptureFailed:
+        except (CaptureFailed, LeaseLost, RunBusy):
             raise
         except Exception as error:
             raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
@@ -362,11 +362,11 @@ class CaptureEngine:
             CaptureFailed: the lake could not be written.
         """
         first_workers = [answers[0] for answers in self._ranks.call("millpond_commit")]  # which write
+        rows, prompts = (sum(counts) for counts in list(zip(*first_workers, strict=True))[:2])
+        before, self._committed = self._committed, (rows, prompts)
         for _, _, problem in first_workers:
             if problem:
                 raise CaptureFailed(problem)
-        rows, prompts = (sum(counts) for counts in list(zip(*first_workers, strict=True))[:2])
-        before, self._committed = self._committed, (rows, prompts)
         return rows - before[0], prompts - before[1]
 
     def tell_job(self, job: str) -> None:

@@ -23,7 +23,7 @@ from millpond.capture.provenance import COMPUTATION, adapter_provenance, model_p
 from millpond.capture.reuse import reuse_rows
 from millpond.store.capture_spec import CaptureWish, RequestArgs, read_job
 from millpond.store.configuration import check_quota, read_configuration
-from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost
+from millpond.store.errors import CaptureFailed, InvalidInput, LeaseLost, RunBusy
 from millpond.store.interventions import SpliceSae
 from millpond.store.lake import Lake, open_lake
 from millpond.store.objects import Storage, open_storage
@@ -104,7 +104,7 @@ def run_capture(
 
             try:
                 return _capture_and_seal(lake, plan, parts, engine, check, beat, progress)
-            except (KeyboardInterrupt, LeaseLost):
+            except (KeyboardInterrupt, LeaseLost, RunBusy):  # the last two: somebody else goes on with the runs
                 raise
             except Exception as error:
                 if not keep and not isinstance(error, _SealingFailed):
@@ -171,6 +171,9 @@ def _capture_and_seal(
             engine = start_engine(plan)
             startup = time.perf_counter() - before
         try:
+            if not own:
+                with suppress(CaptureFailed):
+                    engine.commit()  # what a job that was stopped has left does not count here
             try:
                 tokens = _feed(engine, plan, parts, todo, check, beat, progress)
             except (KeyboardInterrupt, LeaseLost):

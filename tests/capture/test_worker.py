@@ -183,7 +183,7 @@ def test_a_job_that_runs_too_long_is_stopped_and_the_worker_goes_on(jobs: tuple[
     assert set(run.prompts["n_rows"]) == {101}
     assert verify_run(run).problems == []
     assert ends["paired"].submitted > ends["timed"].submitted
-    assert ends["paired"].state == "finished"  # by the same worker
+    assert ends["paired"].state == "finished", ends["paired"].error  # by the same worker
 
 
 def test_jobs_that_the_worker_cannot_do_fail_with_the_field(jobs: tuple[Path, dict[str, QueuedJob]]) -> None:
