@@ -34,7 +34,15 @@ from importlib.util import find_spec
 print(version("vllm"), find_spec("vllm").origin)
 """
 
-TESTS = ()
+TESTS = (
+    "test_versions.py",
+    "test_engine.py",
+    "test_scheduler.py",
+    "test_device_engine.py",
+    "test_second_runner.py",
+    "test_serving.py",
+    "test_job.py",
+)
 
 
 def build(folder: Path) -> None:

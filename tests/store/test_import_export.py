@@ -324,3 +324,25 @@ def test_neither_a_copy_nor_sealing_gives_damaged_bytes_new_checksums(build, tmp
     assert made.lake.runs() == ["made"]
     path.write_bytes(whole)
     assert verify_run(copy_run(sealed, made.lake, "copy")).ok
+
+
+def test_what_cannot_be_read_does_not_keep_the_rest_from_gc_and_verify(sealed, capsys):
+    url, lake = str(sealed.lake.folder), sealed.lake
+    lake.create_run("cut", hooks=(HOOK,), d_model=4, dtype="float32")
+    (lake.run_folder("cut") / "run.json").write_text("{")
+    (lake.run_folder("made") / "segments").mkdir(exist_ok=True)
+    (lake.run_folder("made") / "segments" / "rest").write_bytes(bytes(10))
+    assert main(["gc", url, "--grace", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert "cut: LakeCorrupt" in printed
+    assert "made: freed" in printed
+    assert main(["compact", url]) == 1
+    shards = sorted((lake.run_folder("made")).glob(f"data-*/{OTHER}/c/*/0"))[:2]
+    for shard in shards:
+        shard.unlink()
+        shard.mkdir()  # to read it fails as a bad sector does: with a number of the operating system's
+    capsys.readouterr()
+    assert main(["verify", url]) == 1
+    printed = capsys.readouterr().out
+    assert all(str(shard) in printed for shard in shards)
+    assert "made: 2 problems" in printed
