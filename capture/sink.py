@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -154,6 +155,7 @@ class LakeSink:
         return self._error
 
     def _run(self) -> None:
+        _leave_the_models_cores()
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._waiting or self._commit_asked > self._commits_done, self._pause())
@@ -248,3 +250,13 @@ class LakeSink:
 
 def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _leave_the_models_cores() -> None:
+    """Let this thread run wherever the parent process may.
+
+    vLLM binds a worker on the CPU to the cores that compute, and every thread that it starts with it, while it keeps others free
+    for the scheduler, which is idle most of the time (vllm/utils/ompmultiprocessing.py).
+    """
+    with suppress(OSError):  # the parent has ended
+        os.sched_setaffinity(0, os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
