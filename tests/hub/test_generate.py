@@ -418,7 +418,7 @@ def test_what_an_autoencoder_recovers_is_the_command_lines_number(place, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     expected = json.loads(done.stdout.splitlines()[-1])
-    assert kept.result.values["tokens"] == expected["tokens"] == sum(len(ids) - 1 for ids in prompts)
+    assert kept.result.evidence["tokens"] == expected["tokens"] == sum(len(ids) - 1 for ids in prompts)
     assert 0.2 < expected["ce_recovered"] < 1
     for name in ("ce_clean", "ce_sae", "ce_zero", "ce_recovered"):
         assert kept.result.values[name] == pytest.approx(expected[name], abs=1e-6), name
