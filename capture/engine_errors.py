@@ -15,6 +15,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from millpond.capture.parent_watch import STARTER
+
 _FILE = "MILLPOND_ENGINE_ERRORS"
 """Environment variable that names the file to which the engine's processes add their errors."""
 _FATAL = re.compile(r"failed to start|encountered a fatal error")
@@ -59,15 +61,18 @@ class EngineErrors:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Processes that are started inside tell; those that they start do too."""
-        before = os.environ.get(_FILE)
-        os.environ[_FILE] = str(self._path)
+        """Processes that are started inside tell, and end with this one; those that they start do too."""
+        given = {_FILE: str(self._path), STARTER: str(os.getpid())}
+        before = {name: os.environ.get(name) for name in given}
+        os.environ.update(given)
         try:
             yield
         finally:
-            del os.environ[_FILE]
-            if before is not None:
-                os.environ[_FILE] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
     def cause(self) -> str | None:
         """The first error, with what to do about it where that is known; later ones follow from it."""

@@ -1,4 +1,4 @@
-"""Ctrl-C during a capture: held back until the capture is between two steps."""
+"""Ctrl-C, or SIGTERM, during a capture: held back until the capture is between two steps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 @contextmanager
 def held_back() -> Iterator[Callable[[], None]]:
-    """Remember Ctrl-C instead of raising it anywhere; the function that is yielded raises it.
+    """Remember Ctrl-C and SIGTERM instead of raising anywhere; the function that is yielded raises KeyboardInterrupt.
 
     An interrupt in the middle of a call to the engine's process would leave both sides waiting for
-    each other. The second Ctrl-C acts at once. Outside the main thread nothing is changed.
+    each other. The second one acts at once. Outside the main thread nothing is changed.
     """
     asked = False
 
@@ -32,11 +32,12 @@ def held_back() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         yield check
         return
-    before = signal.signal(signal.SIGINT, remember)
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from millpond.capture import lora_cpu, numba_names, offline, serving
 from millpond.capture.engine_errors import note_errors
+from millpond.capture.parent_watch import end_with_parent
 from millpond.capture.versions import is_supported_vllm
 
 
@@ -23,6 +24,7 @@ def register() -> None:
     if not is_supported_vllm():
         return
     note_errors()
+    end_with_parent()
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.parallel_sampling import ParentRequest

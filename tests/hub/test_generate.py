@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from tests.hub.gatehouse import Gatehouse
 from tests.queue_serving import serving
@@ -124,11 +125,16 @@ class Worker:
         self.log = folder / "worker.log"
         with self.log.open("ab") as log:
             environment = os.environ | {"MILLPOND_WORKER_TOKEN": token}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def end(self, number):
-        os.killpg(self.process.pid, number)
+        """Whatever ends the worker itself, its engine's processes follow."""
+        engine = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(number)
         self.process.wait(60)
+        left = psutil.wait_procs(engine, timeout=60)[1]
+        assert engine
+        assert not left
 
 
 @pytest.fixture(scope="module")
