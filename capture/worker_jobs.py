@@ -22,6 +22,7 @@ from millpond.capture.generation import capture_like, run_generation
 from millpond.capture.interrupts import held_back
 from millpond.capture.job import CaptureSummary, run_capture
 from millpond.capture.judging import run_judging
+from millpond.capture.lock import LEASE_SECONDS
 from millpond.capture.losses import run_losses
 from millpond.capture.plan import CapturePlan, ModelFacts, plan_capture, read_model_facts
 from millpond.store.capture_spec import CaptureJob, ModelSection, first_problem
@@ -141,9 +142,8 @@ def _run(
             elif claimed.kind == "sae_cross_entropy":
                 result, told_of = _losses(claimed, config, facts, engine, beat)
             else:
-                done = _capture(
-                    _plan(_parsed(CaptureJob, claimed), config, engine), engine, beat, 2 * config.lease_seconds
-                )
+                patience = LEASE_SECONDS + 2 * config.lease_seconds
+                done = _capture(_plan(_parsed(CaptureJob, claimed), config, engine), engine, beat, patience)
                 result = {name: getattr(done, name) for name in ("prompts", "tokens", "rows", "bytes", "reused")}
                 told_of = f"{done.rows:,} rows of {done.prompts:,} prompts in {done.seconds:.1f} s"
         queue.finish(claimed, result)
@@ -243,7 +243,7 @@ def _heartbeats(queue: JobQueue, claimed: QueuedJob, lease_seconds: float) -> It
 def _capture(
     plan: CapturePlan, engine: CaptureEngine, beat: Callable[[int], None], patience_seconds: float
 ) -> CaptureSummary:
-    """Run the job, waiting a while if a worker that lost its lease still holds the run."""
+    """Run the job, waiting a while if the run is still held: by a worker that lost its lease, or for one that was killed."""
     deadline = time.monotonic() + patience_seconds
     while True:
         try:

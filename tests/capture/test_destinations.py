@@ -19,8 +19,9 @@ import pytest
 
 from millpond.capture.lock import only_capture
 from millpond.capture.plan import plan_capture
+from millpond.hub.queue import SqlQueue
 from millpond.store.artifacts import save_probe
-from millpond.store.capture_spec import read_job
+from millpond.store.capture_spec import ModelSection, read_job
 from millpond.store.errors import InvalidInput, RunBusy
 from millpond.store.lake import Lake, open_lake
 from millpond.store.verify import verify_run
@@ -113,6 +114,48 @@ def test_one_capture_a_run_in_s3_too(s3: S3) -> None:
             pass
     with only_capture(run):
         pass
+
+
+WORKER = """
+import sys
+from millpond.capture import lock, worker_jobs
+from millpond.hub.queue import SqlQueue
+from millpond.store.capture_spec import ModelSection
+from millpond.store.lake import open_lake
+
+lock.LEASE_SECONDS = worker_jobs.LEASE_SECONDS = 6.0
+database, lake, model, hook = sys.argv[1:]
+
+def told(line):
+    if "is ready" in line:  # the worker that held the run was killed just now
+        open_lake(lake).run_storage("held").put("capture.json", b"{}")
+    print(line)
+
+engine = {"kv_cache_memory_bytes": 1 << 28}
+config = worker_jobs.WorkerConfig(ModelSection(path=model, dtype="float32"), lake, (hook,), engine, lease_seconds=1.0)
+assert worker_jobs.work(SqlQueue(database), config, until_empty=True, told=told) == 1
+"""
+
+
+def test_a_worker_waits_until_the_hold_of_a_killed_one_has_run_out(s3: S3, tmp_path: Path) -> None:
+    """The hold lasts longer here than two of the worker's own leases; the process is its own, for it changes constants."""
+    lake, hook = open_lake(s3.url("held"), create=True), HOOK.format(0)
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "token_ids": [0, 5, 6]}\n')
+    model = ModelSection(path=str(MODEL), dtype="float32")
+    spec = {
+        "model": model.model_dump(),
+        "capture": {"hooks": [hook]},
+        "prompts": {"path": str(tmp_path / "prompts.jsonl")},
+        "destination": {"lake": lake.url, "run": "held"},
+    }
+    database = f"sqlite:///{tmp_path}/hub.db"
+    queue = SqlQueue(database)
+    queue.submit("capture", spec, model=model.base)
+    queue.engine.dispose()
+    command = [sys.executable, "-c", WORKER, database, lake.url, str(MODEL), hook]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    assert len(lake["held"].prompts) == 1
 
 
 def test_a_store_that_is_not_there_is_refused_before_anything_is_loaded(
