@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from millpond.capture.adapters import Adapter, engine_rank
 from millpond.capture.data_parallel import DataParallelEngines
@@ -22,6 +22,24 @@ from millpond.store.interventions import SpliceSae
 _CONFIRM_EVERY = 16  # requests a call to the worker
 
 
+class _Request(Protocol):
+    """What the engine must know of any request."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def asked(self) -> RequestArgs: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+_R = TypeVar("_R", bound=_Request)
+
+
 @dataclass(frozen=True)
 class CaptureRequest:
     """One prompt on its way into one run."""
@@ -31,14 +49,17 @@ class CaptureRequest:
     """Its id in the run."""
     token_ids: list[int]
     asked: RequestArgs
-    """What is captured and changed; id and run are filled in."""
+    """What is captured and changed."""
     adapter: Adapter | None = None
     max_new_tokens: int = 0
 
     @property
-    def capture_id(self) -> str:
-        """Unique in the engine: paired runs hold the same prompts."""
-        return f"{self.run}:{self.prompt}"
+    def request_id(self) -> str:
+        """Unique in the engine: what is captured has an id there."""
+        wish = self.asked.capture
+        assert wish is not None
+        assert wish.id is not None
+        return wish.id
 
 
 @dataclass(frozen=True)
@@ -64,17 +85,23 @@ class GenerateRequest:
         """Unique in the engine."""
         return f"{self.job}:{self.prompt}:{self.sample}"
 
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens drawn at most."""
+        return self.sampling.max_tokens
+
 
 @dataclass(frozen=True)
 class LossRequest:
     """One prompt whose losses are asked for."""
 
-    name: str
+    request_id: str
     """Unique in the engine."""
     token_ids: list[int]
     asked: RequestArgs
     """What is changed."""
     adapter: Adapter | None = None
+    max_new_tokens: ClassVar[int] = 0
 
 
 class CaptureEngine:
@@ -171,34 +198,9 @@ class CaptureEngine:
         Raises:
             CaptureFailed: the engine, the worker or the lake failed.
         """
-        waiting: dict[str, CaptureRequest] = {}
-        finished: list[tuple[CaptureRequest, list[int]]] = []
-        try:
-            while True:
-                check()
-                for request in islice(requests, self._room - len(waiting)):
-                    self._add(request)
-                    waiting[request.capture_id] = request
-                if not waiting:
-                    break
-                for output in self._engine.step():
-                    if output.finished:
-                        request = waiting.pop(output.request_id)
-                        self._ranks.ended(output.request_id)
-                        generated = output.outputs[0].token_ids if request.max_new_tokens else []
-                        finished.append((request, [*request.token_ids, *generated]))
-                if len(finished) >= _CONFIRM_EVERY or (finished and not waiting):
-                    self._confirm([(request.capture_id, len(tokens)) for request, tokens in finished])
-                    yield from finished
-                    finished = []
-        except (CaptureFailed, LeaseLost, RunBusy):
-            raise
-        except Exception as error:
-            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
-        finally:
-            left = [*waiting, *(request.capture_id for request, _ in finished)]
-            if left:
-                self._forget(left)
+        wanted = {"temperature": 0.0, "detokenize": False}
+        for request, output in self._drive(requests, lambda _: wanted, check):
+            yield request, [*request.token_ids, *_received(request, output)]
 
     def generate(
         self, requests: Iterator[GenerateRequest], check: Callable[[], None]
@@ -210,48 +212,17 @@ class CaptureEngine:
         Raises:
             CaptureFailed: the engine, the worker or the lake failed.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
-        waiting: dict[str, GenerateRequest] = {}
-        unconfirmed: list[tuple[str, int]] = []
-        try:
-            while True:
-                check()
-                for request in islice(requests, self._room - len(waiting)):
-                    wanted = request.sampling
-                    parameters = SamplingParams(
-                        temperature=wanted.temperature,
-                        max_tokens=wanted.max_tokens,
-                        seed=request.seed,
-                        stop=list(wanted.stop),
-                        allowed_token_ids=None if request.allowed is None else list(request.allowed),
-                        output_kind=RequestOutputKind.FINAL_ONLY,
-                        extra_args={"millpond": request.asked.model_dump(mode="json", exclude_none=True)},
-                    )
-                    waiting[request.request_id] = request
-                    self._ranks.add(request.request_id, request.token_ids, parameters, self._lora(request.adapter))
-                if not waiting:
-                    break
-                for output in self._engine.step():
-                    if output.finished:
-                        (made,) = output.outputs
-                        request = waiting.pop(output.request_id)
-                        self._ranks.ended(output.request_id)
-                        if request.asked.capture is not None:
-                            unconfirmed.append((request.request_id, len(request.token_ids) + len(made.token_ids)))
-                        yield request, made.text, list(made.token_ids)
-                if len(unconfirmed) >= _CONFIRM_EVERY or (unconfirmed and not waiting):
-                    self._confirm(unconfirmed)
-                    unconfirmed = []
-        except (CaptureFailed, LeaseLost, RunBusy):
-            raise
-        except Exception as error:
-            raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
-        finally:
-            left = [*waiting, *(name for name, _ in unconfirmed)]
-            if left:
-                self._forget(left)
+        def parameters(request: GenerateRequest) -> dict[str, Any]:
+            return {
+                "temperature": request.sampling.temperature,
+                "seed": request.seed,
+                "stop": list(request.sampling.stop),
+                "allowed_token_ids": None if request.allowed is None else list(request.allowed),
+            }
+
+        for request, output in self._drive(requests, parameters, check):
+            yield request, output.outputs[0].text, _received(request, output)
 
     def losses(
         self, requests: Iterator[LossRequest], check: Callable[[], None]
@@ -263,42 +234,66 @@ class CaptureEngine:
         Raises:
             CaptureFailed: the engine failed.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        wanted = {"temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        for request, output in self._drive(requests, lambda _: wanted, check):
+            told = zip(request.token_ids[1:], output.prompt_logprobs[1:], strict=True)
+            yield request, [-logprobs[token].logprob for token, logprobs in told]
 
-        waiting: dict[str, LossRequest] = {}
+    def _drive(
+        self, requests: Iterator[_R], parameters: Callable[[_R], dict[str, Any]], check: Callable[[], None]
+    ) -> Iterator[tuple[_R, Any]]:
+        """Yield each request with vLLM's output; what it keeps is on its way to the lake by then.
+
+        Args:
+            requests: taken as there is room for them.
+            parameters: sampling parameters of a request.
+            check: called between steps; what it raises ends this, and the requests under way are forgotten.
+        """
+        waiting: dict[str, _R] = {}
+        kept: dict[str, tuple[_R, Any]] = {}
         try:
             while True:
                 check()
                 for request in islice(requests, self._room - len(waiting)):
-                    asked = (
-                        request.asked.model_dump(mode="json", exclude_none=True) if request.asked.intervene else None
-                    )
-                    parameters = SamplingParams(
-                        temperature=0.0,
-                        max_tokens=1,  # vLLM always draws one
-                        prompt_logprobs=0,
-                        detokenize=False,
-                        output_kind=RequestOutputKind.FINAL_ONLY,
-                        extra_args=None if asked is None else {"millpond": asked},
-                    )
-                    waiting[request.name] = request
-                    self._ranks.add(request.name, request.token_ids, parameters, self._lora(request.adapter))
+                    self._add(request, parameters(request))
+                    waiting[request.request_id] = request
                 if not waiting:
                     break
                 for output in self._engine.step():
                     if output.finished:
                         request = waiting.pop(output.request_id)
                         self._ranks.ended(output.request_id)
-                        told = zip(request.token_ids[1:], output.prompt_logprobs[1:], strict=True)
-                        yield request, [-logprobs[token].logprob for token, logprobs in told]
+                        if request.asked.capture is None:
+                            yield request, output
+                        else:
+                            kept[output.request_id] = (request, output)
+                if len(kept) >= _CONFIRM_EVERY or (kept and not waiting):
+                    lengths = [len(request.token_ids) + len(_received(request, out)) for request, out in kept.values()]
+                    self._confirm(list(zip(kept, lengths, strict=True)))
+                    yield from kept.values()
+                    kept = {}
         except (CaptureFailed, LeaseLost, RunBusy):
             raise
         except Exception as error:
             raise CaptureFailed(f"the engine failed: {self._reason(error)}") from error
         finally:
-            if waiting:
-                self._forget(list(waiting))
+            left = [*waiting, *kept]
+            if left:
+                self._forget(left)
+
+    def _add(self, request: _Request, parameters: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        asked = request.asked
+        nothing = asked.capture is None and not asked.intervene
+        sampling = SamplingParams(
+            max_tokens=max(request.max_new_tokens, 1),  # vLLM always draws one
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=None if nothing else {"millpond": asked.model_dump(mode="json", exclude_none=True)},
+            **parameters,
+        )
+        self._ranks.add(request.request_id, request.token_ids, sampling, self._lora(request.adapter))
 
     @property
     def _room(self) -> int:
@@ -314,22 +309,6 @@ class CaptureEngine:
         folder = adapter.folder.resolve()
         number = self._adapter_numbers.setdefault(folder, len(self._adapter_numbers) + 1)
         return LoRARequest(f"{adapter.name}-{number}", number, str(folder))
-
-    def _add(self, request: CaptureRequest) -> None:
-        from vllm import SamplingParams
-
-        assert request.asked.capture is not None
-        wish = request.asked.capture.model_copy(
-            update={"id": request.capture_id, "prompt": request.prompt, "run": request.run}
-        )
-        asked = request.asked.model_copy(update={"capture": wish}).model_dump(mode="json", exclude_none=True)
-        parameters = SamplingParams(
-            temperature=0.0,
-            max_tokens=max(request.max_new_tokens, 1),
-            detokenize=False,
-            extra_args={"millpond": asked},
-        )
-        self._ranks.add(request.capture_id, request.token_ids, parameters, self._lora(request.adapter))
 
     def _confirm(self, pairs: list[tuple[str, int]]) -> None:
         """Tell the worker of ended requests: the capture id of each, and how many tokens it has."""
@@ -398,3 +377,8 @@ class CaptureEngine:
         """End the engine's processes."""
         self._engine.engine_core.shutdown()
         self._errors.close()
+
+
+def _received(request: _Request, output: Any) -> list[int]:
+    """The tokens drawn for a request that asked for any."""
+    return list(output.outputs[0].token_ids) if request.max_new_tokens else []

@@ -259,15 +259,19 @@ def _requests(
 
     section = plan.job.capture
     wish = CaptureWish.model_validate(section.model_dump(exclude={"hooks", "reads", "max_new_tokens"}))
-    asked = RequestArgs(capture=wish, intervene=plan.job.intervene)
     missing = {part.target.run: dict(todo[part.target.run]) for part in parts}
     for prompt_id in plan.prompts.ids:
         for part in parts:
             token_ids = missing[part.target.run].get(prompt_id)
             if token_ids is not None:
-                yield CaptureRequest(
-                    part.target.run, prompt_id, token_ids, asked, part.target.adapter, section.max_new_tokens
-                )
+                run = part.target.run
+                names = {
+                    "id": f"{run}:{prompt_id}",
+                    "prompt": prompt_id,
+                    "run": run,
+                }  # paired runs hold the same prompts
+                asked = RequestArgs(capture=wish.model_copy(update=names), intervene=plan.job.intervene)
+                yield CaptureRequest(run, prompt_id, token_ids, asked, part.target.adapter, section.max_new_tokens)
 
 
 def _check_quota(lake: Lake, plan: CapturePlan, resume: bool) -> None:

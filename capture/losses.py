@@ -92,7 +92,7 @@ def measure_losses(
                 yield LossRequest(f"{name}:{number}:{splice}", list(prompts[number]), asked, adapter)
 
         for request, losses in engine.losses(requests(), lambda: between_steps(len(sums) // len(splices))):
-            sums[request.name] = float(np.sum(losses[first_position:], dtype=np.float64))
+            sums[request.request_id] = float(np.sum(losses[first_position:], dtype=np.float64))
         table[splice] = [sums[f"{name}:{number}:{splice}"] for number in long]
     return table
 
