@@ -17,6 +17,7 @@ from millpond.store.hooks import KINDS, Hook, match_hooks
 from millpond.store.interventions import Intervention, Patch, SpliceSae
 from millpond.store.lake import Lake, open_lake
 from millpond.store.manifest import RunSpec
+from millpond.store.near_names import near
 from millpond.store.reprs import human_bytes
 
 _SETTINGS = {
@@ -130,7 +131,9 @@ class EngineFacts:
             )
         unknown = set(settings) - _SETTINGS
         if unknown:
-            raise InvalidInput(f"additional_config['millpond'] has {min(unknown)!r}, which is no setting; leave it out")
+            meant = near(min(unknown), _SETTINGS)
+            remedy = f"did you mean {meant!r}?" if meant else "leave it out"
+            raise InvalidInput(f"additional_config['millpond'] has {min(unknown)!r}, which is no setting; {remedy}")
         model = vllm_config.model_config
         hooks = model_hooks(settings["hooks"], model.hf_text_config.num_hidden_layers)
         scheduler = vllm_config.scheduler_config

@@ -31,7 +31,7 @@ class Capture:
         """Run the job."""
         _write_metrics(self.metrics)
         from millpond.capture.job import run_capture
-        from millpond.capture.plan import plan_capture
+        from millpond.capture.plan import plan_capture, told_misses
         from millpond.store.capture_spec import read_job
         from millpond.store.reprs import human_bytes
 
@@ -45,6 +45,8 @@ class Capture:
             f"{human_bytes(done.bytes)} in {done.seconds:.1f} s, {done.tokens_per_second:,.0f} tokens/s "
             f"(engine start {done.startup_seconds:.0f} s)"
         )
+        for told in told_misses(done.missed, done.prompts):
+            print(told)
         return 0
 
 

@@ -52,6 +52,8 @@ class CaptureSummary:
     startup_seconds: float
     reused: int = 0
     """Prompts whose rows were taken from other runs."""
+    missed: tuple[int, ...] = ()
+    """For each intervention, the prompts that lack a position it names, or have no token that it is made at."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -198,6 +200,7 @@ def _capture_and_seal(
         seconds,
         startup,
         sum(len(part.done) for part in parts if plan.job.destination.reuse),
+        plan.missed,
     )
 
 
@@ -367,6 +370,7 @@ def _provenance(plan: CapturePlan, target: Target) -> dict[str, Any]:
         "n_layers": plan.model.n_layers,
         "adapter": None if adapter is None else adapter_provenance(adapter.name, adapter.folder),
         "interventions": [one.model_dump(mode="json", exclude_none=True) for one in plan.job.intervene],
+        "interventions_missed": list(plan.missed),
         "paired": [other.run for other in plan.targets if other is not target],
         "capture": plan.job.model_dump(mode="json"),
     }

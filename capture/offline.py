@@ -13,6 +13,7 @@ from typing import Any
 from millpond.capture.admission import EngineFacts
 from millpond.capture.frontend import Admitted, CaptureFrontend
 from millpond.capture.serving import served_facts, wrap_method
+from millpond.store.capture_spec import check_argument_name
 from millpond.store.errors import CaptureFailed, InvalidInput
 from millpond.store.lake import open_lake
 
@@ -135,6 +136,8 @@ def _start(original: Callable[..., None], engine: Any, vllm_config: Any, *args: 
 
 def _add_request(original: Callable[..., str], llm: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
     extra = getattr(params, "extra_args", None) or {}
+    if "millpond" in (llm.llm_engine.vllm_config.additional_config or {}):
+        check_argument_name(extra)
     if "millpond" not in extra:
         return original(llm, prompt, params, *args, **kwargs)
     if getattr(llm, "_millpond_captures", None) is None:

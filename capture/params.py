@@ -60,7 +60,7 @@ def capture_params(
     try:
         checked = RequestArgs.model_validate(asked)
     except ValidationError as error:
-        raise InvalidInput(first_problem(error)) from error
+        raise InvalidInput(first_problem(error, RequestArgs)) from error
     if http:
         return {"millpond": checked.model_dump_json(exclude_unset=True)}
     return {"millpond": checked.model_dump(mode="json", exclude_unset=True)}

@@ -6,6 +6,8 @@ import dataclasses
 import os
 import shutil
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from millpond.store.capture_spec import CaptureJob
 from millpond.store.dtypes import STORED_AS, check_dtype
 from millpond.store.errors import InvalidInput, RunExists, RunNotFound, StorageFailed
 from millpond.store.hooks import hook_sort_key, summarize_hooks
-from millpond.store.interventions import Patch
+from millpond.store.interventions import Intervention, Patch
 from millpond.store.lake import open_lake
 from millpond.store.manifest import check_run_name
 from millpond.store.objects import Storage, open_storage
@@ -74,6 +76,8 @@ class CapturePlan:
     """Rows asked of every hook of each run; with generation, the most there can be."""
     max_tokens: int
     """Prompt tokens, and the most that generation may add, of each run."""
+    missed: tuple[int, ...]
+    """For each intervention, the prompts that lack a position it names, or have no token that it is made at."""
 
     @property
     def row_bytes(self) -> int:
@@ -107,11 +111,21 @@ class CapturePlan:
                 *([f"hooks    {len(self.hooks)}: {summarize_hooks(self.hooks)}"] if self.hooks else []),
                 *(f"read     {read_text(read)}" for read in self.reads),
                 f"prompts  {len(self.prompts.ids):,}, {self.prompts.n_tokens:,} tokens",
+                *(f"missed   {told}" for told in told_misses(self.missed, len(self.prompts.ids))),
                 f"rows     {most}{self.rows:,} a hook, {most}{human_bytes(self.bytes)} in all",
                 f"runs     {', '.join(target.run for target in self.targets)}",
                 f"time     about {self.seconds():.0f} s",
             ]
         )
+
+
+def told_misses(missed: Sequence[int], n_prompts: int) -> list[str]:
+    """In words, which interventions miss how many of the prompts."""
+    return [
+        f"intervene.{number}: {count:,} of {n_prompts:,} prompts lack some or all of its positions"
+        for number, count in enumerate(missed)
+        if count
+    ]
 
 
 def read_model_facts(job: CaptureJob) -> ModelFacts:
@@ -238,9 +252,10 @@ def plan_capture(job: CaptureJob, *, resume: bool = False) -> CapturePlan:
             )
     reads = facts.readers.resolve(job.capture.reads, facts.hooks)
     taps = {*hooks, *(read.hook for read in reads), *_check_interventions(job, facts, model.n_layers, prompts)}
+    missed = tuple(_missed(intervention, prompts, max(new - 1, 0)) for intervention in job.intervene)
     ordered = tuple(sorted(taps, key=hook_sort_key))
     plan = CapturePlan(
-        job, targets, model, hooks, reads, ordered, prompts, rows, prompts.n_tokens + len(prompts.ids) * new
+        job, targets, model, hooks, reads, ordered, prompts, rows, prompts.n_tokens + len(prompts.ids) * new, missed
     )
     _check_destination(plan, resume)
     return plan
@@ -273,6 +288,18 @@ def _check_interventions(job: CaptureJob, facts: EngineFacts, n_layers: int, pro
                     f"positions {intervention.positions!r} from position {intervention.first_position} are of no token of any prompt"
                 )
     return taps
+
+
+def _missed(intervention: Intervention, prompts: Prompts, more: int) -> int:
+    """Prompts that an intervention misses, wholly or in part, if each generates `more` computed tokens."""
+    if intervention.token_ids is None:
+        lengths = Counter(map(len, prompts.token_ids))
+        return sum(count for length, count in lengths.items() if intervention.misses(length, length + more))
+    unknown = [-1] * more
+    return sum(
+        intervention.misses(len(ids), len(ids) + more, np.array([*ids, *unknown], np.int32))
+        for ids in prompts.token_ids
+    )
 
 
 def _targets(job: CaptureJob) -> tuple[Target, ...]:

@@ -72,6 +72,10 @@ def _admit(original: Callable[..., Any], core: Any, request: Any) -> Any:
 
     This runs in the engine's own process, so no client can forget it. What it raises fails this one request.
     """
+    if "millpond" in (core.vllm_config.additional_config or {}):
+        from millpond.store.capture_spec import check_argument_name
+
+        check_argument_name(getattr(request.sampling_params, "extra_args", None))
     if _asked(request.sampling_params) is not None:
         from millpond.capture.admission import EngineFacts
         from millpond.store.capture_spec import read_request_args

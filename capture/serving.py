@@ -21,6 +21,7 @@ from millpond.capture.engine_checks import check_engine
 from millpond.capture.frontend import Admitted, CaptureFrontend
 from millpond.capture.metrics import offer_to_prometheus
 from millpond.capture.provenance import model_provenance
+from millpond.store.capture_spec import check_argument_name
 from millpond.store.errors import CaptureFailed, InvalidInput, StorageFailed
 from millpond.store.lake import open_lake
 
@@ -106,11 +107,16 @@ def _generate(
 ) -> Any:
     """Not a coroutine: what is refused here is refused before a streaming response begins."""
     extra = getattr(sampling_params, "extra_args", None) or {}
+    frontend: CaptureFrontend | None = self._millpond_frontend
+    if frontend is not None:
+        try:
+            check_argument_name(extra)
+        except InvalidInput as error:
+            raise _refusal(error) from error
     if "millpond" not in extra:
         return original(self, prompt, sampling_params, *args, **kwargs)
     from vllm.sampling_params import RequestOutputKind
 
-    frontend: CaptureFrontend | None = self._millpond_frontend
     lora = kwargs.get("lora_request")
     try:
         if frontend is None:

@@ -144,7 +144,9 @@ def _run(
             else:
                 patience = LEASE_SECONDS + 2 * config.lease_seconds
                 done = _capture(_plan(_parsed(CaptureJob, claimed), config, engine), engine, beat, patience)
-                result = {name: getattr(done, name) for name in ("prompts", "tokens", "rows", "bytes", "reused")}
+                result = {
+                    name: getattr(done, name) for name in ("prompts", "tokens", "rows", "bytes", "reused", "missed")
+                }
                 told_of = f"{done.rows:,} rows of {done.prompts:,} prompts in {done.seconds:.1f} s"
         queue.finish(claimed, result)
     except LeaseLost as error:

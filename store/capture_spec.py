@@ -12,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from millpond.store.errors import InvalidInput
 from millpond.store.interventions import Intervention, interventions_hash
+from millpond.store.near_names import fields_at, near
 from millpond.store.positions import PositionFilter
 from millpond.store.reads import Read
+
+ARGUMENT = "millpond"
+"""Under this name a request's extra arguments hold what it asks of Millpond."""
 
 
 class _Section(BaseModel):
@@ -142,19 +146,30 @@ class RequestArgs(_Section):
         return f"millpond:{interventions_hash(self.intervene)}" if self.intervene else None
 
 
+def check_argument_name(extra_args: Mapping[str, Any] | None) -> None:
+    """Check that nothing is asked of Millpond under another name than its own, which nobody would read.
+
+    Raises:
+        InvalidInput: an argument's name is nearly `millpond`.
+    """
+    for name in extra_args or ():
+        if name != ARGUMENT and (near(name, [ARGUMENT]) or name.casefold().startswith(ARGUMENT)):
+            raise InvalidInput(f"{name}: no argument has this name; did you mean {ARGUMENT!r}?")
+
+
 def read_request_args(extra_args: Mapping[str, Any] | None) -> RequestArgs | None:
     """What a request asks of Millpond: an object, or over HTTP (`vllm_xargs`) the same as a JSON string.
 
     Raises:
         InvalidInput: it asks for something that does not exist.
     """
-    asked = (extra_args or {}).get("millpond")
+    asked = (extra_args or {}).get(ARGUMENT)
     if asked is None:
         return None
     try:
         return RequestArgs.model_validate_json(asked) if isinstance(asked, str) else RequestArgs.model_validate(asked)
     except ValidationError as error:
-        raise InvalidInput(f"millpond: {first_problem(error)}") from error
+        raise InvalidInput(f"{ARGUMENT}: {first_problem(error, RequestArgs)}") from error
 
 
 def read_job(path: Path) -> CaptureJob:
@@ -173,11 +188,14 @@ def read_job(path: Path) -> CaptureJob:
     try:
         return CaptureJob.model_validate(values)
     except ValidationError as error:
-        raise InvalidInput(f"job file {str(path)!r}: {first_problem(error)}") from error
+        raise InvalidInput(f"job file {str(path)!r}: {first_problem(error, CaptureJob)}") from error
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first problem of a failed validation, as `field: message (got value)`."""
+def first_problem(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """The first problem of a failed validation, as `field: message (got value)`.
+
+    Where `model`, which was to be made, has no such field, the nearest that it has is named.
+    """
     problem = error.errors(include_url=False)[0]
     place, kind, given, context = list(problem["loc"]), problem["type"], problem["input"], problem.get("ctx", {})
     told = problem["msg"].removeprefix("Value error, ")
@@ -188,6 +206,10 @@ def first_problem(error: ValidationError) -> str:
             kind, told = "missing", "Field required"
         else:
             told, given = f"Input should be one of {context['expected_tags']}", context["tag"]
+    elif kind == "extra_forbidden" and model is not None:
+        fields = fields_at(model, place[:-1])
+        meant = near(str(place[-1]), fields)
+        told += f": did you mean {meant!r}?" if meant else f": the fields are {', '.join(sorted(fields))}"
     elif kind in ("tuple_type", "list_type"):
         told = "Input should be a list"
     field = ".".join(map(str, place)) or "value"

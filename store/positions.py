@@ -74,6 +74,10 @@ class PositionFilter(BaseModel):
             chosen = chosen[(tokens[chosen] < 0) | np.isin(tokens[chosen], self.token_ids)]
         return chosen
 
+    def misses(self, n_prompt: int, n_tokens: int, tokens: NDArray[np.int32] | None = None) -> bool:
+        """Whether a request of `n_tokens` computed tokens, as `select` takes them, lacks a position or has none that is chosen."""
+        return self.out_of_reach(n_prompt, n_tokens) is not None or not len(self.select(n_prompt, 0, n_tokens, tokens))
+
     def out_of_reach(self, n_prompt: int, n_tokens: int) -> int | None:
         """A position asked for by number that a request of `n_tokens` computed tokens does not have."""
         if isinstance(self.positions, tuple):

@@ -23,7 +23,7 @@ from millpond.capture.job import run_capture
 from millpond.capture.plan import plan_capture
 from millpond.capture.prompt_file import read_prompts
 from millpond.cli import main
-from millpond.store.capture_spec import PairedSection, PromptsSection, read_job
+from millpond.store.capture_spec import CaptureJob, PairedSection, PromptsSection, read_job
 from millpond.store.configuration import LakeConfiguration, write_configuration
 from millpond.store.errors import InvalidInput, RunExists
 from millpond.store.objects import open_storage
@@ -80,7 +80,7 @@ def refused_prompts(refused: Refused, write_prompts: Callable[..., Path], write_
         ({"capture": {"positions": "some"}}, ["capture.positions: give 'all', ", "or a list of positions", "'some'"]),
         ({"capture": {"positions": []}}, ["capture.positions: give 'all', ", "or a list of positions", "[]"]),
         ({"capture": {"positions": "generated"}}, ["capture.positions", "selects no token"]),
-        ({"capture": {"hook": "x"}}, ["capture.hook", "Extra inputs"]),
+        ({"capture": {"hook": "x"}}, ["capture.hook", "did you mean 'hooks'?"]),
         ({"prompts": {"path": "nowhere.jsonl"}}, ["'nowhere.jsonl'", "does not exist"]),
         ({"prompts": {"path": "prompts.csv"}}, ["'prompts.csv'", ".jsonl, .parquet or .txt"]),
         ({"prompts": {"metadata": ["author"]}}, ["'author'", "id, token_ids, mark"]),
@@ -147,6 +147,29 @@ def test_a_bad_intervention_is_refused_by_number(
         job.read_text() + "\n[[intervene]]\n" + "\n".join(f"{key} = {json.dumps(v)}" for key, v in fields.items())
     )
     refused(job, *words)
+
+
+def test_prompts_that_an_intervention_misses_are_counted(
+    write_prompts: Callable[..., Path], write_job: Callable[..., Path]
+) -> None:
+    prompts = [{"id": str(i), "token_ids": list(range(n))} for i, n in enumerate((2, 5, 5, 9))]
+    job = read_job(
+        write_job(write_prompts(prompts), capture={"hooks": ["blocks.0.hook_resid_post"], "max_new_tokens": 2})
+    )
+    wheres: list[dict[str, Any]] = [
+        {},
+        {"positions": [0, 5]},  # two tokens are generated, and the second one's position is never computed
+        {"positions": [-9]},
+        {"positions": "prompt", "first_position": 4},
+        {"positions": "prompt", "token_ids": [3, 100]},
+        {"token_ids": [3]},  # one of the generated may be
+    ]
+    asked = [{"op": "add", "hook": "blocks.0.hook_resid_post", "vector": [1.0] * 256} | where for where in wheres]
+    plan = plan_capture(CaptureJob.model_validate(job.model_dump() | {"intervene": asked}))
+    assert plan.missed == (0, 1, 3, 1, 1, 0)
+    told = [line for line in plan.summary().splitlines() if line.startswith("missed")]
+    assert len(told) == 4
+    assert told[1] == "missed   intervene.2: 3 of 4 prompts lack some or all of its positions"
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_chat_and_several_prompts_are_told_what_was_stored(server: Server, refer
         ({"positions": [500]}, ["positions", "500"]),
         ({"run": "../up"}, ["../up"]),
         ({"hooks": "blocks.1.hook_mlp_out", "run": "new"}, ["capture.hooks", "hook_mlp_out"]),
-        ('{"capture": {"positionen": "all"}}', ["capture.positionen"]),
+        ('{"capture": {"positionen": "all"}}', ["capture.positionen", "did you mean 'positions'?"]),
         ('{"capture": {"positions": "some"}}', ["capture.positions", "some"]),
         ("{", ["millpond", "JSON"]),
         ("{}", ["millpond", "nothing"]),
@@ -190,6 +190,8 @@ def test_an_id_is_taken_once_and_beams_are_refused(server: Server) -> None:
     assert (two.status_code, "'two'" in two.text) == (400, True)
     beams = server.post({"prompt": "x = 1", "use_beam_search": True, "n": 2}, millpond={"run": "ids"})
     assert (beams.status_code, "use_beam_search" in beams.text) == (400, True)
+    misnamed = server.post({"prompt": "x = 1", "vllm_xargs": {"milpond": "{}"}})
+    assert (misnamed.status_code, "did you mean 'millpond'?" in misnamed.text) == (400, True)
     told(server.post({"prompt": "x"}, millpond={"run": "ids", "id": "two"}))  # nothing of the refused one is held
     assert sorted(mp.open(server.lake)["ids"].prompts["id"]) == ["one", "two"]
 
