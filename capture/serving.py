@@ -163,8 +163,9 @@ async def _in_vllms_words(admitted: Admitted, outputs: AsyncGenerator[Any, None]
     except CaptureFailed as error:
         raise _failure(str(error)) from error
     except (EngineDeadError, EngineGenerateError) as error:
-        failure = type(error)()  # vLLM gives all requests one object, and ends the server where it sees this class
+        failure: Any = type(error)()  # vLLM gives all requests one object, and ends the server where it sees this class
         failure.args = (f"{admitted.failed}, and nothing of it is stored: {error}",)
+        failure.CLIENT_MESSAGE = str(failure)  # what vLLM 0.33 tells a client of an engine that died
         raise failure from error
 
 

@@ -261,7 +261,7 @@ def _parsed(kind: type[Parsed], claimed: QueuedJob) -> Parsed:
     try:
         return kind.model_validate(claimed.spec)
     except ValidationError as error:
-        raise InvalidInput(first_problem(error)) from error
+        raise InvalidInput(first_problem(error, kind)) from error
 
 
 def _plan(job: CaptureJob, config: WorkerConfig, engine: CaptureEngine) -> CapturePlan:

@@ -21,12 +21,12 @@ def near(name: str, names: Iterable[str]) -> str | None:
 def fields_at(model: type[BaseModel], place: Iterable[Any]) -> set[str]:
     """Names of the fields that an object at `place` inside a `model` may have; `place` as pydantic's errors say it."""
     here = {model}
-    for part in place:
+    for part in (part for part in place if isinstance(part, str)):  # numbers are places in lists
         inside = {
             found for one in here if part in one.model_fields for found in _models(one.model_fields[part].annotation)
         }
         tagged = {one for one in here if any(field.default == part for field in one.model_fields.values())}
-        here = inside or tagged or here  # a number is a place in a list
+        here = inside or tagged or here
     return {name for one in here for name in one.model_fields}
 
 

@@ -42,6 +42,12 @@ TESTS = (
     "test_second_runner.py",
     "test_serving.py",
     "test_job.py",
+    "test_reads.py",
+    "test_interventions.py",
+    "test_hook_points.py",
+    "test_worker.py",
+    "test_data_parallel.py",
+    "test_job_ranks.py",
 )
 
 

@@ -19,8 +19,12 @@ from safetensors.torch import save_file
 from millpond.capture.params import capture_params
 from tests.capture.conftest import MODEL
 
-TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2])}
-"""One core for each of an engine's, or a data-parallel group's, two workers."""
+TWO_CORES = {
+    "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2]),
+    # vLLM 0.33 gives each data-parallel rank a memory node of its own, unless this is set, to whatever
+    "VLLM_CPU_SIM_MULTI_NUMA": "0",
+}
+"""One core for each of an engine's, or a data-parallel group's, two workers, on a machine with one memory node."""
 CHAT_TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 

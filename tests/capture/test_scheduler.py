@@ -85,7 +85,9 @@ class World:
             np.testing.assert_array_equal(coordinates["token_id"].values[mine], np.array(tokens, np.int32)[at])
             truth = self.inside.values(tokens[: max(len(tokens) - 1, 1)] if len(tokens) > len(at) else tokens)
             for hook in run.hooks:
-                np.testing.assert_allclose(values[hook][mine], truth[hook][at], rtol=0, atol=2e-5)
+                off = np.abs(values[hook][mine] - truth[hook][at].numpy()).max(axis=1) > 2e-5
+                where = f"engine {name!r}, run {run_name!r}, {prompt_id!r} at {hook}, positions {at[off].tolist()}"
+                np.testing.assert_allclose(values[hook][mine], truth[hook][at], rtol=0, atol=2e-5, err_msg=where)
         return positions
 
 

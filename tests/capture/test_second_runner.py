@@ -11,7 +11,7 @@ from tests.capture.test_device_engine import GENERATE, ON_DEVICE, check_steered,
 from tests.capture.test_interventions import make_sae
 from tests.capture.test_scheduler import ALL, POST, SHARED, World, capture
 
-pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(900)]  # see docs/capture.md: not always equal
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(900)]  # for its time; see docs/capture.md
 KINDS = ("host", "device")
 
 
