@@ -268,12 +268,9 @@ def _requests(
             token_ids = missing[part.target.run].get(prompt_id)
             if token_ids is not None:
                 run = part.target.run
-                names = {
-                    "id": f"{run}:{prompt_id}",
-                    "prompt": prompt_id,
-                    "run": run,
-                }  # paired runs hold the same prompts
-                asked = RequestArgs(capture=wish.model_copy(update=names), intervene=plan.job.intervene)
+                # paired runs hold the same prompts, so the engine knows them by both names
+                named = wish.model_copy(update={"id": f"{run}:{prompt_id}", "prompt": prompt_id, "run": run})
+                asked = RequestArgs(capture=named, intervene=plan.job.intervene)
                 yield CaptureRequest(run, prompt_id, token_ids, asked, part.target.adapter, section.max_new_tokens)
 
 
