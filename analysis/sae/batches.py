@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.lazy_chunks import LazyChunks, StoredBfloat16
-from millpond.analysis.sae.drawn import Chunk, DrawnRows, has_infinite
-from millpond.store.dtypes import decode
+from millpond.analysis.lazy_chunks import LazyChunks
+from millpond.analysis.sae.drawn import DrawnRows, check_finite
 from millpond.store.errors import InvalidInput
 from millpond.store.stream import ActivationStream, reader_threads
 
@@ -178,15 +177,10 @@ class ShuffledBatches:
             epoch += 1
 
     def _read(self, numbers: Iterable[int]) -> list[DrawnRows]:
-        """The chunks of each array, checked to be finite."""
+        """The chunks of each array, whose rows are checked to be finite when they are drawn."""
         numbers = list(numbers)
-        groups = []
-        for chunks in self._lazy:
-            parts = [chunks.read_chunks([number]) for number in numbers]
-            for number, part in zip(numbers, parts, strict=True):
-                check_finite(part, f"chunk {number} of X", int(self._starts[number]))
-            groups.append(DrawnRows(parts))
-        return groups
+        names = [(f"chunk {number} of X", int(self._starts[number])) for number in numbers]
+        return [DrawnRows([chunks.read_chunks([number]) for number in numbers], names) for chunks in self._lazy]
 
 
 class StreamBatches:
@@ -276,23 +270,6 @@ def _as_batch(batch: Any, widths: tuple[int, ...] | None, number: int) -> Batch:
             raise InvalidInput(f"a batch has shape {rows.shape}; give (rows, {width or 'd_model'}), the same for all")
         check_finite(rows, f"batch {number}", None)
     return found
-
-
-def check_finite(rows: Chunk, where: str, first: int | None) -> None:
-    """Check that no row holds NaN or infinity; `first` is the number of the first one, for the message.
-
-    Raises:
-        InvalidInput: some do.
-    """
-    if has_infinite(rows):
-        values = decode(rows.bits, "bfloat16") if isinstance(rows, StoredBfloat16) else rows
-        bad = ~np.isfinite(values).all(axis=1)
-        row = int(bad.argmax())
-        total = "" if first is None else f" (row {first + row:,} of all)" if first else ""
-        raise InvalidInput(
-            f"{where} holds NaN or infinity in {int(bad.sum()):,} rows, first in its row {row:,}{total}; "
-            "leave those rows out"
-        )
 
 
 def filled(order: NDArray[np.int64], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:

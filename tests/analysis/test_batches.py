@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from millpond.analysis.lazy_chunks import StoredBfloat16
-from millpond.analysis.sae.batches import ShuffledBatches, check_finite
-from millpond.analysis.sae.drawn import DrawnRows
+from millpond.analysis.sae.batches import ShuffledBatches
+from millpond.analysis.sae.drawn import DrawnRows, check_finite
 from millpond.store.dtypes import decode, encode_bfloat16
 from millpond.store.errors import InvalidInput
 
