@@ -136,18 +136,21 @@ class ShuffledBatches:
     def _groups(self, skip: int) -> Iterator[tuple[list[DrawnRows], NDArray[np.int64]]]:
         """Rows in memory and the order in which to draw them, from row `skip` on."""
         if self._held is None and self._fits:
-            self._held = self._read(range(len(self._sizes)))
+            self._held = self._read(range(len(self._sizes)), [None] * len(self._lazy))
         if self._held is not None:
             yield from self._permutations(skip)
         schedule = self._schedule(skip)
         with reader_threads(1, "sae-reader") as reader:
             key, chunks, first = next(schedule)
-            coming = reader.submit(self._read, chunks)
+            most = max(self._group_rows, *self._sizes)
+            here, there = ([chunks.memory(most) for chunks in self._lazy] for _ in range(2))
+            coming = reader.submit(self._read, chunks, here)
             while True:
                 group = coming.result()
                 order = np.random.default_rng(key).permutation(len(group[0]))[first:]
                 key, chunks, first = next(schedule)
-                coming = reader.submit(self._read, chunks)
+                here, there = there, here  # fresh memory costs as much as what is read into it
+                coming = reader.submit(self._read, chunks, here)
                 yield group, order
 
     def _permutations(self, skip: int) -> Iterator[tuple[list[DrawnRows], NDArray[np.int64]]]:
@@ -176,11 +179,17 @@ class ShuffledBatches:
                     skip = 0
             epoch += 1
 
-    def _read(self, numbers: Iterable[int]) -> list[DrawnRows]:
-        """The chunks of each array, whose rows are checked to be finite when they are drawn."""
-        numbers = list(numbers)
+    def _read(self, numbers: Sequence[int], memory: Sequence[NDArray[Any] | None]) -> list[DrawnRows]:
+        """The chunks of each array, read into its `memory`; their rows are checked to be finite when they are drawn."""
         names = [(f"chunk {number} of X", int(self._starts[number])) for number in numbers]
-        return [DrawnRows([chunks.read_chunks([number]) for number in numbers], names) for chunks in self._lazy]
+        groups = []
+        for chunks, room in zip(self._lazy, memory, strict=True):
+            parts, done = [], 0
+            for number in numbers:
+                parts.append(chunks.read_to(number, None if room is None else room[done:]))
+                done += self._sizes[number]
+            groups.append(DrawnRows(parts, names))
+        return groups
 
 
 class StreamBatches:
