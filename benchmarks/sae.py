@@ -506,7 +506,7 @@ def measure(quick: bool) -> tuple[list[str], dict[str, float]]:
     )
     with tempfile.TemporaryDirectory() as folder:
         run = make_lake(Path(folder) / "lake", x)
-        cpu, wall = lake_over_ram(run, x, 64 if quick else 128, 3 if quick else 5)
+        cpu, wall = lake_over_ram(run, x, 128 if quick else 256, 3 if quick else 5)
         stream, saelens, times = stream_rates(run, x[:262_144], Path(folder), 3 if quick else 5)
         workers = worker_rates(run, 30 if quick else 100, 3)
         points = growth(run, 5_000_000 if quick else 20_000_000)
