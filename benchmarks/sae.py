@@ -2,9 +2,23 @@
 
 `python benchmarks/sae.py [--quick] [--write]` prints a table and a last line of JSON. It makes an
 environment `.venv-sae-peers` with the peers in it (a few minutes, once) and runs itself there, so that all
-use one PyTorch on the same batches: d_in 512, d_sae 4096, k 32, batch 4096, one thread. Compared are CPU
-seconds of a step, because wall time on a shared machine says little. Planted sparse features: 4,096 unit
-directions that fire by Zipf's law, 28 a row.
+use one PyTorch on the same batches: d_in 512, d_sae 4096, k 32, batch 4096, one thread. Planted sparse features:
+4,096 unit directions that fire by Zipf's law, 28 a row.
+
+Figures are CPU seconds unless their name says otherwise, because wall time on a shared machine says little, of things that
+take turns in one process, and medians of ratios within a turn. In the JSON:
+
+- `speedup_vs_*`: a training step of theirs over ours; of each round the medians.
+- `gemm_fraction`: the encoder's bfloat16 product alone, into memory that is there, over our BatchTopK step.
+  `gemm_fraction_fresh_memory`: the same with new memory for each product, most of which is the system clearing pages.
+- `fvu_gap`: ours less dictionary_learning's FVU at exact k after as many steps. `l0_error`: of L0 at the exported threshold.
+- `lake_over_ram`: whole trainings from the lake over whole trainings from memory, all threads counted, in the order lake,
+  memory, memory, lake. `lake_over_ram_wall`: the same by wall time.
+- `stream_vs_saelens`: rows a CPU second of `run.stream` over those of SAELens' cached store, from the second batch on.
+- `two_workers`: tokens a second of **wall time** of two Dask workers over those of one, after the first steps.
+  `two_unrelated`: the same of two trainings at once that do not know of each other, which is what the machine gives two
+  processes. `two_workers_by_cpu`: by the workers' CPU seconds, in which waiting for each other does not count.
+- `growth_exponent`: power of CPU seconds by tokens.
 """
 
 from __future__ import annotations
