@@ -24,7 +24,7 @@ from millpond.capture.provenance import model_provenance
 from millpond.store.errors import CaptureFailed, InvalidInput, StorageFailed
 from millpond.store.lake import open_lake
 
-_PATIENCE_SECONDS = 10.0  # requests are admitted one after the other, and every client waits meanwhile
+_PATIENCE_SECONDS = 15.0  # requests are admitted one after the other, and every client waits meanwhile
 
 
 def install() -> None:

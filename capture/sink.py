@@ -34,8 +34,8 @@ class _Destination:
     """One run that is written."""
 
     writer: RunWriter
-    rows: deque[tuple[str, int]] = field(default_factory=deque)
-    """Id and number of rows of every request that is written but not committed, in order."""
+    rows: list[tuple[str, str, int]] = field(default_factory=list)
+    """Prompt's id, capture id and number of rows of every request that is written but not committed."""
     counted: int = 0
     """Prompts that the writer has committed and `poll` was told of."""
     since: float = 0.0
@@ -198,7 +198,7 @@ class LakeSink:
             if request is not None:
                 if not destination.rows:
                     destination.since = time.monotonic()
-                destination.rows.append((capture_id, len(request.positions)))
+                destination.rows.append((request.id, capture_id, len(request.positions)))
                 destination.writer.append(request)
                 self.written_bytes += request.nbytes
             else:
@@ -224,7 +224,9 @@ class LakeSink:
         """Tell of what the writer has committed."""
         new = destination.writer.committed_prompts - destination.counted
         if new:
-            done = [destination.rows.popleft() for _ in range(new)]
+            left = destination.writer.uncommitted()  # not always the last ones: some wait for what fills a segment
+            done = [(name, rows) for prompt, name, rows in destination.rows if prompt not in left]
+            destination.rows = [row for row in destination.rows if row[0] in left]
             destination.counted += new
             destination.since = time.monotonic()
             with self._change:
@@ -237,7 +239,7 @@ class LakeSink:
         logger.error("run %r: %s", run, reason)
         lost = {capture_id} if capture_id else set()
         if destination is not None:
-            lost.update(uncommitted for uncommitted, _ in destination.rows)
+            lost.update(name for _, name, _ in destination.rows)
             del self._destinations[run]
         with self._change:
             self._failed.update(dict.fromkeys(lost, reason))

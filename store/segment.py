@@ -75,7 +75,8 @@ class SegmentWriter:
         scratch = Scratch()
         self._statistics = {hook: HookStatistics(spec.d_model, int(self.id, 16), scratch) for hook in hooks}
         self._prompts: list[dict[str, Any]] = []
-        self._ids: set[str] = set()
+        self.ids: set[str] = set()
+        """Of the requests that were added."""
         arrays = spec.arrays()
         memory = WRITER_SHARDS * spec.activation_array.row_bytes * spec.shard_rows // len(arrays)
         self._arrays = {
@@ -107,7 +108,7 @@ class SegmentWriter:
                     self._statistics[name].update(values[name])
                 writer.append(values[name])
         self.rows += len(request.positions)
-        self._ids.add(request.id)
+        self.ids.add(request.id)
         self._prompts.append(
             {
                 "id": request.id,
@@ -188,7 +189,7 @@ class SegmentWriter:
                 )
         stored = self.spec.activation_array
         expected = (np.dtype(stored.dtype), (len(positions), self.spec.d_model))
-        if request.id in self._ids:
+        if request.id in self.ids:
             raise InvalidInput(f"{what} was appended before; give each request an id of its own")
         if not request.id or any("\ud800" <= letter <= "\udfff" for letter in request.id):
             raise InvalidInput(f"{what} has an id that is empty, or holds half of a surrogate pair; give it another")
@@ -325,6 +326,11 @@ class RunWriter:
         for request in self._packer.flush():
             self._segment.add(request)
         self._commit_segment()
+
+    def uncommitted(self) -> set[str]:
+        """Ids of the requests that were appended and are in no commit yet; not always the last ones."""
+        waiting = {request.id for _, request in self._packer.waiting}
+        return waiting if self._segment is None else waiting | self._segment.ids
 
     def _commit_segment(self) -> None:
         assert self._segment is not None

@@ -31,7 +31,7 @@ from tests.store.conftest import S3, s3_server
 
 pytestmark = pytest.mark.slow
 COEF, INTERCEPT = np.random.default_rng(5).normal(0, 1, (1, D_MODEL)), np.array([0.5])
-OUTAGE_SECONDS = 8.0  # more than the patience after which a worker says that it waits
+OUTAGE_SECONDS = 6.5  # more than the patience after which a worker says that it waits
 
 
 @pytest.fixture(scope="module")
