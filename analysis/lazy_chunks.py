@@ -94,6 +94,19 @@ class LazyChunks:
         """All chunks, one after another, in this thread."""
         return self.read_chunks(range(len(self._parts)))
 
+    def memory(self, rows: int) -> NDArray[Any] | None:
+        """Memory for so many stored rows, which `read_to` may fill again and again; None if that cannot be done."""
+        if not self._stored:
+            return None
+        return np.empty((rows, self._reader.array.columns), self._reader.array.dtype)
+
+    def read_to(self, number: int, memory: NDArray[Any] | None) -> Any:
+        """As `read_chunks` of one chunk, into the first rows of what `memory` gave."""
+        if memory is None:
+            return self.read_chunks([number])
+        rows = self._reader.stored(self._parts[number], memory[: self.sizes[number]])
+        return StoredBfloat16(rows) if rows.dtype == np.uint16 else rows
+
     def read_chunks(self, numbers: Iterable[int]) -> Any:
         """Some of the chunks; `StoredBfloat16` if stored rows were asked for and are bfloat16."""
         import dask

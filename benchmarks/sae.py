@@ -2,9 +2,23 @@
 
 `python benchmarks/sae.py [--quick] [--write]` prints a table and a last line of JSON. It makes an
 environment `.venv-sae-peers` with the peers in it (a few minutes, once) and runs itself there, so that all
-use one PyTorch on the same batches: d_in 512, d_sae 4096, k 32, batch 4096, one thread. Compared are CPU
-seconds of a step, because wall time on a shared machine says little. Planted sparse features: 4,096 unit
-directions that fire by Zipf's law, 28 a row.
+use one PyTorch on the same batches: d_in 512, d_sae 4096, k 32, batch 4096, one thread. Planted sparse features:
+4,096 unit directions that fire by Zipf's law, 28 a row.
+
+Figures are CPU seconds unless their name says otherwise, because wall time on a shared machine says little, of things that
+take turns in one process, and medians of ratios within a turn. In the JSON:
+
+- `speedup_vs_*`: a training step of theirs over ours; of each round the medians.
+- `gemm_fraction`: the encoder's bfloat16 product alone, into memory that is there, over our BatchTopK step.
+  `gemm_fraction_fresh_memory`: the same with new memory for each product, most of which is the system clearing pages.
+- `fvu_gap`: ours less dictionary_learning's FVU at exact k after as many steps. `l0_error`: of L0 at the exported threshold.
+- `lake_over_ram`: whole trainings from the lake over whole trainings from memory, all threads counted, in the order lake,
+  memory, memory, lake. `lake_over_ram_wall`: the same by wall time.
+- `stream_vs_saelens`: rows a CPU second of `run.stream` over those of SAELens' cached store, from the second batch on.
+- `two_workers`: tokens a second of **wall time** of two Dask workers over those of one, after the first steps.
+  `two_unrelated`: the same of two trainings at once that do not know of each other, which is what the machine gives two
+  processes. `two_workers_by_cpu`: by the workers' CPU seconds, in which waiting for each other does not count.
+- `growth_exponent`: power of CPU seconds by tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +30,17 @@ import json
 import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +94,25 @@ def planted(n: int, seed: int) -> Any:
 Step = Callable[[Any], Any]
 
 
+def median(values: Iterable[float]) -> float:
+    """The one in the middle, of an even number the mean of the two."""
+    return statistics.median(values)
+
+
+def ours(architecture: Any) -> tuple[Step, Any]:
+    """Our training step of one architecture."""
+    from millpond.analysis.sae.config import SaeConfig
+    from millpond.analysis.sae.trainer import Trainer
+
+    trainer = Trainer(SaeConfig(S, K, architecture=architecture, batch_size=BATCH, lr=LR, warmup=0, decay=0), D, 10**6)
+    return trainer.step, trainer
+
+
 def systems(x0: Any) -> dict[str, tuple[Step, Any]]:
     """Each system's training step and the object whose weights it trains."""
     import torch
 
-    made: dict[str, tuple[Step, Any]] = {}
-    from millpond.analysis.sae.config import SaeConfig
-    from millpond.analysis.sae.trainer import Trainer
-
-    for name in ("batchtopk", "topk", "matryoshka"):
-        trainer = Trainer(SaeConfig(S, K, architecture=name, batch_size=BATCH, lr=LR, warmup=0, decay=0), D, 10**6)  # type: ignore[arg-type]
-        made[f"millpond {name}"] = (trainer.step, trainer)
+    made = {f"millpond {name}": ours(name) for name in ("batchtopk", "topk", "matryoshka")}
     from sae_lens import (
         BatchTopKTrainingSAE,
         BatchTopKTrainingSAEConfig,
@@ -153,28 +179,57 @@ def dictionary_learning() -> tuple[Step, Any]:
     return step, trainer
 
 
-def compare_steps(batches: list[Any], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of a step of each system and of the encoder's bfloat16 product, taken in turn.
-
-    The product is taken twice: as one writes it, with 33 MB of fresh memory to hold it, and into memory that is there.
-    """
-    import torch
-
+def compare_steps(batches: list[Any], rounds: int) -> dict[str, list[float]]:
+    """Median CPU seconds of a step of each system in each of some rounds, in which they take turns."""
     found = systems(batches[0])
-    encoder, bias = torch.randn(S, D).bfloat16(), torch.zeros(S).bfloat16()
-    half = batches[0].bfloat16()
-    out = torch.empty(BATCH, S, dtype=torch.bfloat16)
-    found["bf16 GEMM of the encoder"] = (lambda _: torch.addmm(bias, half, encoder.T), None)
-    found["bf16 GEMM, in place"] = (lambda _: torch.addmm(bias, half, encoder.T, out=out), None)
     times: dict[str, list[float]] = {name: [] for name in found}
     for number in range(rounds + 1):
         for name, (step, _) in found.items():
-            for x in batches if name.startswith(("millpond", "bf16")) else batches[:2]:
+            each = []
+            for x in batches if name.startswith("millpond") else batches[:2]:
                 started = time.process_time()
                 step(x)
-                if number:
-                    times[name].append(time.process_time() - started)
-    return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
+                each.append(time.process_time() - started)
+            if number:  # the first compiles, and allocates
+                times[name].append(median(each))
+    return times
+
+
+def compare_with_product(batches: list[Any], rounds: int) -> dict[str, float]:
+    """Our BatchTopK step after step in turn with the encoder's bfloat16 product alone, on one thread.
+
+    `fraction` is the median, over the turns, of the CPU seconds of the product over those of the step. The product is
+    written into memory that is there and holds what the machine can do; `fresh` is the same with 33 MB of new memory
+    for each, as one writes it without care, of which the system's clearing of pages is as large a part, and an unsteady one.
+    """
+    import torch
+
+    step, _ = ours("batchtopk")
+    encoder, half = torch.randn(S, D).bfloat16(), batches[0].bfloat16()
+    out = torch.empty(BATCH, S, dtype=torch.bfloat16)
+
+    def seconds(call: Callable[[], Any]) -> float:
+        started = time.process_time()
+        call()
+        return time.process_time() - started
+
+    turns = []
+    for number in range(rounds + 2):
+        for x in batches:
+            turn = (
+                seconds(lambda x=x: step(x)),
+                seconds(lambda: torch.mm(half, encoder.T, out=out)),
+                seconds(lambda: torch.mm(half, encoder.T)),
+            )
+            if number > 1:
+                turns.append(turn)
+    return {
+        "step": median([turn[0] for turn in turns]),
+        "product": median([turn[1] for turn in turns]),
+        "product, fresh": median([turn[2] for turn in turns]),
+        "fraction": median([turn[1] / turn[0] for turn in turns]),
+        "fresh": median([turn[2] / turn[0] for turn in turns]),
+    }
 
 
 def fvu_at_k(x: Any, w_enc: Any, b_enc: Any, w_dec: Any, b_dec: Any) -> float:
@@ -237,29 +292,40 @@ def make_lake(folder: Path, x: Any) -> Any:
     )
 
 
-def train_seconds(X: Any, steps: int, **options: Any) -> float:
-    """CPU seconds of all threads of a training of `steps` steps."""
+def train_seconds(X: Any, steps: int, **options: Any) -> tuple[float, float]:
+    """CPU seconds of all threads, and wall seconds, of a training of `steps` steps, with all it does before and after."""
     from millpond.analysis import BatchTopKSae
 
-    started = time.process_time()
+    cpu, wall = time.process_time(), time.perf_counter()
     sae = BatchTopKSae(S, K, batch_size=BATCH, n_threads=1, progress=False, lr=LR, **options)
     sae.fit(X, tokens=steps * BATCH, epochs=100)
-    return time.process_time() - started
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def lake_over_ram(run: Any, x: Any, steps: int, rounds: int) -> float:
-    """CPU seconds of training from the lake over those from memory; the buffer holds an eighth of the rows."""
-    rows = run["blocks.0.hook_resid_post"]
+def lake_over_ram(run: Any, x: Any, steps: int, rounds: int) -> tuple[float, float]:
+    """Training from the lake over training from memory, by CPU seconds and by wall time; medians over the rounds.
+
+    A round is lake, memory, memory, lake, so that a drift of the machine falls on both. The CPU seconds are those of all
+    threads, the reading one included, which wall time hides where a second core is idle. The buffer holds an eighth
+    of the rows.
+    """
+    rows, options = run["blocks.0.hook_resid_post"], {"buffer_bytes": x.nbytes // 8}
+    train_seconds(rows, 4, **options)  # imports, compiled loops, the page cache
+    train_seconds(x, 4)
     ratios = []
-    train_seconds(rows, 4, buffer_bytes=x.nbytes // 8)  # imports, the page cache
     for _ in range(rounds):
-        lake = train_seconds(rows, steps, buffer_bytes=x.nbytes // 8)
-        ratios.append(lake / train_seconds(x, steps))
-    return sorted(ratios)[len(ratios) // 2]
+        first = train_seconds(rows, steps, **options)
+        memory = train_seconds(x, steps), train_seconds(x, steps)
+        last = train_seconds(rows, steps, **options)
+        ratios.append([(first[i] + last[i]) / (memory[0][i] + memory[1][i]) for i in (0, 1)])
+    return median(cpu for cpu, _ in ratios), median(wall for _, wall in ratios)
 
 
-def stream_rates(run: Any, x: Any, folder: Path) -> tuple[float, float]:
-    """Rows a CPU second of `run.stream` and of SAELens' cached ActivationsStore over the same rows."""
+def stream_rates(run: Any, x: Any, folder: Path, rounds: int) -> tuple[float, float, float]:
+    """Rows a CPU second of `run.stream` and of SAELens' cached ActivationsStore over the same rows, in turn.
+
+    Medians, and the median of their ratios. Both mix 65,536 rows, and both count from their second batch on.
+    """
     import numpy as np
     import torch
     from datasets import Array2D, Dataset, Features, Sequence, Value, disable_progress_bars
@@ -267,12 +333,6 @@ def stream_rates(run: Any, x: Any, folder: Path) -> tuple[float, float]:
     from sae_lens.cache_activations_runner import CacheActivationsRunner
 
     disable_progress_bars()
-    stream = run.stream("blocks.0.hook_resid_post", BATCH, buffer_rows=65_536)
-    next(stream)
-    started, taken = time.process_time(), 0
-    for _ in range(2 * len(x) // BATCH):
-        taken += len(next(stream))
-    ours = taken / (time.process_time() - started)
     context, name = 128, "blocks.0.hook_resid_post"
     features = Features(
         {name: Array2D(shape=(context, D), dtype="float32"), "token_ids": Sequence(Value("int32"), length=context)}
@@ -284,51 +344,86 @@ def stream_rates(run: Any, x: Any, folder: Path) -> tuple[float, float]:
     out = folder / "saelens"
     cached.save_to_disk(str(out / ".tmp_shards" / "shard_00000"), num_shards=1)
     CacheActivationsRunner._consolidate_shards(out / ".tmp_shards", out, copy_files=False)
-    store = ActivationsStore(
-        model=None, dataset=None, streaming=False, hook_name=name, hook_head_index=None, context_size=context, d_in=D,
-        n_batches_in_buffer=65_536 // context, total_training_tokens=len(x), store_batch_size_prompts=32,
-        train_batch_size_tokens=BATCH, prepend_bos=False, normalize_activations="none", device=torch.device("cpu"),
-        dtype="float32", cached_activations_path=str(out),
-    )  # fmt: skip
-    next(store)
-    started, taken = time.process_time(), 0
-    for _ in range(len(x) // BATCH - 4):  # on past its first buffer
-        taken += len(next(store))
-    return ours, taken / (time.process_time() - started)
+
+    def rate(batches: Iterator[Any], count: int) -> float:
+        next(batches)
+        started, taken = time.process_time(), 0
+        for _ in range(count):
+            taken += len(next(batches))
+        return taken / (time.process_time() - started)
+
+    rates = []
+    for _ in range(rounds):
+        stream = run.stream(name, BATCH, buffer_rows=65_536)
+        found = rate(stream, 2 * len(x) // BATCH)
+        store = ActivationsStore(
+            model=None, dataset=None, streaming=False, hook_name=name, hook_head_index=None, context_size=context, d_in=D,
+            n_batches_in_buffer=65_536 // context, total_training_tokens=len(x), store_batch_size_prompts=32,
+            train_batch_size_tokens=BATCH, prepend_bos=False, normalize_activations="none", device=torch.device("cpu"),
+            dtype="float32", cached_activations_path=str(out),
+        )  # fmt: skip
+        rates.append((found, rate(store, len(x) // BATCH - 4)))  # on past its first buffer
+    return median(r[0] for r in rates), median(r[1] for r in rates), median(r[0] / r[1] for r in rates)
 
 
-def worker_rates(run: Any, steps: int) -> tuple[list[float], list[float]]:
-    """Tokens a second of wall time, and tokens a CPU second of a worker, with one and two Dask workers of one thread.
+@dataclass
+class WorkerRates:
+    """What two workers of one thread gain, each figure the median over rounds of two such rates over that of one."""
 
-    On a machine that others use, workers wait for each other longer than they would alone: the second
-    figure says what the exchange of gradients costs.
+    one: float
+    """Tokens a second of wall time with one worker."""
+    together: float
+    """Two workers that train one autoencoder, by wall time."""
+    unrelated: float
+    """Two trainings at once that know nothing of each other, added up, by wall time: what the machine gives."""
+    by_cpu: float
+    """As `together`, by CPU seconds of the workers: what the exchange costs to compute, without what it waits."""
+
+
+def worker_rates(run: Any, steps: int, rounds: int) -> WorkerRates:
+    """One, two, and two unrelated trainings take turns on Dask workers that stay up.
+
+    Each worker takes a batch of the same size, so two do twice the work a step. Wall time runs from the fifth step to the
+    last, so that start, compiled loops, the first chunks and the threshold at the end are outside; CPU seconds are
+    those of the workers' processes over a whole training, less those of a training of 5 steps.
     """
     from distributed import Client, LocalCluster
 
     from millpond.analysis import BatchTopKSae
 
-    wall, cpu = [], []
-    for workers in (1, 2):
-        with (
-            LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
-            Client(cluster) as client,
-            tempfile.TemporaryDirectory() as out,
-        ):
-            rows = run["blocks.0.hook_resid_post"]
+    rows = run["blocks.0.hook_resid_post"]
+    with ExitStack() as stack:
+        out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-            def fit(count: int, where: str, client: Any = client, workers: int = workers, rows: Any = rows) -> int:
-                sae = BatchTopKSae(S, K, batch_size=BATCH, lr=LR, n_threads=1, log_every=5, checkpoint_every=10**6)
-                sae.fit(rows, tokens=count * BATCH * workers, epochs=100, client=client, out=where)
-                return count * BATCH * workers
+        def cluster(workers: int) -> Any:
+            made = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None)
+            return stack.enter_context(Client(stack.enter_context(made), set_as_default=False))
 
-            fit(2, f"{out}/first")  # imports, buffers
+        alone, other, pair = cluster(1), cluster(1), cluster(2)
+
+        def fit(client: Any, count: int) -> tuple[float, float]:
+            """Tokens a second of wall time, and CPU seconds of the workers."""
+            workers, folder = len(client.scheduler_info(n_workers=-1)["workers"]), tempfile.mkdtemp(dir=out)
             before = sum(client.run(time.process_time).values())
-            tokens = fit(steps, f"{out}/second")
+            sae = BatchTopKSae(S, K, batch_size=BATCH, lr=LR, n_threads=1, log_every=5, checkpoint_every=10**6)
+            sae.fit(rows, tokens=count * BATCH * workers, epochs=100, client=client, out=folder)
             spent = sum(client.run(time.process_time).values()) - before
-            cpu.append(tokens / spent * workers)
-            lines = [json.loads(line) for line in Path(f"{out}/second/metrics.jsonl").read_text().splitlines()]
-            wall.append(_later_rate(lines))
-    return wall, cpu
+            lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            return _later_rate(lines) if count > 5 else 0.0, spent
+
+        for client in (alone, other, pair):
+            fit(client, 2)  # imports, compiled loops, the page cache
+        found = []
+        for _ in range(rounds):
+            short = fit(alone, 5)[1], fit(pair, 5)[1]
+            first, together = fit(alone, steps), fit(pair, steps)
+            with ThreadPoolExecutor(2) as pool:
+                unrelated = list(pool.map(lambda client: fit(client, steps)[0], (alone, other)))
+            again, last = fit(pair, steps), fit(alone, steps)
+            one = (first[0] + last[0]) / 2
+            cpu = (first[1] + last[1]) / 2 - short[0], (together[1] + again[1]) / 2 - short[1]
+            found.append((one, (together[0] + again[0]) / 2 / one, sum(unrelated) / one, 4 * cpu[0] / cpu[1]))
+    return WorkerRates(*(median(each) for each in zip(*found, strict=True)))
 
 
 def _later_rate(lines: list[dict[str, float]]) -> float:
@@ -400,13 +495,22 @@ def measure(quick: bool) -> tuple[list[str], dict[str, float]]:
     x, test = planted(n, 1), torch.from_numpy(planted(16_384, 2))
     rows = torch.from_numpy(x)
     lines = ["| system | CPU ms/step | tokens/s/core | millpond is |", "|-|-|-|-|"]
+    batches = [rows[i * BATCH : (i + 1) * BATCH].clone() for i in range(4)]
+    product = compare_with_product(batches, 8 if quick else 20)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        seconds = compare_steps([rows[i * BATCH : (i + 1) * BATCH].clone() for i in range(4)], 4 if quick else 10)
-    ours = {"topk": seconds["millpond topk"]}
+        seconds = compare_steps(batches, 4 if quick else 10)
+    speedups = {}
     for name, each in seconds.items():
-        base = ours["topk"] if "topk" in name.split() else seconds["millpond batchtopk"]
-        times = "" if name.startswith(("millpond", "bf16")) else f"{each / base:.1f}x"
-        lines.append(f"| {name} | {1e3 * each:.1f} | {BATCH / each:,.0f} | {times} |")
+        base = seconds["millpond topk" if "topk" in name.split() else "millpond batchtopk"]
+        speedups[name] = median(theirs / our for theirs, our in zip(each, base, strict=True))
+        times = "" if name.startswith("millpond") else f"{speedups[name]:.1f}x"
+        lines.append(f"| {name} | {1e3 * median(each):.1f} | {BATCH / median(each):,.0f} | {times} |")
+    lines += [
+        "",
+        f"In turn with the encoder's bfloat16 product, a step of BatchTopK {1e3 * product['step']:.1f} ms, the product "
+        f"{1e3 * product['product']:.1f} ms ({BATCH / product['product']:,.0f} tokens/s), into fresh memory "
+        f"{1e3 * product['product, fresh']:.1f} ms; medians of the ratios {product['fraction']:.3f} and {product['fresh']:.3f}.",
+    ]
     steps = 48 if quick else 256
     quality = compare_quality(rows, test, steps)
     lines.append("")
@@ -416,33 +520,35 @@ def measure(quick: bool) -> tuple[list[str], dict[str, float]]:
     )
     with tempfile.TemporaryDirectory() as folder:
         run = make_lake(Path(folder) / "lake", x)
-        ratio = lake_over_ram(run, x, 64 if quick else 128, 3 if quick else 5)
-        stream, saelens = stream_rates(run, x[:262_144], Path(folder))
-        wall, cpu = worker_rates(run, 30 if quick else 100)
+        cpu, wall = lake_over_ram(run, x, 128 if quick else 256, 3 if quick else 5)
+        stream, saelens, times = stream_rates(run, x[:262_144], Path(folder), 3 if quick else 5)
+        workers = worker_rates(run, 30 if quick else 100, 3)
         points = growth(run, 5_000_000 if quick else 20_000_000)
     lines += [
-        f"Training from the lake over training from memory, CPU seconds: {ratio:.3f}.",
+        f"Training from the lake over training from memory, CPU seconds of all threads: {cpu:.3f}; wall time: {wall:.3f}.",
         f"run.stream: {stream:,.0f} rows/s/core; SAELens' cached ActivationsStore on the same rows: {saelens:,.0f} "
-        f"({stream / saelens:.0f}x).",
-        f"Dask workers, tokens a second of wall time: one {wall[0]:,.0f}, two {wall[1]:,.0f} ({wall[1] / wall[0]:.2f}x); "
-        f"by CPU time, as on idle cores: {cpu[1] / cpu[0]:.2f}x.",
+        f"({times:.1f}x).",
+        f"Dask workers of one thread: one {workers.one:,.0f} tokens a second of wall time, two {workers.together:.2f}x, two "
+        f"trainings unrelated to each other {workers.unrelated:.2f}x; two by the workers' CPU seconds {workers.by_cpu:.2f}x.",
         "Tokens, CPU seconds, resident GB (d_sae 256): "
-        + "; ".join(f"{tokens / 1e6:.0f}M {cpu:.1f} s {memory:.2f} GB" for tokens, cpu, memory in points)
+        + "; ".join(f"{tokens / 1e6:.0f}M {spent:.1f} s {memory:.2f} GB" for tokens, spent, memory in points)
         + ".",
         estimate_gpu(),
     ]
     figures = {
-        "speedup_vs_saelens": seconds["sae-lens batchtopk"] / seconds["millpond batchtopk"],
-        "speedup_vs_dictionary_learning": seconds["dictionary_learning batchtopk"] / seconds["millpond batchtopk"],
-        "speedup_vs_sparsify": seconds["sparsify topk"] / seconds["millpond topk"],
-        "gemm_fraction": seconds["bf16 GEMM of the encoder"] / seconds["millpond batchtopk"],
-        "gemm_fraction_in_place": seconds["bf16 GEMM, in place"] / seconds["millpond batchtopk"],
+        "speedup_vs_saelens": speedups["sae-lens batchtopk"],
+        "speedup_vs_dictionary_learning": speedups["dictionary_learning batchtopk"],
+        "speedup_vs_sparsify": speedups["sparsify topk"],
+        "gemm_fraction": product["fraction"],
+        "gemm_fraction_fresh_memory": product["fresh"],
         "fvu_gap": quality["ours"] - quality["theirs"],
         "l0_error": abs(quality["l0"] - K) / K,
-        "lake_over_ram": ratio,
-        "stream_vs_saelens": stream / saelens,
-        "two_workers": wall[1] / wall[0],
-        "two_workers_by_cpu": cpu[1] / cpu[0],
+        "lake_over_ram": cpu,
+        "lake_over_ram_wall": wall,
+        "stream_vs_saelens": times,
+        "two_workers": workers.together,
+        "two_workers_by_cpu": workers.by_cpu,
+        "two_unrelated": workers.unrelated,
         "growth_exponent": exponent(points),
     }
     return lines, {name: round(value, 4) for name, value in figures.items()}

@@ -68,10 +68,16 @@ class ReadArray(Reader):
         stored = piece.read(self.name, self.array)
         return stored if self.dtype is None else view_as(stored, self.stored_dtype, self.dtype)
 
-    def stored(self, span: Span) -> NDArray[Any]:
-        """The same rows in their stored data type, for readers that decode them where they use them."""
-        found = [piece.read(self.name, self.array) for piece in span.pieces]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+    def stored(self, span: Span, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The same rows in their stored data type, for readers that decode them where they use them; into `out` if given."""
+        if out is None:
+            found = [piece.read(self.name, self.array) for piece in span.pieces]
+            return found[0] if len(found) == 1 else np.concatenate(found)
+        done = 0
+        for piece in span.pieces:
+            piece.read(self.name, self.array, out[done : done + piece.count])
+            done += piece.count
+        return out
 
     def divide(self, span: Span, rows: int) -> list[tuple[Span, int]]:
         """`span` in parts of at most `rows` stored rows, each with its number of chosen ones."""

@@ -73,11 +73,19 @@ class Piece:
         kept: NDArray[Any] = rows[np.unpackbits(self.keep, count=self.stop - self.start).view(bool)]
         return kept
 
-    def read(self, name: str, array: ArraySpec) -> NDArray[Any]:
-        """The chosen rows of the array `name`, as they are stored."""
-        if name == "prompt":
-            return self.prompts()
-        return self.chosen(read_rows(self.folder / name, array, self.start, self.stop))
+    def read(self, name: str, array: ArraySpec, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The chosen rows of the array `name`, as they are stored; into contiguous `out` if given."""
+        if name != "prompt" and self.keep is None:
+            return read_rows(self.folder / name, array, self.start, self.stop, out)
+        rows = (
+            self.prompts()
+            if name == "prompt"
+            else self.chosen(read_rows(self.folder / name, array, self.start, self.stop))
+        )
+        if out is None:
+            return rows
+        out[...] = rows
+        return out
 
     def divide(self, rows: int) -> list[Piece]:
         """The same chosen rows in pieces of at most `rows` stored ones; those without a chosen one are left out."""

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.lazy_chunks import LazyChunks, StoredBfloat16
-from millpond.analysis.sae.drawn import Chunk, DrawnRows, has_infinite
-from millpond.store.dtypes import decode
+from millpond.analysis.lazy_chunks import LazyChunks
+from millpond.analysis.sae.drawn import DrawnRows, check_finite
 from millpond.store.errors import InvalidInput
 from millpond.store.stream import ActivationStream, reader_threads
 
@@ -137,18 +136,21 @@ class ShuffledBatches:
     def _groups(self, skip: int) -> Iterator[tuple[list[DrawnRows], NDArray[np.int64]]]:
         """Rows in memory and the order in which to draw them, from row `skip` on."""
         if self._held is None and self._fits:
-            self._held = self._read(range(len(self._sizes)))
+            self._held = self._read(range(len(self._sizes)), [None] * len(self._lazy))
         if self._held is not None:
             yield from self._permutations(skip)
         schedule = self._schedule(skip)
         with reader_threads(1, "sae-reader") as reader:
             key, chunks, first = next(schedule)
-            coming = reader.submit(self._read, chunks)
+            most = max(self._group_rows, *self._sizes)
+            here, there = ([chunks.memory(most) for chunks in self._lazy] for _ in range(2))
+            coming = reader.submit(self._read, chunks, here)
             while True:
                 group = coming.result()
                 order = np.random.default_rng(key).permutation(len(group[0]))[first:]
                 key, chunks, first = next(schedule)
-                coming = reader.submit(self._read, chunks)
+                here, there = there, here  # fresh memory costs as much as what is read into it
+                coming = reader.submit(self._read, chunks, here)
                 yield group, order
 
     def _permutations(self, skip: int) -> Iterator[tuple[list[DrawnRows], NDArray[np.int64]]]:
@@ -177,15 +179,16 @@ class ShuffledBatches:
                     skip = 0
             epoch += 1
 
-    def _read(self, numbers: Iterable[int]) -> list[DrawnRows]:
-        """The chunks of each array, checked to be finite."""
-        numbers = list(numbers)
+    def _read(self, numbers: Sequence[int], memory: Sequence[NDArray[Any] | None]) -> list[DrawnRows]:
+        """The chunks of each array, read into its `memory`; their rows are checked to be finite when they are drawn."""
+        names = [(f"chunk {number} of X", int(self._starts[number])) for number in numbers]
         groups = []
-        for chunks in self._lazy:
-            parts = [chunks.read_chunks([number]) for number in numbers]
-            for number, part in zip(numbers, parts, strict=True):
-                check_finite(part, f"chunk {number} of X", int(self._starts[number]))
-            groups.append(DrawnRows(parts))
+        for chunks, room in zip(self._lazy, memory, strict=True):
+            parts, done = [], 0
+            for number in numbers:
+                parts.append(chunks.read_to(number, None if room is None else room[done:]))
+                done += self._sizes[number]
+            groups.append(DrawnRows(parts, names))
         return groups
 
 
@@ -276,23 +279,6 @@ def _as_batch(batch: Any, widths: tuple[int, ...] | None, number: int) -> Batch:
             raise InvalidInput(f"a batch has shape {rows.shape}; give (rows, {width or 'd_model'}), the same for all")
         check_finite(rows, f"batch {number}", None)
     return found
-
-
-def check_finite(rows: Chunk, where: str, first: int | None) -> None:
-    """Check that no row holds NaN or infinity; `first` is the number of the first one, for the message.
-
-    Raises:
-        InvalidInput: some do.
-    """
-    if has_infinite(rows):
-        values = decode(rows.bits, "bfloat16") if isinstance(rows, StoredBfloat16) else rows
-        bad = ~np.isfinite(values).all(axis=1)
-        row = int(bad.argmax())
-        total = "" if first is None else f" (row {first + row:,} of all)" if first else ""
-        raise InvalidInput(
-            f"{where} holds NaN or infinity in {int(bad.sum()):,} rows, first in its row {row:,}{total}; "
-            "leave those rows out"
-        )
 
 
 def filled(order: NDArray[np.int64], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from millpond.analysis.lazy_chunks import StoredBfloat16
 from millpond.store.dtypes import decode, decode_into
+from millpond.store.errors import InvalidInput
 
 Chunk = NDArray[Any] | StoredBfloat16
 Rows = NDArray[np.float32]
@@ -19,9 +20,14 @@ _CHECKED_ROWS = 256
 
 
 class DrawnRows:
-    """Rows of chunks that lie one after another. They are copied, and bfloat16 is decoded, when they are drawn."""
+    """Rows of chunks that lie one after another. They are copied, and bfloat16 is decoded, when they are drawn.
 
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
+    Chunks with `names`, each with the number of its first row, are checked then too, while what was drawn is in
+    the cache: a pass over what was just read would cost as much as reading it.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], names: Sequence[tuple[str, int]] = ()) -> None:
+        self._given, self._names = chunks, names
         self._chunks = [chunk.bits if isinstance(chunk, StoredBfloat16) else np.asarray(chunk) for chunk in chunks]
         self._stored = "bfloat16" if isinstance(chunks[0], StoredBfloat16) else "float32"
         self._ends = np.cumsum([len(chunk) for chunk in chunks])
@@ -30,17 +36,48 @@ class DrawnRows:
         return int(self._ends[-1])
 
     def draw(self, places: NDArray[np.int64]) -> Rows:
-        """The rows at these places, float32; those of a chunk stand together, in the order of the places."""
-        if len(self._chunks) == 1:
+        """The rows at these places, float32; those of a chunk stand together, in the order of the places.
+
+        Raises:
+            InvalidInput: one of them holds NaN or infinity.
+        """
+        if len(self._chunks) == 1 and not self._names:
             return decode(self._chunks[0][places], self._stored)
         out = np.empty((len(places), self._chunks[0].shape[1]), np.float32)
         filled = 0
-        for chunk, end in zip(self._chunks, self._ends, strict=True):
+        for number, (chunk, end) in enumerate(zip(self._chunks, self._ends, strict=True)):
             start = end - len(chunk)
-            here = places[(places >= start) & (places < end)]
-            decode_into(chunk[here - start], self._stored, out[filled : filled + len(here)])
+            here = places[(places >= start) & (places < end)] - start
+            for some, rows in zip(_slices(here), _slices(out[filled : filled + len(here)]), strict=True):
+                self._draw(number, some, rows)
             filled += len(here)
         return out
+
+    def _draw(self, number: int, places: NDArray[np.int64], out: Rows) -> None:
+        chunk = self._chunks[number]
+        if chunk.dtype == np.float32:
+            np.take(chunk, places, axis=0, out=out, mode="clip")  # the mode that needs no copy in between
+        else:
+            decode_into(chunk[places], self._stored, out)
+        if self._names and has_infinite(out):
+            check_finite(self._given[number], *self._names[number])
+
+
+def check_finite(rows: Chunk, where: str, first: int | None) -> None:
+    """Check that no row holds NaN or infinity; `first` is the number of the first one, for the message.
+
+    Raises:
+        InvalidInput: some do.
+    """
+    if has_infinite(rows):
+        values = decode(rows.bits, "bfloat16") if isinstance(rows, StoredBfloat16) else rows
+        bad = ~np.isfinite(values).all(axis=1)
+        row = int(bad.argmax())
+        total = "" if first is None else f" (row {first + row:,} of all)" if first else ""
+        raise InvalidInput(
+            f"{where} holds NaN or infinity in {int(bad.sum()):,} rows, first in its row {row:,}{total}; "
+            "leave those rows out"
+        )
 
 
 def has_infinite(rows: Chunk) -> bool:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from millpond.analysis.sae.batches import Batch, check_finite, filled
+from millpond.analysis.sae.batches import Batch, filled
+from millpond.analysis.sae.drawn import check_finite
 from millpond.store.dtypes import decode
 from millpond.store.errors import InvalidInput
 from millpond.store.follow import Follower

@@ -216,13 +216,18 @@ def trim_batch(active: Active, wanted: int) -> tuple[Active, float]:
     surplus = len(active.values) - wanted
     if surplus <= 0:
         return active, float(active.values.min()) if len(active.values) else 0.0
-    if active.values.is_cuda:
-        cut = active.values.kthvalue(surplus + 1).values
-    else:  # ten times as fast
-        cut = torch.tensor(np.partition(active.values.numpy(), surplus)[surplus])
+    cut = smallest(active.values, surplus + 1)
     zeros = torch.zeros(1, dtype=torch.long, device=cut.device)
     limit = torch.full_like(zeros, wanted)
     return _trim(active, cut, limit, None, zeros), float(cut)
+
+
+def smallest(values: Tensor, number: int) -> Tensor:
+    """The value at a place, counted from 1, in ascending order: a scalar."""
+    if values.is_cuda:
+        found: Tensor = values.kthvalue(number).values
+        return found
+    return torch.tensor(np.partition(values.numpy(), number - 1)[number - 1])  # several times as fast
 
 
 def _trim(active: Active, cut: Tensor, limit: Tensor, segment: Tensor | None, starts: Tensor) -> Active:

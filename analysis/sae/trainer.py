@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from millpond.analysis.sae import architecture, kernels
+from millpond.analysis.sae import architecture, kernels, sparse
 from millpond.analysis.sae.architecture import BatchGradients
 from millpond.analysis.sae.config import WITH_K, SaeConfig, default_lr
 
@@ -250,9 +250,9 @@ def calibrated_threshold(trainer: Trainer, batches: list[Tensor]) -> float:
     for batch in batches:  # of each batch the largest 4 k a row, which is enough unless batches differ wildly
         pre = torch.addmm(own["b_enc"], trainer.arch.centred(batch), own["w_enc"].T).view(-1)
         count = min(len(pre), 4 * k * len(batch))
-        cut = pre.kthvalue(len(pre) - count + 1).values.clamp_min(0) if count < len(pre) else pre.new_zeros(())
+        cut = sparse.smallest(pre, len(pre) - count + 1).clamp_min(0) if count < len(pre) else pre.new_zeros(())
         kept = torch.cat([kept, pre[pre > cut]])
     if len(kept) <= wanted:
         return 0.0
-    low, high = kept.kthvalue(len(kept) - wanted).values, kept.kthvalue(len(kept) - wanted + 1).values
+    low, high = (sparse.smallest(kept, len(kept) - wanted + more) for more in (0, 1))
     return float((low + high) / 2)

@@ -1,16 +1,17 @@
 import itertools
+import time
 
 import dask.array as da
 import numpy as np
 import pytest
 
 from millpond.analysis.lazy_chunks import StoredBfloat16
-from millpond.analysis.sae.batches import ShuffledBatches, check_finite
-from millpond.analysis.sae.drawn import DrawnRows
+from millpond.analysis.sae.batches import ShuffledBatches
+from millpond.analysis.sae.drawn import DrawnRows, check_finite
 from millpond.store.dtypes import decode, encode_bfloat16
 from millpond.store.errors import InvalidInput
 
-N, D = 1000, 4
+N, D, D_RUN = 1000, 4, 16
 
 
 def numbered(chunk=70):
@@ -102,3 +103,30 @@ def test_stored_bfloat16_is_decoded_when_it_is_drawn_and_named_when_it_is_not_fi
         wrong[7, 2] = bad
         with pytest.raises(InvalidInput, match=r"chunk 1 holds NaN or infinity in 1 rows, first in its row 7 \(row 47"):
             check_finite(StoredBfloat16(encode_bfloat16(wrong)), "chunk 1", 40)
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["whole chunks", "some rows of each chunk"])
+def test_batches_stay_as_they_are_when_memory_is_read_into_again(run, parts, chosen):
+    view = (parts[0] if chosen else run)["blocks.2.hook_resid_post"]
+    wanted = np.asarray(view)
+    batches = ShuffledBatches([view], 100, seed=0, buffer_bytes=8 * D_RUN * 300)
+    assert len(wanted) > 2 * batches._group_rows  # each epoch fills the memory anew
+    taken = []
+    for (batch,) in itertools.islice(batches, 3 * len(wanted) // 100):
+        taken.append(batch)
+        time.sleep(0.01)  # for the group after this one to be read
+    rows = np.concatenate(taken)
+    for epoch in range(len(rows) // len(wanted)):
+        drawn = rows[epoch * len(wanted) : (epoch + 1) * len(wanted)]
+        np.testing.assert_array_equal(drawn[np.lexsort(drawn.T)], wanted[np.lexsort(wanted.T)])
+
+
+def test_a_bad_row_is_named_when_it_is_drawn():
+    x = np.zeros((600, D), np.float32)
+    x[450, 1] = np.inf
+    rows = DrawnRows([x[:300], x[300:]], [("chunk 7", 1000), ("chunk 3", 2000)])
+    assert not rows.draw(np.delete(np.arange(600), 450)).any()
+    with pytest.raises(
+        InvalidInput, match=r"chunk 3 holds NaN or infinity in 1 rows, first in its row 150 \(row 2,150 "
+    ):
+        rows.draw(np.arange(600))

@@ -462,9 +462,9 @@ def test_a_whole_run_is_centred_by_its_ingest_statistics_without_another_read(ru
     hook, reads, original = run.hooks[1], [], stored.read_rows
     every = run.to_numpy(hook).astype(np.float64)
 
-    def counted(path, array, start, stop):
+    def counted(path, array, start, stop, out=None):
         reads.append(stop - start)
-        return original(path, array, start, stop)
+        return original(path, array, start, stop, out)
 
     monkeypatch.setattr(stored, "read_rows", counted)
 

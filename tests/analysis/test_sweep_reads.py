@@ -16,8 +16,8 @@ def read(monkeypatch):
     counted = Counter()
     real = store_rows.read_rows
 
-    def counting(folder, array, start, stop):
-        found = real(folder, array, start, stop)
+    def counting(folder, array, start, stop, out=None):
+        found = real(folder, array, start, stop, out)
         if folder.name in HOOKS:
             counted[folder.name] += found.nbytes
         return found
