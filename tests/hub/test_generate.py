@@ -175,7 +175,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_job_once_and_the_rates_are_of_what_it_wrote(place):
-    made = place.killed.result(timeout=180)
+    made = place.killed.result(timeout=400)
     table = read_completions(place.gate.lake.storage, place.killed.handle)
     assert table.groupby("prompt").size().tolist() == [40] * len(PROMPTS)
     matched = table["text"].map(lambda text: re.search(PATTERN, text) is not None)
