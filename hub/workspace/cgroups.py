@@ -56,7 +56,7 @@ class Group:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    def remove(self, patience: float = 2.0) -> None:
+    def remove(self, patience: float = 10.0) -> None:
         """Remove the empty groups; a process that was killed may take a moment to leave."""
         end = time.monotonic() + patience
         for folder in self.folders:

@@ -28,6 +28,7 @@ from millpond.store.errors import IsolationFailed
 
 _LOG_BYTES = 1 << 20
 _FILES = 4096
+_PATIENCE = 10.0  # seconds for killed processes to leave their files, groups and output
 _ZONE = Path("/zone")
 
 
@@ -236,9 +237,16 @@ class Session:
                 left = max(0, left - len(data))
                 self._tail = (self._tail + data)[-2000:]
 
+    async def _end_logs(self) -> None:
+        """Let what the server said last be read; a process that outlives it may hold its output open."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=_PATIENCE)
+            for task in late:
+                task.cancel()
+
     def _last_words(self) -> str:
         lines = self._tail.decode(errors="replace").strip().splitlines()
-        return " | ".join(lines[-4:]) or "nothing"
+        return " | ".join(lines[-8:]) or "nothing"
 
     async def _in_force(self, descriptor: int) -> None:
         """Wait for the server's own report that nothing is open."""
@@ -247,7 +255,7 @@ class Session:
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb"))
         line = await reader.readline()
         if not line:
-            await asyncio.sleep(0.2)
+            await self._end_logs()
             raise IsolationFailed(f"the server of {self.user} ended before it reported; it said: {self._last_words()}")
         report = json.loads(line)
         missing = {*zone_checks.CHECKS, *zone_checks.SERVER_CHECKS} - set(report["checks"])
@@ -293,8 +301,7 @@ class Session:
             await process.wait()
         if self.code is None:
             self.code = 0
-        for task in self._tasks:
-            task.cancel()
+        await self._end_logs()
         if self._group is not None:
             await asyncio.to_thread(self._group.remove)
         await asyncio.to_thread(self._unmount)
@@ -302,15 +309,14 @@ class Session:
         self.ended.set()
 
     def _unmount(self) -> None:
-        for attempt in range(20):
+        end = time.monotonic() + _PATIENCE
+        while True:
             try:
-                unmount_home(self._home)
-            except IsolationFailed:
-                if attempt == 19:
+                return unmount_home(self._home)
+            except IsolationFailed:  # a process that was killed may take a moment to leave
+                if time.monotonic() > end:
                     raise
                 time.sleep(0.1)
-            else:
-                return
 
 
 def _relay(connections: int, *pairs: str) -> list[str]:
