@@ -140,22 +140,27 @@ assert worker_jobs.work(SqlQueue(database), config, until_empty=True, told=told)
 def test_a_worker_waits_until_the_hold_of_a_killed_one_has_run_out(s3: S3, tmp_path: Path) -> None:
     """The hold lasts longer here than two of the worker's own leases; the process is its own, for it changes constants."""
     lake, hook = open_lake(s3.url("held"), create=True), HOOK.format(0)
-    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "token_ids": [0, 5, 6]}\n')
+    prompts = [{"id": "a", "token_ids": [0, 5, 6]}, {"id": "b", "token_ids": [0, 5, 6, 7]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     model = ModelSection(path=str(MODEL), dtype="float32")
     spec = {
         "model": model.model_dump(),
         "capture": {"hooks": [hook]},
         "prompts": {"path": str(tmp_path / "prompts.jsonl")},
         "destination": {"lake": lake.url, "run": "held"},
+        "intervene": [{"op": "add", "hook": hook, "vector": [1.0] * D_MODEL, "positions": [3]}],
     }
     database = f"sqlite:///{tmp_path}/hub.db"
     queue = SqlQueue(database)
-    queue.submit("capture", spec, model=model.base)
-    queue.engine.dispose()
+    job = queue.submit("capture", spec, model=model.base)
     command = [sys.executable, "-c", WORKER, database, lake.url, str(MODEL), hook]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
-    assert len(lake["held"].prompts) == 1
+    result = queue.get(job).result
+    queue.engine.dispose()
+    assert result is not None
+    assert len(lake["held"].prompts) == result["prompts"] == 2
+    assert lake["held"].provenance["interventions_missed"] == result["missed"] == [1]
 
 
 def test_a_store_that_is_not_there_is_refused_before_anything_is_loaded(
