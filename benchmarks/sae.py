@@ -40,9 +40,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-sae-peers"
@@ -366,8 +365,7 @@ def stream_rates(run: Any, x: Any, folder: Path, rounds: int) -> tuple[float, fl
     return median(r[0] for r in rates), median(r[1] for r in rates), median(r[0] / r[1] for r in rates)
 
 
-@dataclass
-class WorkerRates:
+class WorkerRates(NamedTuple):
     """What two workers of one thread gain, each figure the median over rounds of two such rates over that of one."""
 
     one: float
