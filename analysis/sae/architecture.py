@@ -170,13 +170,12 @@ class SparseArchitecture(Architecture):
             if len(levels) > 1:  # a latent of a level is in the reconstructions of that level and all later ones
                 by_level.copy_(by_level.flip(0).cumsum_(0).flip(0))
             sums.append(part[:n].sum(0))
-            sparse.add_sampled(slopes, crow, col, part, table)
-            w_dec[:, here] = sparse.decode(firsts, place, codes, part)
+            sparse.slopes_and_gradient(starts, place, codes, part, table, slopes, w_dec[:, here])
             errors.append(part)
         coming = {} if self.start_sum is None else {"w_dec": self.start_sum(w_dec)}  # while the others are made
         slopes *= scale
-        bias = torch.zeros_like(own["b_enc"]).index_add_(0, col, slopes)
-        slopes, w_enc = slopes.index_select(0, order), torch.empty_like(own["w_enc"])
+        bias = torch.segment_reduce(slopes, "sum", offsets=starts)
+        w_enc = torch.empty_like(own["w_enc"])
         for here in sparse.column_blocks(w_enc):
             w_enc[:, here] = sparse.decode(firsts, row, slopes, whole[:, here].contiguous())
         if self.start_sum is not None:

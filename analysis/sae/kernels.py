@@ -1,6 +1,7 @@
 """Loops over the active entries on a CPU, compiled: what PyTorch lacks, or does in several passes.
 
 Entries are those of a CSR pattern: `crow` says where each row starts among them, `col` is ascending in a row.
+Two inner loops take `LANES` numbers at a time in LLVM's vectors, which it maps to the machine's: its own vectoriser gives up on them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -19,7 +24,10 @@ Longs = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Numbers = NDArray[Any]
 
-_ONES, _ONE, _TOP = np.uint64(0x0101010101010101), np.uint64(1), np.uint64(56)
+LANES = 64
+_ONE = np.uint64(1)
+_FREE = ("reassoc", "contract")
+"""What a sum's order and rounding may change by."""
 
 
 def _compiled(**options: Any) -> Callable[[Function], Function]:
@@ -35,6 +43,89 @@ def _compiled(**options: Any) -> Callable[[Function], Function]:
     return compile_
 
 
+def _vector(context: Any, builder: Any, kind: Any, array: Any, places: list[Any]) -> Any:
+    """Where `LANES` numbers of an array begin; those of its last dimension have to lie side by side."""
+    made = context.make_array(kind)(context, builder, array)
+    place = cgutils.get_item_pointer(context, builder, kind, made, places, wraparound=False)
+    return builder.bitcast(place, ir.VectorType(place.type.pointee, LANES).as_pointer())
+
+
+def _load(context: Any, builder: Any, kind: Any, array: Any, places: list[Any]) -> Any:
+    loaded = builder.load(_vector(context, builder, kind, array, places))
+    loaded.align = kind.dtype.bitwidth // 8
+    return loaded
+
+
+def _repeated(builder: Any, number: Any) -> Any:
+    vector = ir.VectorType(number.type, LANES)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
+    order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), order)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _marks(typing: Any, ordered: Any, row: Any, column: Any, least: Any, limits: Any) -> Any:
+    """Bits of the numbers of `ordered[row, column:]` that are above `least` and above theirs of `limits[column:]`."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        ordered, row, column, least, limits = values
+        kinds = signature.args
+        found = _load(context, builder, kinds[0], ordered, [row, column])
+        greater = builder.icmp_signed if isinstance(kinds[0].dtype, types.Integer) else builder.fcmp_ordered
+        above_least = greater(">", found, _repeated(builder, least))
+        above_limits = greater(">", found, _load(context, builder, kinds[4], limits, [column]))
+        return builder.bitcast(builder.and_(above_least, above_limits), ir.IntType(LANES))
+
+    return types.uint64(ordered, row, column, least, limits), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _count(typing: Any, marks: Any) -> Any:
+    """How many bits are 1."""
+    return types.int64(marks), lambda context, builder, signature, values: builder.ctpop(values[0])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _lowest(typing: Any, marks: Any) -> Any:
+    """Place of the lowest bit that is 1, or how many bits there are."""
+    return types.int64(marks), lambda context, builder, signature, values: builder.cttz(values[0], ir.IntType(1)(0))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _of_latent(
+    typing: Any, latent: Any, first: Any, last: Any, row: Any, codes: Any, part: Any, table: Any, slopes: Any, out: Any
+) -> Any:
+    """`by_latent` of one latent, of arrays with `LANES` columns."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        latent, first, last, row, codes, part, table, slopes, out = values
+        kinds, zero, index = signature.args, ir.FloatType()(0.0), first.type
+        ours = _load(context, builder, kinds[6], table, [latent, index(0)])
+        total = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(zero.type, [zero.type, ours.type]), f"llvm.vector.reduce.fadd.v{LANES}f32"
+        )
+
+        def entry(number: int, array: Any, place: Any) -> Any:
+            kind = kinds[number]
+            made = context.make_array(kind)(context, builder, array)
+            return cgutils.get_item_pointer(context, builder, kind, made, [place], wraparound=False)
+
+        held = cgutils.alloca_once_value(builder, ir.Constant(ours.type, [zero] * LANES))
+        with cgutils.for_range_slice(builder, first, last, index(1)) as (place, _):
+            here = builder.sext(builder.load(entry(3, row, place)), index)
+            error = _load(context, builder, kinds[5], part, [here, index(0)])
+            code = _repeated(builder, builder.load(entry(4, codes, place)))
+            builder.store(builder.fadd(builder.load(held), builder.fmul(code, error, flags=_FREE), flags=_FREE), held)
+            product = builder.call(total, [zero, builder.fmul(error, ours, flags=_FREE)], fastmath=_FREE)
+            slope = entry(7, slopes, place)
+            builder.store(builder.fadd(builder.load(slope), product), slope)
+        written = builder.store(builder.load(held), _vector(context, builder, kinds[8], out, [latent, index(0)]))
+        written.align = 4
+        return context.get_dummy_value()
+
+    return types.void(latent, first, last, row, codes, part, table, slopes, out), generate
+
+
 @_compiled()
 def above(ordered: Numbers, of_rows: Numbers, of_columns: Numbers, start: int, crow: Longs, col: Ints) -> int:
     """The entries above the limits of their row and of their column; returns `start` and how many there are.
@@ -42,25 +133,49 @@ def above(ordered: Numbers, of_rows: Numbers, of_columns: Numbers, start: int, c
     `crow`, (rows,), receives where each row starts, the first at `start`; `col` has room for all of them.
     """
     rows, columns = ordered.shape
-    words = np.zeros(-(-columns // 8), np.uint64)
-    marks, some = words.view(np.uint8), np.empty(len(words), np.int64)
+    whole = columns // LANES * LANES
     found = 0
     for row in range(rows):
         crow[row] = start + found
-        for column in range(columns):
-            marks[column] = ordered[row, column] > max(of_rows[row], of_columns[column])
-        count = 0
-        for place in range(len(words)):  # few have a mark, and which cannot be guessed: no branch
-            some[count] = place
-            count += words[place] != 0
-        for number in range(count):
-            left = words[some[number]]
-            while left:
-                below = (left - _ONE) & ~left
-                col[found] = 8 * some[number] + np.int64((below & _ONES) * _ONES >> _TOP)  # bytes below the lowest 1
+        for column in range(0, whole, LANES):
+            marks = _marks(ordered, row, column, of_rows[row], of_columns)
+            stop = found + _count(marks)
+            others = marks & (marks - _ONE)
+            # few have more than two, which is all that is asked: whether there is one cannot be guessed
+            col[found], col[found + 1] = column + _lowest(marks), column + _lowest(others)
+            for place in range(found + 2, stop):
+                others &= others - _ONE
+                col[place] = column + _lowest(others)
+            found = stop
+        for column in range(whole, columns):
+            if ordered[row, column] > max(of_rows[row], of_columns[column]):
+                col[found] = column
                 found += 1
-                left &= left - _ONE
     return start + found
+
+
+@_compiled(fastmath={"reassoc", "contract"})
+def by_latent(
+    first: int, last: int, starts: Longs, row: Ints, codes: Floats, part: Floats, table: Floats, slopes: Floats, out: Floats
+) -> None:
+    """Of the entries of latents `first` to `last`: their rows of `part`, summed with weights, and multiplied with those of `table`.
+
+    Entries are sorted by latent. The sums of `codes` times rows of `part` are written to `out`, a row each latent; the dot
+    products of the entry's row of `part` and the latent's of `table` are added to `slopes`. One gather serves both.
+    """
+    width = part.shape[1]
+    for latent in range(first, last):
+        if width == LANES:
+            _of_latent(latent, starts[latent], starts[latent + 1], row, codes, part, table, slopes, out)
+            continue
+        out[latent] = 0
+        for entry in range(starts[latent], starts[latent + 1]):
+            product = np.float32(0)
+            for j in range(width):
+                error = part[row[entry], j]
+                out[latent, j] += codes[entry] * error
+                product += error * table[latent, j]
+            slopes[entry] += product
 
 
 @_compiled()

@@ -7,7 +7,7 @@ the survivors' values are computed again in float32, so ties of bfloat16 decide 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from millpond.analysis.sae import kernels
 
-_CACHED_ROWS, _CACHED_COLUMNS, _CACHED_BYTES = 8192, 64, 1 << 20
+_CACHED_ROWS, _CACHED_COLUMNS, _CACHED_BYTES = 8192, kernels.LANES, 1 << 20
 _MARKED_ROWS = 128
 
 
@@ -71,8 +71,6 @@ def column_blocks(matrix: Tensor) -> list[slice]:
 
 def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: Tensor) -> None:
     """Add the entries of `left @ right.T` at the places of a CSR pattern to `values`, on a CPU by tiles of `right` in cache.
-
-    They are the gradients that `decode` has by its `values`.
     """
     if values.is_cuda:
         with warnings.catch_warnings():
@@ -83,15 +81,17 @@ def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: 
         return
     starts, latents, one, other = (tensor.numpy() for tensor in (crow, col, left, right))
     tile = max(1, _CACHED_BYTES // (4 * right.shape[1]))
+    _in_threads(crow, lambda first, last: kernels.add_sampled(first, last, starts, latents, one, other, tile, values.numpy()))
 
-    def work(first: int, last: int) -> None:
-        kernels.add_sampled(first, last, starts, latents, one, other, tile, values.numpy())
 
-    count = torch.get_num_threads()
+def _in_threads(starts: Tensor, work: Callable[[int, int], None]) -> None:
+    """Call `work` for ranges of a pattern's rows, one a thread, with about as many entries each."""
+    count, rows = torch.get_num_threads(), len(starts) - 1
     if count == 1:
-        work(0, len(left))
+        work(0, rows)
         return
-    ends = [len(left) * number // count for number in range(count + 1)]
+    shares = torch.arange(1, count) * int(starts[-1]) // count
+    ends = [0, *torch.searchsorted(starts, shares).clamp(max=rows).tolist(), rows]
     list(_threads(count).map(work, ends[:-1], ends[1:]))
 
 
@@ -122,6 +122,25 @@ def by_latent(crow: Tensor, col: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Te
     row, order = torch.empty_like(col), torch.empty_like(col)
     kernels.transposed(*(tensor.numpy() for tensor in (crow, col, starts, row, order)))
     return starts, row, order
+
+
+def slopes_and_gradient(
+    starts: Tensor, row: Tensor, codes: Tensor, part: Tensor, table: Tensor, slopes: Tensor, out: Tensor
+) -> None:
+    """What a block of columns of the error, `part`, says of the decoder's same columns, `table`, and of the codes.
+
+    Entries are sorted by latent, as `by_latent` gives them, and so are `codes` and `slopes`. Dot products of the rows of
+    `part` and `table` are added to `slopes`; sums of rows of `part`, weighted with `codes`, are written to `out`, (d_sae, columns).
+    """
+    if part.is_cuda:
+        add_sampled(slopes, starts, row, table, part)
+        out.copy_(decode(starts[:-1].int(), row, codes, part))
+        return
+    arrays = [tensor.numpy() for tensor in (starts, row, codes)]
+    for first in range(0, part.shape[1], kernels.LANES):  # which it leaves together where the rows are too many for the cache
+        here = slice(first, first + kernels.LANES)
+        some = [tensor.numpy() for tensor in (part[:, here].contiguous(), table[:, here].contiguous(), slopes, out[:, here])]
+        _in_threads(starts, lambda first, last, some=some: kernels.by_latent(first, last, *arrays, *some))
 
 
 class Scratch:
