@@ -1,7 +1,8 @@
 """Loops over the active entries on a CPU, compiled: what PyTorch lacks, or does in several passes.
 
 Entries are those of a CSR pattern: `crow` says where each row starts among them, `col` is ascending in a row.
-Two inner loops take `LANES` numbers at a time in LLVM's vectors, which it maps to the machine's: its own vectoriser gives up on them.
+Two inner loops are written in LLVM's vectors of `LANES` numbers, which it maps to the machine's: its own vectoriser gives
+them up. They stand here because Numba's cache looks at this file alone for changes.
 """
 
 from __future__ import annotations
@@ -156,7 +157,15 @@ def above(ordered: Numbers, of_rows: Numbers, of_columns: Numbers, start: int, c
 
 @_compiled(fastmath={"reassoc", "contract"})
 def by_latent(
-    first: int, last: int, starts: Longs, row: Ints, codes: Floats, part: Floats, table: Floats, slopes: Floats, out: Floats
+    first: int,
+    last: int,
+    starts: Longs,
+    row: Ints,
+    codes: Floats,
+    part: Floats,
+    table: Floats,
+    slopes: Floats,
+    out: Floats,
 ) -> None:
     """Of the entries of latents `first` to `last`: their rows of `part`, summed with weights, and multiplied with those of `table`.
 

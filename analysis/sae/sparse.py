@@ -70,8 +70,7 @@ def column_blocks(matrix: Tensor) -> list[slice]:
 
 
 def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the entries of `left @ right.T` at the places of a CSR pattern to `values`, on a CPU by tiles of `right` in cache.
-    """
+    """Add the entries of `left @ right.T` at the places of a CSR pattern to `values`, on a CPU by tiles of `right` in cache."""
     if values.is_cuda:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -81,7 +80,9 @@ def add_sampled(values: Tensor, crow: Tensor, col: Tensor, left: Tensor, right: 
         return
     starts, latents, one, other = (tensor.numpy() for tensor in (crow, col, left, right))
     tile = max(1, _CACHED_BYTES // (4 * right.shape[1]))
-    _in_threads(crow, lambda first, last: kernels.add_sampled(first, last, starts, latents, one, other, tile, values.numpy()))
+    _in_threads(
+        crow, lambda first, last: kernels.add_sampled(first, last, starts, latents, one, other, tile, values.numpy())
+    )
 
 
 def _in_threads(starts: Tensor, work: Callable[[int, int], None]) -> None:
@@ -136,11 +137,15 @@ def slopes_and_gradient(
         add_sampled(slopes, starts, row, table, part)
         out.copy_(decode(starts[:-1].int(), row, codes, part))
         return
-    arrays = [tensor.numpy() for tensor in (starts, row, codes)]
-    for first in range(0, part.shape[1], kernels.LANES):  # which it leaves together where the rows are too many for the cache
-        here = slice(first, first + kernels.LANES)
-        some = [tensor.numpy() for tensor in (part[:, here].contiguous(), table[:, here].contiguous(), slopes, out[:, here])]
-        _in_threads(starts, lambda first, last, some=some: kernels.by_latent(first, last, *arrays, *some))
+    pattern = [tensor.numpy() for tensor in (starts, row, codes)]
+    for start in range(0, part.shape[1], kernels.LANES):  # more than one where `column_blocks` cuts nothing
+        here = slice(start, start + kernels.LANES)
+        block = [part[:, here].contiguous(), table[:, here].contiguous(), slopes, out[:, here]]
+
+        def work(first: int, last: int, block: list[Tensor] = block) -> None:
+            kernels.by_latent(first, last, *pattern, *(tensor.numpy() for tensor in block))
+
+        _in_threads(starts, work)
 
 
 class Scratch:

@@ -8,7 +8,7 @@ import torch
 
 from millpond.analysis.sae import trainer as training
 from millpond.analysis.sae.config import SaeConfig
-from millpond.analysis.sae.sparse import above, add_sampled, column_blocks
+from millpond.analysis.sae.sparse import above, add_sampled, by_latent, column_blocks, slopes_and_gradient
 from millpond.analysis.sae.trainer import Trainer
 
 D, S, N, K = 24, 96, 64, 4
@@ -240,7 +240,7 @@ def test_a_selection_in_bfloat16_is_that_of_float32(most):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_exact_values_by_tiles_and_marks_in_ragged_rows(threads):
-    """1,100 latents of width 2,048 are nine tiles, of which some hold no entry; 1,101 entries a row are no whole bytes."""
+    """1,100 latents of width 2,048 are nine tiles, of which some hold no entry; 1,101 entries a row are no whole words."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(9, 2048, generator=generator), torch.randn(1100, 2048, generator=generator)
     cols = [[3, 127, 128, 129, 130, 131, 1099], [], [600], [], [], [], [], [600], [0, 1, 2, 3, 4]]
@@ -261,6 +261,27 @@ def test_exact_values_by_tiles_and_marks_in_ragged_rows(threads):
         crow, col = above(pre.to(kind), limits)
         found = torch.repeat_interleave(torch.arange(137), crow.diff()), col
         np.testing.assert_array_equal(torch.stack(found).numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", [64, 150])
+def test_slopes_and_decoder_gradient_are_those_of_the_dense_products(width, threads):
+    """40 rows, 7 latents of which one has no entries and one has most; 150 columns are two whole blocks and 22."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(40, 7, generator=generator).clamp_min(0)
+    codes[:, 3], codes[:, 5] = 0, codes[:, 5] + 0.1
+    part, table = torch.randn(40, width, generator=generator), torch.randn(7, width, generator=generator)
+    row, col = codes.nonzero(as_tuple=True)
+    crow = torch.tensor([0, *(codes > 0).sum(1).cumsum(0).tolist()])
+    starts, place, order = by_latent(crow, col.int(), 7)
+    slopes, out = torch.ones(len(col)), torch.full((7, width + 3), torch.nan)
+    torch.set_num_threads(threads)
+    slopes_and_gradient(starts, place, codes[row, col][order], part, table, slopes, out[:, :width])
+    torch.set_num_threads(1)
+    np.testing.assert_array_equal(place.numpy(), row[order].numpy())
+    np.testing.assert_allclose(out[:, :width].numpy(), (codes.T @ part).numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(slopes.numpy(), (part @ table.T)[row, col][order].numpy() + 1, rtol=1e-4, atol=1e-4)
+    assert out[:, width:].isnan().all()
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
