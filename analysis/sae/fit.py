@@ -144,6 +144,7 @@ def train(
             raise InvalidInput(
                 f"X ended after {trainers[0].tokens:,} of {tokens:,} rows; give more batches or lower tokens"
             )
+        stream.close()
         if source.repeatable and any(learner.config.architecture in _CALIBRATED for learner in learners):
             again = itertools.islice(source.batches(0), min(n_opening, total_steps))
             recent.extend(_scaled(batch, every, trainers[0].device) for batch in again)
