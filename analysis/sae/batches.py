@@ -31,7 +31,7 @@ class Source(Protocol):
     """Whether `batches(step)` may be called again."""
 
     def batches(self, step: int) -> Generator[Batch]:
-        """Batches from number `step` on; the same ones each time. To be closed before others are asked for."""
+        """Batches from number `step` on; the same ones each time. Where it is closed first, its memory serves the next."""
         ...
 
     def saved(self, step: int) -> None:

@@ -172,4 +172,4 @@ def taken(bits: Words, places: Longs, shift: int, out: Words) -> int:
             word = np.uint32(np.uint32(bits[place, j]) << by)
             out[row, j] = word
             top = max(top, np.uint32(word & but_sign))
-    return top
+    return int(top)
