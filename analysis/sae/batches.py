@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from millpond.store.stream import ActivationStream, reader_threads
 Rows = NDArray[np.float32]
 Batch = tuple[Rows, ...]
 """The same rows of each hook, (batch_size, width)."""
+Memory = Sequence[NDArray[Any] | None]
+"""What chunks of each array are read into, where they can be."""
 
 
 class Source(Protocol):
@@ -27,8 +30,8 @@ class Source(Protocol):
     repeatable: bool
     """Whether `batches(step)` may be called again."""
 
-    def batches(self, step: int) -> Iterator[Batch]:
-        """Batches from number `step` on; the same ones each time."""
+    def batches(self, step: int) -> Generator[Batch]:
+        """Batches from number `step` on; the same ones each time. Where it is closed first, its memory serves the next."""
         ...
 
     def saved(self, step: int) -> None:
@@ -79,6 +82,7 @@ class ShuffledBatches:
             raise InvalidInput("some arrays are lazy and some in memory; give all of one kind")
         self._held: list[DrawnRows] | None = None
         self._lazy: list[LazyChunks] = []
+        self._memory: tuple[Memory, Memory] | None = None
         if not lazy[0]:
             held = [np.asarray(array) for array in plain]
             for array in held:
@@ -96,7 +100,7 @@ class ShuffledBatches:
         if not self._fits and world > len(self._sizes):
             raise InvalidInput(f"{world} workers share {len(self._sizes)} chunks; use as many workers at most")
 
-    def batches(self, step: int = 0) -> Iterator[Batch]:
+    def batches(self, step: int = 0) -> Generator[Batch]:
         """Yield the batches from number `step` on."""
         rest: Batch = tuple(np.empty((0, width), np.float32) for width in self.widths)
         for group, order in self._groups(step * self.batch_size):
@@ -142,16 +146,26 @@ class ShuffledBatches:
         schedule = self._schedule(skip)
         with reader_threads(1, "sae-reader") as reader:
             key, chunks, first = next(schedule)
-            most = max(self._group_rows, *self._sizes)
-            here, there = ([chunks.memory(most) for chunks in self._lazy] for _ in range(2))
+            here, there = memory = self._memory or self._fresh()
+            self._memory = None  # while it is used
             coming = reader.submit(self._read, chunks, here)
-            while True:
-                group = coming.result()
-                order = np.random.default_rng(key).permutation(len(group[0]))[first:]
-                key, chunks, first = next(schedule)
-                here, there = there, here  # fresh memory costs as much as what is read into it
-                coming = reader.submit(self._read, chunks, here)
-                yield group, order
+            try:
+                while True:
+                    group = coming.result()
+                    order = np.random.default_rng(key).permutation(len(group[0]))[first:]
+                    key, chunks, first = next(schedule)
+                    here, there = there, here  # fresh memory costs as much as what is read into it
+                    coming = reader.submit(self._read, chunks, here)
+                    yield group, order
+            finally:
+                wait([coming])
+                self._memory = memory
+
+    def _fresh(self) -> tuple[Memory, Memory]:
+        """Memory for two groups of each array."""
+        most = max(self._group_rows, *self._sizes)
+        here, there = ([chunks.memory(most) for chunks in self._lazy] for _ in range(2))
+        return here, there
 
     def _permutations(self, skip: int) -> Iterator[tuple[list[DrawnRows], NDArray[np.int64]]]:
         assert self._held is not None
@@ -179,7 +193,7 @@ class ShuffledBatches:
                     skip = 0
             epoch += 1
 
-    def _read(self, numbers: Sequence[int], memory: Sequence[NDArray[Any] | None]) -> list[DrawnRows]:
+    def _read(self, numbers: Sequence[int], memory: Memory) -> list[DrawnRows]:
         """The chunks of each array, read into its `memory`; their rows are checked to be finite when they are drawn."""
         names = [(f"chunk {number} of X", int(self._starts[number])) for number in numbers]
         groups = []
@@ -207,7 +221,7 @@ class StreamBatches:
         self.batch_size = stream.batch_rows
         self.widths = (stream.plan.spec.d_model,) * len(stream.hooks)
 
-    def batches(self, step: int = 0) -> Iterator[Batch]:
+    def batches(self, step: int = 0) -> Generator[Batch]:
         """See `Source.batches`."""
         self._stream.restore(self._start | {"step": self._start["step"] + step})
         for number, batch in enumerate(self._stream, step):
@@ -241,7 +255,7 @@ class GivenBatches:
         checked = _as_batch(first, None, 0)
         self.batch_size, self.widths = len(checked[0]), tuple(rows.shape[1] for rows in checked)
 
-    def batches(self, step: int = 0) -> Iterator[Batch]:
+    def batches(self, step: int = 0) -> Generator[Batch]:
         """See `Source.batches`."""
         if self._opening is None:
             if not self.repeatable:

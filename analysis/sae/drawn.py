@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millpond.analysis.lazy_chunks import StoredBfloat16
+from millpond.analysis.sae import kernels
 from millpond.store.dtypes import decode, decode_into
 from millpond.store.errors import InvalidInput
 
 Chunk = NDArray[Any] | StoredBfloat16
 Rows = NDArray[np.float32]
 
-_INFINITE = np.uint16(0x7F80)
+_INFINITE = 0x7F800000
+"""The bits of the exponent, all set in infinity and NaN."""
 _CHECKED_ROWS = 256
 
 
@@ -47,19 +49,20 @@ class DrawnRows:
         filled = 0
         for number, (chunk, end) in enumerate(zip(self._chunks, self._ends, strict=True)):
             start = end - len(chunk)
-            here = places[(places >= start) & (places < end)] - start
-            for some, rows in zip(_slices(here), _slices(out[filled : filled + len(here)]), strict=True):
-                self._draw(number, some, rows)
+            here = places if len(self._chunks) == 1 else places[(places >= start) & (places < end)] - start
+            self._draw(number, here, out[filled : filled + len(here)])
             filled += len(here)
         return out
 
     def _draw(self, number: int, places: NDArray[np.int64], out: Rows) -> None:
         chunk = self._chunks[number]
-        if chunk.dtype == np.float32:
-            np.take(chunk, places, axis=0, out=out, mode="clip")  # the mode that needs no copy in between
+        if self._stored == "bfloat16" or chunk.dtype == np.float32:  # in one pass, with the check
+            bits, shift = (chunk, 16) if self._stored == "bfloat16" else (chunk.view(np.uint32), 0)
+            infinite = kernels.taken(bits, places, shift, out.view(np.uint32)) >= _INFINITE
         else:
             decode_into(chunk[places], self._stored, out)
-        if self._names and has_infinite(out):
+            infinite = bool(self._names) and has_infinite(out)
+        if infinite and self._names:
             check_finite(self._given[number], *self._names[number])
 
 
@@ -83,7 +86,8 @@ def check_finite(rows: Chunk, where: str, first: int | None) -> None:
 def has_infinite(rows: Chunk) -> bool:
     """Whether some value is NaN or infinite."""
     if isinstance(rows, StoredBfloat16):  # all bits of the exponent are set
-        return any(bool(((part & _INFINITE) == _INFINITE).any()) for part in _slices(rows.bits))
+        exponent = np.uint16(_INFINITE >> 16)
+        return any(bool(((part & exponent) == exponent).any()) for part in _slices(rows.bits))
     with np.errstate(all="ignore"):
         if np.isfinite(rows.sum(dtype=np.float32)):  # a NaN or infinity would be in the sum
             return False

@@ -102,6 +102,7 @@ def train(
         _check_checkpoint(out, held, origin, learners)
     with ExitStack() as stack:
         stack.enter_context(_threads(config.n_threads))
+        _keep_freed_memory()
         start = held["step"] if held else 0
         n_opening = max(1, _CALIBRATION_ROWS // source.batch_size)
         stream = source.batches(start)
@@ -144,6 +145,7 @@ def train(
             raise InvalidInput(
                 f"X ended after {trainers[0].tokens:,} of {tokens:,} rows; give more batches or lower tokens"
             )
+        stream.close()
         if source.repeatable and any(learner.config.architecture in _CALIBRATED for learner in learners):
             again = itertools.islice(source.batches(0), min(n_opening, total_steps))
             recent.extend(_scaled(batch, every, trainers[0].device) for batch in again)
@@ -267,6 +269,15 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one, instead of asking the system for cleared pages again.
+
+    The GNU library keeps blocks as large as the largest that was freed, if that is below 32 MiB (`M_MMAP_THRESHOLD` in
+    mallopt(3)), and up to twice as much at the end of its heap.
+    """
+    np.empty((32 << 20) - (1 << 16), np.uint8)
 
 
 class _Log:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class FollowedBatches:
         self._ends: deque[tuple[int, int]] = deque()
         """Number of each view that is not used up, and the rows given with its last one, from the first view on."""
 
-    def batches(self, step: int = 0) -> Iterator[Batch]:
+    def batches(self, step: int = 0) -> Generator[Batch]:
         """See `Source.batches`; views that are not used up, by what `saved` was told, are read again.
 
         Raises:

@@ -23,6 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Words = NDArray[np.uint16] | NDArray[np.uint32]
 Numbers = NDArray[Any]
 
 LANES = 64
@@ -280,3 +281,19 @@ def normalise(rows: Floats) -> None:
         scale = np.float32(1) / np.sqrt(total)
         for j in range(rows.shape[1]):
             rows[row, j] *= scale
+
+
+@_compiled()
+def taken(bits: Words, places: Longs, shift: int, out: Words) -> int:
+    """Copy rows of `bits` to `out`, (places, width), shifted to the left; returns the largest word there but for its sign.
+
+    By 16 that makes float32 of bfloat16. Infinity and NaN are the floats whose words but for the sign are largest.
+    """
+    top, by, but_sign = np.uint32(0), np.uint32(shift), np.uint32(0x7FFFFFFF)
+    for row in range(len(places)):
+        place = places[row]
+        for j in range(bits.shape[1]):
+            word = np.uint32(np.uint32(bits[place, j]) << by)
+            out[row, j] = word
+            top = max(top, np.uint32(word & but_sign))
+    return int(top)

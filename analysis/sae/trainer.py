@@ -71,7 +71,9 @@ class Trainer:
         self.steps = 0
         self.tokens = 0
         self.workers = group.world if group else 1
-        self.arch.start_sum = group.start_sum if group else None
+        if group is not None:
+            self.arch.start_sum = group.start_sum
+            group.share(self.parameters.values())
         total = total_steps * config.batch_size * self.workers
         self.dead_tokens = config.dead_tokens or min(10_000_000, max(total // 20, 8 * config.batch_size))
         self.aux_k = config.aux_k or max(1, d_in // 2)
@@ -96,14 +98,17 @@ class Trainer:
         if self.group is None:
             lr = self._update(batch)
         else:
-            for name, gradient in batch.gradients.items():
-                if name not in batch.coming:
-                    batch.coming[name] = self.group.start_sum(gradient)
-            tally = torch.cat([sums.double(), counts.double()])
-            tallied = self.group.start_sum(tally)
+            left = {name: gradient for name, gradient in batch.gradients.items() if name not in batch.coming}
+            batch.coming |= {name: self.group.start_sum(left[name]) for name in left if left[name].ndim > 1}
+            vectors = [gradient for gradient in left.values() if gradient.ndim == 1]
+            tally = [sums, counts, *vectors]
+            joined = torch.cat([part.double() for part in tally])  # one exchange for all that is small
+            self.group.start_sum(joined)()
+            sums, counts, *summed = torch.split(joined, [len(part) for part in tally])
+            for vector, total in zip(vectors, summed, strict=True):
+                vector.copy_(total)
+            counts = counts.long()
             lr = self._update(batch)
-            tallied()
-            sums, counts = tally[: len(sums)], tally[len(sums) :].long()
         squared, variance, loss = sums.tolist()
         seen = len(x) * self.workers
         self.idle += seen

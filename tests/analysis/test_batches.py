@@ -97,6 +97,9 @@ def test_stored_bfloat16_is_decoded_when_it_is_drawn_and_named_when_it_is_not_fi
     places = np.random.default_rng(1).permutation(120)[:70]
     drawn = DrawnRows([StoredBfloat16(part) for part in bits]).draw(places)
     np.testing.assert_array_equal(drawn, rounded[sorted(places, key=lambda place: place // 40)])
+    np.testing.assert_array_equal(
+        DrawnRows(bits).draw(places), np.concatenate(bits)[sorted(places, key=lambda place: place // 40)]
+    )  # whole numbers of that type are no bfloat16
     check_finite(StoredBfloat16(bits[1]), "chunk 1", 40)
     for bad in (np.nan, np.inf, -np.inf):
         wrong = values[1].copy()
@@ -116,16 +119,25 @@ def test_batches_stay_as_they_are_when_memory_is_read_into_again(run, parts, cho
         taken.append(batch)
         time.sleep(0.01)  # for the group after this one to be read
     rows = np.concatenate(taken)
+    first, second = batches.batches(), batches.batches()  # two at once have memory of their own
+    for again in taken[:10]:
+        np.testing.assert_array_equal(next(first)[0], again)
+        np.testing.assert_array_equal(next(second)[0], again)
+    first.close()
+    np.testing.assert_array_equal(next(batches.batches(7))[0], taken[7])  # in the memory of the first
     for epoch in range(len(rows) // len(wanted)):
         drawn = rows[epoch * len(wanted) : (epoch + 1) * len(wanted)]
         np.testing.assert_array_equal(drawn[np.lexsort(drawn.T)], wanted[np.lexsort(wanted.T)])
 
 
-def test_a_bad_row_is_named_when_it_is_drawn():
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_row_is_named_when_it_is_drawn(bad):
     x = np.zeros((600, D), np.float32)
-    x[450, 1] = np.inf
+    x[450, 1] = bad
     rows = DrawnRows([x[:300], x[300:]], [("chunk 7", 1000), ("chunk 3", 2000)])
     assert not rows.draw(np.delete(np.arange(600), 450)).any()
+    largest = np.full((300, D), -np.finfo(np.float32).max)
+    np.testing.assert_array_equal(DrawnRows([largest], [("chunk 0", 0)]).draw(np.arange(300)), largest)
     with pytest.raises(
         InvalidInput, match=r"chunk 3 holds NaN or infinity in 1 rows, first in its row 150 \(row 2,150 "
     ):
