@@ -36,8 +36,6 @@ class _Destination:
     writer: RunWriter
     rows: list[tuple[str, str, int]] = field(default_factory=list)
     """Prompt's id, capture id and number of rows of every request that is written but not committed."""
-    counted: int = 0
-    """Prompts that the writer has committed and `poll` was told of."""
     since: float = 0.0
     """When the oldest of `rows` was written."""
 
@@ -194,7 +192,7 @@ class LakeSink:
         try:
             if destination is None:
                 writer = self._open_run(run)
-                destination = self._destinations[run] = _Destination(writer, counted=writer.committed_prompts)
+                destination = self._destinations[run] = _Destination(writer)
             if request is not None:
                 if not destination.rows:
                     destination.since = time.monotonic()
@@ -222,23 +220,22 @@ class LakeSink:
 
     def _settle(self, run: str, destination: _Destination) -> None:
         """Tell of what the writer has committed."""
-        new = destination.writer.committed_prompts - destination.counted
+        new = destination.writer.just_committed  # not always the first ones: some wait for what fills a segment
         if new:
-            left = destination.writer.uncommitted()  # not always the last ones: some wait for what fills a segment
-            done = [(name, rows) for prompt, name, rows in destination.rows if prompt not in left]
-            destination.rows = [row for row in destination.rows if row[0] in left]
-            destination.counted += new
+            done = [(name, rows) for prompt, name, rows in destination.rows if prompt in new]
+            destination.rows = [row for row in destination.rows if row[0] not in new]
             destination.since = time.monotonic()
             with self._change:
                 self._committed.update(done)
                 rows, prompts = self._totals.get(run, (0, 0))
-                self._totals[run] = (rows + sum(n for _, n in done), prompts + new)
+                self._totals[run] = (rows + sum(n for _, n in done), prompts + len(done))
 
     def _lose(self, run: str, destination: _Destination | None, capture_id: str, error: Exception) -> None:
         reason = f"writing to the lake failed: {_reason(error)}"
         logger.error("run %r: %s", run, reason)
-        lost = {capture_id} if capture_id else set()
+        lost = {capture_id} if destination is None else set()
         if destination is not None:
+            self._settle(run, destination)  # a segment that became full before the failure stays
             lost.update(name for _, name, _ in destination.rows)
             del self._destinations[run]
         with self._change:

@@ -279,6 +279,8 @@ class RunWriter:
         self.compact_every = compact_every
         self.committed_rows = 0
         self.committed_prompts = 0
+        self.just_committed: set[str] = set()
+        """Ids of the requests that the last `append` or `commit` committed, though it failed afterwards."""
         self._commits = 0
         self._segment: SegmentWriter | None = None
         self._compaction: threading.Thread | None = None
@@ -294,6 +296,7 @@ class RunWriter:
                 can still be committed.
             CaptureFailed: a write failed; discard what was not committed and capture it again.
         """
+        self.just_committed = set()
         opened = self._open_segment()
         opened.check(request)
         waiting = sum(rows for rows, _ in self._packer.waiting)
@@ -321,16 +324,12 @@ class RunWriter:
 
     def commit(self) -> None:
         """Make everything appended so far visible and durable."""
+        self.just_committed = set()
         if self._segment is None:
             return
         for request in self._packer.flush():
             self._segment.add(request)
         self._commit_segment()
-
-    def uncommitted(self) -> set[str]:
-        """Ids of the requests that were appended and are in no commit yet; not always the last ones."""
-        waiting = {request.id for _, request in self._packer.waiting}
-        return waiting if self._segment is None else waiting | self._segment.ids
 
     def _commit_segment(self) -> None:
         assert self._segment is not None
@@ -338,6 +337,7 @@ class RunWriter:
         self._allowance.add(sum(size for array in part.arrays.values() for size, _ in array.shards))
         self.committed_rows += part.rows
         self.committed_prompts += part.prompts
+        self.just_committed |= self._segment.ids
         self._segment = None
         self._commits += 1
         if self.compact_every and self._commits % self.compact_every == 0:

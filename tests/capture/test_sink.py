@@ -10,6 +10,7 @@ import numpy as np
 
 import millpond
 from millpond.capture.sink import LakeSink
+from millpond.store.errors import StorageFailed
 from millpond.store.segment import CapturedRequest, RunWriter
 
 HOOK = "blocks.0.hook_resid_post"
@@ -61,3 +62,24 @@ def test_only_what_a_commit_holds_is_told_where_a_segment_ends_with_later_reques
     assert lake["a"].prompts["id"].tolist() == ["first", "fills"]
     assert sink.commit() == (18, 3, None)
     assert sink.poll() == ({"capture-waits": 2}, {})
+
+
+def test_what_was_committed_before_a_failure_in_the_same_call_is_told_so(tmp_path):
+    """The request that fills a segment commits it; then one that waited begins the next, which fails."""
+    lake = millpond.open(tmp_path / "lake", create=True)
+    spec = lake.create_run("a", hooks=(HOOK,), d_model=4, dtype="float32", chunk_rows=4, shard_rows=16)
+
+    class FullAfterOneSegment(RunWriter):
+        def _open_segment(self):
+            if self.committed_prompts:
+                raise StorageFailed(28, "No space left on device", "segment")
+            return super()._open_segment()
+
+    sink = LakeSink(lambda _: FullAfterOneSegment(lake.run_storage("a"), spec))
+    for name, rows in {"first": 13, "waits": 2, "fills": 3}.items():
+        sink.put("a", f"capture-{name}", request(name, rows))
+    assert sink.commit() == (16, 2, "writing to the lake failed: No space left on device")
+    committed, failed = sink.poll()
+    assert committed == {"capture-first": 13, "capture-fills": 3}
+    assert set(failed) == {"capture-waits"}
+    assert lake["a"].prompts["id"].tolist() == ["first", "fills"]
