@@ -7,13 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from millpond.analysis.sae import sparse
 from millpond.analysis.sae.config import DEFAULT_SPARSITY, SaeConfig
+
+if TYPE_CHECKING:
+    from millpond.analysis.sae.parallel import Group
 
 
 @dataclass
@@ -31,14 +34,14 @@ class BatchGradients:
     error: Callable[[int], Tensor]
     """Reconstruction less target of the first so many rows, (rows, d_out)."""
     gradients: dict[str, Tensor]
-    coming: dict[str, Callable[[], None]] = field(default_factory=dict)
+    coming: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     """What waits for those of the gradients that are being added up over the workers."""
 
     def gradient(self, name: str) -> Tensor:
         """One of the gradients, once its sum over the workers is there."""
         wait = self.coming.pop(name, None)
         if wait is not None:
-            wait()
+            self.gradients[name] = wait()
         return self.gradients[name]
 
 
@@ -77,8 +80,8 @@ class Architecture(ABC):
         wide = config.encoder_dtype == "auto" and config.k is not None and sparse.has_bfloat16(device)
         self.bf16 = config.encoder_dtype == "bfloat16" or wide
         self.scratch = sparse.Scratch()
-        self.start_sum: Callable[[Tensor], Callable[[], None]] | None = None
-        """Where several workers train: begins to add a tensor up over them, and returns what waits for that."""
+        self.group: Group | None = None
+        """The workers that train together."""
         self.sparsity_scale = 1.0
         """Share of `config.sparsity` in force, which rises over the first steps."""
 
@@ -157,7 +160,8 @@ class SparseArchitecture(Architecture):
         scale = 2 / (variance * len(levels))  # of the loss's slopes by the errors, applied to all that is made of them
         codes = values.index_select(0, order).mul_(scale)
         errors, squared, every, sums = [], [], [], []
-        slopes, w_dec = torch.zeros_like(values), torch.empty_like(own["w_dec"])
+        empty_like = torch.empty_like if self.group is None else self.group.empty_like
+        slopes, w_dec = torch.zeros_like(values), empty_like(own["w_dec"])
         for here in sparse.column_blocks(w_dec):  # a block is used again while it is in the cache
             table = own["w_dec"][:, here].contiguous()
             part = sparse.decode(offsets, col, values, table)
@@ -172,14 +176,14 @@ class SparseArchitecture(Architecture):
             sums.append(part[:n].sum(0))
             sparse.slopes_and_gradient(starts, place, codes, part, table, slopes, w_dec[:, here])
             errors.append(part)
-        coming = {} if self.start_sum is None else {"w_dec": self.start_sum(w_dec)}  # while the others are made
+        coming = {} if self.group is None else {"w_dec": self.group.start_sum(w_dec)}  # while the others are made
         slopes *= scale
         bias = torch.segment_reduce(slopes, "sum", offsets=starts)
-        w_enc = torch.empty_like(own["w_enc"])
+        w_enc = empty_like(own["w_enc"])
         for here in sparse.column_blocks(w_enc):
             w_enc[:, here] = sparse.decode(firsts, row, slopes, whole[:, here].contiguous())
-        if self.start_sum is not None:
-            coming["w_enc"] = self.start_sum(w_enc)
+        if self.group is not None:
+            coming["w_enc"] = self.group.start_sum(w_enc)
         total = scale * torch.cat(sums)
         gradients = {
             "w_enc": w_enc,

@@ -76,37 +76,52 @@ class Group:
         for every in shared_tensors([*shapes, *shapes]):
             self._shared.setdefault(every[0].shape, deque()).append(_Place(every))
 
-    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to replace a tensor by its sum over the workers; what is returned waits for that.
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """An uninitialised tensor for what `start_sum` is to be called with next; where it is shared, that copies nothing."""
+        place = self._place(tensor)
+        return torch.empty_like(tensor) if place is None else place.every[self.rank]
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to add a tensor up over the workers, which overwrites it; what is returned waits for the sum.
 
         All workers have to begin, and to wait, in the same order.
         """
-        places = self._shared.get(tensor.shape)
-        if places is not None and tensor.dtype == torch.float32:
-            return self._start_shared(tensor, places)
+        place = self._place(tensor)
+        if place is not None:
+            return self._start_shared(tensor, place)
         work = dist.all_reduce(tensor, async_op=True)
         self._begun += 1
         begun = self._begun
 
-        def wait() -> None:
+        def wait() -> Tensor:
             work.wait()
             self._passed = max(self._passed, begun)
+            return tensor
 
         return wait
 
-    def _start_shared(self, tensor: Tensor, places: deque[_Place]) -> Callable[[], None]:
-        place, every = places[0], places[0].every
-        places.rotate(-1)
-        self._let_all_come_to(place.read)
-        every[self.rank].copy_(tensor)
+    def _place(self, tensor: Tensor) -> _Place | None:
+        """Where the next matrix of this shape is added up, if that is in shared memory."""
+        places = self._shared.get(tensor.shape)
+        if places is None or tensor.dtype != torch.float32:
+            return None
+        self._let_all_come_to(places[0].read)
+        return places[0]
+
+    def _start_shared(self, tensor: Tensor, place: _Place) -> Callable[[], Tensor]:
+        every = place.every
+        self._shared[tensor.shape].rotate(-1)
+        if tensor.data_ptr() != every[self.rank].data_ptr():
+            every[self.rank].copy_(tensor)
         written = self._begun
 
-        def wait() -> None:
+        def wait() -> Tensor:
             self._let_all_come_to(written)
-            torch.add(every[0], every[1], out=tensor)  # in the same order on all workers
+            total = every[0] + every[1]  # in the same order on all workers
             for other in every[2:]:
-                tensor.add_(other)
+                total += other
             place.read = self._begun
+            return total
 
         return wait
 

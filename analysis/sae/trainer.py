@@ -72,7 +72,7 @@ class Trainer:
         self.tokens = 0
         self.workers = group.world if group else 1
         if group is not None:
-            self.arch.start_sum = group.start_sum
+            self.arch.group = group
             group.share(self.parameters.values())
         total = total_steps * config.batch_size * self.workers
         self.dead_tokens = config.dead_tokens or min(10_000_000, max(total // 20, 8 * config.batch_size))
@@ -103,7 +103,7 @@ class Trainer:
             vectors = [gradient for gradient in left.values() if gradient.ndim == 1]
             tally = [sums, counts, *vectors]
             joined = torch.cat([part.double() for part in tally])  # one exchange for all that is small
-            self.group.start_sum(joined)()
+            joined = self.group.start_sum(joined)()
             sums, counts, *summed = torch.split(joined, [len(part) for part in tally])
             for vector, total in zip(vectors, summed, strict=True):
                 vector.copy_(total)
@@ -167,8 +167,8 @@ class Trainer:
         slopes = (diff @ w_dec.T) * (acts > 0)
         changes = {"w_enc": slopes.T @ x, "w_dec": acts.T @ diff, "b_enc": slopes.sum(0)}
         if self.group is not None:
-            for added in [self.group.start_sum(change) for name, change in changes.items() if name in batch.coming]:
-                added()
+            coming = {name: self.group.start_sum(changes[name]) for name in changes if name in batch.coming}
+            changes |= {name: wait() for name, wait in coming.items()}
         for name, change in changes.items():
             batch.gradient(name)[dead] += change
         return loss
