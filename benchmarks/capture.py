@@ -13,7 +13,9 @@ computed, as in a job. With `--prompts 32` all of them run at once, and nothing 
 written; what a commit costs however many rows it has is then twice as much of a round. A job's commit has 32,768 rows a
 hook, that of a quick round about 8,600, so a round overstates what a job pays.
 
-    python benchmarks/capture.py [--quick] [--prompts N] [--eager] [--out DIR] [--device cuda]
+    python benchmarks/capture.py [--quick] [--prompts N] [--d-model N] [--eager] [--out DIR] [--device cuda]
+
+A model's arithmetic grows with the square of its width, its rows with the width: `--d-model` shows what that means.
 
 With `--device cuda` the model has 1.2 B parameters, CUDA graphs are on, and the ratios in the JSON line are of wall
 time: the process that runs the model waits for the device.
@@ -69,14 +71,19 @@ def make_work(n_prompts: int, new_tokens: int) -> Work:
     return Work([rng.integers(0, VOCAB, int(length)).tolist() for length in lengths], new_tokens)
 
 
-def make_model(folder: Path, device: str) -> int:
-    """A Llama with random weights, about 126 M parameters on a CPU and 1.2 B on a GPU; returns their number."""
+def make_model(folder: Path, device: str, d_model: int) -> int:
+    """A Llama with random weights, of this width on a CPU and with 1.2 B parameters on a GPU; returns their number."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     size = (
-        {"hidden_size": D_MODEL, "intermediate_size": 3072, "num_hidden_layers": LAYERS, "num_attention_heads": 12}
+        {
+            "hidden_size": d_model,
+            "intermediate_size": 4 * d_model,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": d_model // 64,
+        }
         if device == "cpu"
         else {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     )
@@ -350,6 +357,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, help="of a round")
     parser.add_argument("--blocks", type=int, help="how many")
+    parser.add_argument("--d-model", type=int, default=D_MODEL, help="width on a CPU, a multiple of 64")
     parser.add_argument("--eager", action="store_true", help="without torch.compile (and CUDA graphs)")
     parser.add_argument("--out", type=Path, help="folder of the lake and the peers' files; a temporary one by default")
     parser.add_argument("--threads", type=int, default=1, help="of the model's arithmetic on a CPU")
@@ -388,7 +396,7 @@ def measure(arguments: argparse.Namespace, work: Work, n_blocks: int, folder: Pa
     device = "cpu" if current_platform.is_cpu() else "cuda"
     if device != arguments.device:
         raise SystemExit(f"--device is {arguments.device}, but the installed vLLM is built for {device}")
-    parameters = make_model(folder / "model", device)
+    parameters = make_model(folder / "model", device, arguments.d_model)
     config = json.loads((folder / "model" / "config.json").read_text())
     layers, d_model = config["num_hidden_layers"], config["hidden_size"]
     every = [f"blocks.{layer}.hook_resid_post" for layer in range(layers)]
